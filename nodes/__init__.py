@@ -1,0 +1,45 @@
+"""The node classes of the pack, one file per family, and the extension that hands them to the host."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host import paths, routes
+from .loras import LoadLoRAs
+from .models import WanModels
+from .prompts import Prompts
+from .rewards import RewardModelNode, ScoreVideo
+from .sample import SampleWan22
+from .testlab import TestLabCell, TestLabGrid
+from .train import RunResult, TrainLoRA
+
+NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
+    WanModels,
+    LoadLoRAs,
+    SampleWan22,
+    RewardModelNode,
+    ScoreVideo,
+    Prompts,
+    TrainLoRA,
+    RunResult,
+    TestLabCell,
+    TestLabGrid,
+)
+
+
+class RewardLabExtension(ComfyExtension):
+    """What the host asks for nodes; registers the pack's model folder and routes once."""
+
+    async def on_load(self) -> None:
+        """Register the `reward_models` folder and the `/reward_lab/` routes."""
+        paths.register_model_folders()
+        routes.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return every node class of the pack."""
+        return list(NODE_CLASSES)
+
+
+def extension() -> RewardLabExtension:
+    """Return a new extension object."""
+    return RewardLabExtension()

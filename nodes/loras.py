@@ -1,0 +1,57 @@
+"""Node that applies any number of LoRAs to both experts, with a strength for each."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..host import lora_patch
+
+
+class LoadLoRAs(io.ComfyNode):
+    """Applies rows of (file, strength high, strength low) and says how many keys of each were applied."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's inputs and outputs."""
+        return io.Schema(
+            node_id="RewardLabLoadLoRAs",
+            display_name="Load Reward LoRAs",
+            category="Reward Lab/loras",
+            description="Applies any number of LoRAs to the two Wan2.2 experts, each with its own strength for the high-noise and the low-noise expert, and reports how many keys were applied.",
+            search_aliases=["lora loader", "power lora loader", "reward lora", "wan lora", "HPS", "MPS"],
+            inputs=[
+                io.Model.Input("model_high", tooltip="The high-noise expert."),
+                io.Model.Input("model_low", tooltip="The low-noise expert."),
+                io.String.Input(
+                    "rows",
+                    multiline=True,
+                    default="[]",
+                    placeholder='[{"on": true, "file": "x-high-noise-HPS2.1.safetensors", "high": 0.5, "low": 0.0}]',
+                    tooltip="One row per LoRA: switch, file, strength on the high-noise expert, strength on the low-noise expert. 0.5 is the strength in the reward LoRA authors' examples; it is not tuned.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_high_out", display_name="model_high", tooltip="The high-noise expert with its LoRAs."),
+                io.Model.Output("model_low_out", display_name="model_low", tooltip="The low-noise expert with its LoRAs."),
+                io.String.Output("report", display_name="report", tooltip="Per row: applied N of M keys on each expert, and warnings."),
+            ],
+            is_output_node=False,
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, rows: str | None = None) -> bool | str:
+        """Refuse rows that cannot work before the graph starts."""
+        return lora_patch.check_rows(rows)
+
+    @classmethod
+    def fingerprint_inputs(cls, rows: str | None = None, **_linked) -> str:
+        """Change when the rows change or a LoRA file on disk does."""
+        return lora_patch.fingerprint(rows)
+
+    @classmethod
+    def execute(cls, model_high, model_low, rows: str) -> io.NodeOutput:
+        """Apply the rows to clones of both models. Raises ValueError naming the row that cannot be applied."""
+        result = lora_patch.apply_rows(model_high, model_low, lora_patch.parse_rows(rows))
+        ui = {"reward_lab_rows": [row.to_dict() for row in result.rows], "text": [result.report]}
+        return io.NodeOutput(result.model_high, result.model_low, result.report, ui=ui)

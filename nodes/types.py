@@ -1,0 +1,14 @@
+"""Socket types of the pack's own. Values are plain data, so that other packs can make and read them.
+
+`WAN_FILES`: dict with `high`, `low`, `text_encoder`, `vae` (absolute paths) and `weight_dtype`. `REWARD_MODEL`: a `RewardModelSpec`.
+`PROMPTS`: list of dicts `{"text": str, "weight": float}`. `RUN`: the id of a training run.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+WanFiles = io.Custom("WAN_FILES")
+RewardModel = io.Custom("REWARD_MODEL")
+Prompts = io.Custom("PROMPTS")
+Run = io.Custom("RUN")
