@@ -1,0 +1,57 @@
+"""What the trainer needs from the outside. The host's adapters (`host/wan.py` ...) and the toy models of the tests both fit.
+
+Shapes: B batch, C channels, F latent frames, T pixel frames, H W height and width, P prompt tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from .events import Event
+
+
+class Backbone(Protocol):
+    """One expert, frozen, with LoRA linears that can be installed on it."""
+
+    device: torch.device
+    latent_channels: int
+
+    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
+        """Predicted velocity [B, C, F, H, W], fp32, at `sigma` in [0, 1]; differentiable in the latent and in installed LoRAs."""
+
+    def linears(self) -> Mapping[str, torch.nn.Linear]:
+        """Every Linear of the model by its path (`blocks.0.self_attn.q`)."""
+
+
+class Decoder(Protocol):
+    """Latents in model space to pixels, differentiable."""
+
+    def decode(self, latent_BCFHW: torch.Tensor, selection: range | None = None) -> torch.Tensor:
+        """Pixels [B, 3, T, H, W], fp32 in [0, 1], of the latent frames in `selection` (consecutive; None: all)."""
+
+
+class TextEncoder(Protocol):
+    """Prompts to the context that the backbones read."""
+
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """One [P, D] tensor per prompt, on the CPU in fp32."""
+
+
+class Reward(Protocol):
+    """A reward model: a structural subset of `reward_models.base.RewardModel`."""
+
+    def score(self, frames_BCFHW: torch.Tensor, prompts: Sequence[str]):
+        """A `RewardOutput`; its `per_video` [B] is differentiable in the frames [B, 3, T, H, W]."""
+
+
+class SampleWriter(Protocol):
+    """Writes shown videos; returns file names relative to the run folder."""
+
+    def write(self, videos_BTHWC: torch.Tensor, prompts: Sequence[str], step: int) -> list[str]: ...
+
+
+EventSink = Callable[[Event], None]
+StopRequested = Callable[[], bool]
