@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | setup`.
+
+Standard library only. It finds or fetches ComfyUI, makes a virtual environment where the running Python lacks something, and hands
+over to the part that does the work. `labtools/` holds the machinery; here stand only the sub-commands.
+
+A new sub-command is one function `run_NAME(options) -> exit status`, one `arguments_NAME(parser)` if it has any, and one line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_PYTHON = (3, 10)
+INTERRUPTED = 130
+
+
+def check_python(version=sys.version_info) -> None:
+    """Stop with a clear sentence under a Python that is too old; must itself run under that Python."""
+    if tuple(version[:2]) < OLDEST_PYTHON:
+        raise SystemExit(
+            "lab.py needs Python %d.%d or newer; this is Python %d.%d (%s).\nRun it with a newer one, for instance: python3.12 lab.py ..."
+            % (OLDEST_PYTHON + tuple(version[:2]) + (sys.executable,))
+        )
+
+
+def prepare(options, *, with_tests=False):
+    """Set up host and environment as the common options say."""
+    from labtools.setup import prepare as prepare_setup
+
+    return prepare_setup(options.comfyui, with_tests=with_tests, verbose=options.verbose)
+
+
+def use_cpu(options) -> bool:
+    """The device choice: what was asked for, else the CPU where no GPU is found."""
+    from labtools.comfy_server import has_gpu
+
+    return options.device == "cpu" if options.device else not has_gpu()
+
+
+def launch(setup, options, module: str, arguments: list[str]) -> int:
+    """Run `main` of a module of the pack in the environment; returns its exit status."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environ["COMFYUI_PATH"] = str(setup.host.path)
+    environ["REWARD_LAB_CPU"] = "1" if use_cpu(options) else "0"
+    return call([str(setup.python), str(ROOT / "labtools" / "launch.py"), module, *arguments], environ)
+
+
+def call(command: list[str], environ=None) -> int:
+    """Run a program in the foreground. Ctrl-C reaches it directly (same terminal); this process waits until it has ended in order."""
+    process = subprocess.Popen(command, env=environ)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+@contextlib.contextmanager
+def running_server(setup, options, base: Path, *, port: int):
+    """A ComfyUI with the pack and the pocket models, stopped at the end."""
+    from labtools.base import make_base
+    from labtools.comfy_server import require_port, start_server
+
+    port = require_port(port, getattr(options, "listen", "127.0.0.1"))
+    make_base(base)
+    extra = [argument for argument in getattr(options, "host_arguments", []) if argument != "--"]
+    listen = getattr(options, "listen", "127.0.0.1")
+    server = start_server(setup.python, setup.host.path, base, port=port, cpu=use_cpu(options), listen=listen, extra=extra)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def run_setup(options) -> int:
+    """Fetch and install everything."""
+    setup = prepare(options, with_tests=options.with_tests)
+    print(f"ComfyUI {setup.host.version}: {setup.host.path} (from {setup.host.origin})\nPython: {setup.python}")
+    return 0
+
+
+def run_serve(options) -> int:
+    """Start ComfyUI and stay until Ctrl-C or until it ends."""
+    from labtools.comfy_server import log_tail, require_port
+
+    # A taken port is told before the minutes that a fresh set-up takes.
+    require_port(options.port, options.listen)
+    setup = prepare(options)
+    base = Path(options.base).expanduser().absolute() if options.base else setup.cache.base
+    print("Starting ComfyUI ...", flush=True)
+    with running_server(setup, options, base, port=options.port) as server:
+        print(f"ComfyUI with Reward Lab: {server.url}\nTemplates: menu > Browse Templates > reward_lab. Log: {server.log}. Stop: Ctrl-C.", flush=True)
+        try:
+            while server.is_running():
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            print("\nStopping.")
+            return 0
+    print(f"ComfyUI ended with exit status {server.process.returncode}. Its last lines:\n{log_tail(server.log)}", file=sys.stderr)
+    return 1
+
+
+def run_demo(options) -> int:
+    """Run the three example workflows in a real server and write what came of it."""
+    setup = prepare(options)
+    out = Path(options.out).expanduser().absolute()
+    base = setup.cache.root / "demo-base"
+    print("Starting ComfyUI ...", flush=True)
+    with running_server(setup, options, base, port=0) as server:
+        arguments = ["--server", server.url, "--base", str(base), "--out", str(out), "--seed", str(options.seed)]
+        return launch(setup, options, "pocket.demo", arguments + options.rest)
+
+
+def run_test(options) -> int:
+    """Run ruff and pytest (all marks); everything after `--` goes to pytest."""
+    setup = prepare(options, with_tests=True)
+    status = 0
+    if not options.only_pytest:
+        status = call([str(setup.python), "-m", "ruff", "check", str(ROOT)])
+        if status:
+            print("ruff found faults (above); the tests run all the same.", flush=True)
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environ |= {"COMFYUI_PATH": str(setup.host.path), "REWARD_LAB_PYTHON": str(setup.python)}
+    command = [str(setup.python), "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    rest = [argument for argument in options.rest if argument != "--"]
+    return call(command + (rest or [str(ROOT / "tests")]), environ) or status
+
+
+def run_train(options) -> int:
+    """Train from a config file in the foreground; Ctrl-C asks the run to stop in order."""
+    setup = prepare(options)
+    output = Path(options.output).expanduser().absolute() if options.output else setup.cache.base / "output"
+    return launch(setup, options, "labtools.training", [str(Path(options.config).absolute()), "--output", str(output)])
+
+
+def run_plan(options) -> int:
+    """Print what a training run would need."""
+    return launch(prepare(options), options, "lora_train.plan", [str(Path(options.config).absolute()), *options.rest])
+
+
+def run_bench(options) -> int:
+    """Measure; `pocket` fills the figures of pocket/MANIFEST.json."""
+    return launch(prepare(options), options, f"{options.what}.bench", options.rest)
+
+
+def arguments_setup(parser) -> None:
+    parser.add_argument("--with-tests", action="store_true", help="also install pytest, ruff and playwright")
+
+
+def arguments_serve(parser) -> None:
+    parser.add_argument("--port", type=int, default=8188, help="TCP port; 0 picks a free one (default: 8188)")
+    parser.add_argument("--listen", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--base", help="ComfyUI base directory: models, input, output (default: .lab/base)")
+    parser.add_argument("host_arguments", nargs=argparse.REMAINDER, help="after --: further arguments for ComfyUI's main.py")
+
+
+def arguments_demo(parser) -> None:
+    parser.add_argument("--out", default="demo_out", help="folder for the results (default: demo_out)")
+    parser.add_argument("--seed", type=int, default=1, help="same seed, same numbers (default: 1)")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def arguments_test(parser) -> None:
+    parser.add_argument("--only-pytest", action="store_true", help="leave out ruff")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="after --: arguments for pytest (default: all tests)")
+
+
+def arguments_train(parser) -> None:
+    parser.add_argument("config", help="training config, a JSON file")
+    parser.add_argument("--output", help="output folder; the run goes to <output>/reward_lab/runs (default: .lab/base/output, where `serve` shows it)")
+
+
+def arguments_plan(parser) -> None:
+    parser.add_argument("config", help="training config, a JSON file")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def arguments_bench(parser) -> None:
+    parser.add_argument("what", choices=["pocket"], help="what to measure")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the benchmark")
+
+
+COMMANDS = {
+    "demo": (run_demo, arguments_demo),
+    "test": (run_test, arguments_test),
+    "serve": (run_serve, arguments_serve),
+    "train": (run_train, arguments_train),
+    "plan": (run_plan, arguments_plan),
+    "bench": (run_bench, arguments_bench),
+    "setup": (run_setup, arguments_setup),
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="lab.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (run, add_arguments) in COMMANDS.items():
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI (else COMFYUI_PATH, the one around the pack, or one that is fetched)")
+        sub.add_argument("--verbose", action="store_true", help="show what the installers print")
+        device = sub.add_mutually_exclusive_group()
+        device.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="run on the CPU (default where no GPU is found)")
+        device.add_argument("--gpu", dest="device", action="store_const", const="gpu", help="run on the GPU (default where one is found)")
+        add_arguments(sub)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run one sub-command; failures that are foreseen end with a message and a remedy, not with a traceback."""
+    check_python()
+    from labtools.errors import LabError
+
+    options = parse(argv)
+    try:
+        return COMMANDS[options.command][0](options)
+    except LabError as error:
+        print(f"\nError: {error.message}\n\n{error.remedy}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished steps are kept; run the same command to go on.", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"\nError: The disk is full ({error.filename or error}).\n\nFree some space (a fresh set-up needs about 8 GB), or set REWARD_LAB_CACHE=PATH.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
