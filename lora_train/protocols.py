@@ -30,7 +30,7 @@ class Decoder(Protocol):
     """Latents in model space to pixels, differentiable."""
 
     def decode(self, latent_BCFHW: torch.Tensor, selection: range | None = None) -> torch.Tensor:
-        """Pixels [B, 3, T, H, W], fp32 in [0, 1], of the latent frames in `selection` (consecutive; None: all)."""
+        """Pixels [B, T, 3, H, W], fp32 in [0, 1], of the latent frames in `selection` (consecutive; None: all)."""
 
 
 class TextEncoder(Protocol):
@@ -44,7 +44,7 @@ class Reward(Protocol):
     """A reward model: a structural subset of `reward_models.base.RewardModel`."""
 
     def score(self, frames_BCFHW: torch.Tensor, prompts: Sequence[str]):
-        """A `RewardOutput`; its `per_video` [B] is differentiable in the frames [B, 3, T, H, W]."""
+        """A `RewardOutput`; its `per_video` [B] is differentiable in the frames [B, T, 3, H, W]."""
 
 
 class SampleWriter(Protocol):

@@ -1,0 +1,129 @@
+"""One Wan expert as a frozen, differentiable backbone: loaded privately by the host's own loader, reached without its sampling stack.
+
+It covers text-to-video models of the Wan2.1/2.2 family with 16 latent channels; models with more input channels (I2V, InP) get zeros there,
+which is how the official reward LoRAs were trained. It does not cover quantised files, streaming of weights, or image conditioning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.sd
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ..lora_train.safetensors_file import read_header
+from .training_mode import attention
+
+_TIMESTEPS = 1000.0
+
+
+class WanBackbone:
+    """A frozen expert. Call it inside `training_mode()`; see `lora_train.protocols.Backbone`."""
+
+    latent_channels = 16
+
+    def __init__(self, model: torch.nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Args:
+        model: the host's WanModel; its parameters are replaced by frozen ones of the same values.
+        """
+        self.model = model
+        self.dtype = dtype
+        self.device = device
+        _freeze(model)
+        self._extra_channels = model.in_dim - self.latent_channels
+
+    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
+        """The transformer's output for latents in model space.
+
+        Args:
+            latent_BCFHW: [B, 16, F, H, W], any float type.
+            sigma: in [0, 1]; the model is told 1000 * sigma.
+            context_BPD: text encoder output, [B, P, text_dim].
+
+        Returns:
+            [B, 16, F, H, W] fp32.
+        """
+        x = latent_BCFHW.to(self.dtype)
+        if self._extra_channels > 0:
+            zeros = x.new_zeros((x.shape[0], self._extra_channels, *x.shape[2:]))
+            x = torch.cat([x, zeros], dim=1)
+        return self._run(x, sigma * _TIMESTEPS, context_BPD)
+
+    def _run(self, x: torch.Tensor, timestep: float, context_BPD: torch.Tensor) -> torch.Tensor:
+        timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        options = {"optimized_attention_override": attention}
+        return self.model(x, timestep_B, context_BPD.to(x.device, self.dtype), transformer_options=options).float()
+
+    def linears(self) -> dict[str, torch.nn.Linear]:
+        """Every Linear by its path, in model order."""
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+    def to(self, device: torch.device) -> WanBackbone:
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        self.device = device
+        return self
+
+    @contextmanager
+    def gradient_checkpointing(self) -> Iterator[None]:
+        """Keep only block inputs in forward; blocks run again in backward. The blocks' own `forward` is called, never the host's
+        `original_block` closure, which by then stands for the last block and would give wrong gradients without a word."""
+        done: list[torch.nn.Module] = []
+        try:
+            for block in self.model.blocks:
+                block.forward = _checkpointed(block.forward)
+                done.append(block)
+            yield
+        finally:
+            for block in done:
+                del block.__dict__["forward"]
+
+
+def _checkpointed(block_forward):
+    def forward(*args, transformer_options: Mapping = {}, **kwargs):  # noqa: B006 (the host's signature; never written to)
+        # The host changes this dictionary from block to block; the second run must see what the first one saw.
+        options = dict(transformer_options)
+        if not torch.is_grad_enabled():
+            return block_forward(*args, transformer_options=options, **kwargs)
+        return checkpoint(block_forward, *args, transformer_options=options, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward
+
+
+def _freeze(model: torch.nn.Module) -> None:
+    """Give every weight a new Parameter: those that the host made in inference mode can never take part in a backward pass."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = parameter.detach()
+            module._parameters[name] = torch.nn.Parameter(value.clone() if value.is_inference() else value, requires_grad=False)
+    model.eval()
+
+
+def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device, role: str = "expert") -> WanBackbone:
+    """Load an expert file for training.
+
+    Args:
+        path: safetensors file in Wan's key layout, as ComfyUI takes it.
+        dtype: fp32 or bf16; weights and matmuls.
+        role: for messages, such as "high-noise expert".
+
+    Raises:
+        ValueError: missing or truncated file, not a Wan text-to-video model, a quantised file, or another latent width.
+    """
+    header = read_header(path, role)
+    if any(name.startswith(("F8", "I8", "U8")) for name in header.dtypes.values()):
+        raise ValueError(f"the {role} {path} is quantised (8 bit); this version trains through fp32, fp16 or bf16 weights: use that version of the file")
+    with torch.inference_mode(False):
+        patcher = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype, "load_device": device}, disable_dynamic=True)
+    model = patcher.model.diffusion_model
+    if not hasattr(model, "blocks") or not hasattr(model, "text_embedding"):
+        raise ValueError(f"the {role} {path} is a {type(model).__name__}, not a Wan model; pick a Wan2.2 text-to-video expert")
+    if model.out_dim != WanBackbone.latent_channels or model.model_type != "t2v":
+        raise ValueError(
+            f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains 16-channel models with "
+            "plain text conditioning (Wan2.2 T2V, I2V and Fun-InP 14B)"
+        )
+    return WanBackbone(model.to(device), dtype=dtype, device=device)

@@ -1,0 +1,95 @@
+"""Safetensors headers without torch, and a writer whose bytes depend on nothing but the content.
+
+The writer exists because the library stores metadata in a hash map: two processes write the same content in different orders. A resumed run
+must give the same bytes as an uninterrupted one.
+Source of the format: huggingface/safetensors README (Apache-2.0): 8 bytes little-endian header length, JSON header, raw data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADER_LIMIT_BYTES = 100 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says about itself."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    bytes_of: dict[str, int]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path, what: str = "model file") -> Header:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        what: name of the file's role, for messages.
+
+    Raises:
+        ValueError: missing, empty, not safetensors, or shorter than its header promises.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the {what} {path} does not exist; check the path or download the file")
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _HEADER_LIMIT_BYTES:
+            raise ValueError(f"the {what} {path} ({size_bytes} bytes) is not a safetensors file; pick the .safetensors version or download it again")
+        raw = file.read(length)
+    if len(raw) < length:
+        raise ValueError(f"the {what} {path} is truncated: its header alone is {length} bytes, the file has {size_bytes}; download it again")
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the {what} {path} has an unreadable safetensors header ({error}); download it again") from error
+    metadata = entries.pop("__metadata__", {}) or {}
+    wanted_bytes = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size_bytes < wanted_bytes:
+        raise ValueError(f"the {what} {path} is truncated: it should have {wanted_bytes} bytes, it has {size_bytes}; download it again")
+    return Header(
+        shapes={key: tuple(entry["shape"]) for key, entry in entries.items()},
+        dtypes={key: entry["dtype"] for key, entry in entries.items()},
+        bytes_of={key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in entries.items()},
+        metadata=metadata,
+    )
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file at once: a reader sees the old file or the whole new one, also after a power cut.
+
+    Args:
+        tensors: CPU tensors, written in the given order.
+        metadata: text values, written in the given order.
+    """
+    import torch
+
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64", torch.float64: "F64"}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
