@@ -231,7 +231,10 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"\nError: The disk is full ({error.filename or error}).\n\nFree some space (a fresh set-up needs about 8 GB), or set REWARD_LAB_CACHE=PATH.", file=sys.stderr)
+        print(
+            f"\nError: The disk is full ({error.filename or error}).\n\nFree some space (a fresh set-up needs about 8 GB), or set REWARD_LAB_CACHE=PATH.",
+            file=sys.stderr,
+        )
     return 1
 
 

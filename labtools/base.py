@@ -35,7 +35,9 @@ def pocket_files(repo: Path = REPO) -> list[dict]:
         if not path.is_file():
             raise LabError(f"The pocket model {path} is missing.", remedy=remedy)
         if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
-            raise LabError(f"The pocket model {path} is damaged: {path.stat().st_size} bytes, expected {entry['bytes']} with SHA-256 {entry['sha256']}.", remedy=remedy)
+            raise LabError(
+                f"The pocket model {path} is damaged: {path.stat().st_size} bytes, expected {entry['bytes']} with SHA-256 {entry['sha256']}.", remedy=remedy
+            )
     return files
 
 

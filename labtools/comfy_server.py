@@ -82,9 +82,10 @@ def require_port(port: int, listen: str = "127.0.0.1") -> int:
         try:
             listener.bind((listen, port))
         except OSError as error:
+            other = port + 1 if port < 65535 else 8189
             raise LabError(
                 f"Port {port} on {listen} cannot be used: {error.strerror or error}.",
-                remedy=f"Stop the program that listens there, choose another one (--port {port + 1 if port < 65535 else 8189}), or let lab.py pick a free one (--port 0).",
+                remedy=f"Stop the program that listens there, choose another port (--port {other}), or let lab.py pick a free one (--port 0).",
             ) from error
     return port
 

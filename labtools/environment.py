@@ -157,7 +157,10 @@ def _check_imports(python: Path) -> None:
     done = subprocess.run([str(python), "-I", "-c", IMPORT_CHECK], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode != 0:
         tail = "\n".join("  " + line for line in done.stdout.strip().splitlines()[-8:])
-        raise LabError(f"The packages are installed but do not import:\n{tail}", remedy=f"Remove {python.parent.parent} and run again; if it comes back, report these lines.")
+        raise LabError(
+            f"The packages are installed but do not import:\n{tail}",
+            remedy=f"Remove {python.parent.parent} and run again; if it comes back, report these lines.",
+        )
 
 
 def _installer(cache: Cache, *, verbose: bool):

