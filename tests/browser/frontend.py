@@ -1,0 +1,127 @@
+"""Drive the real ComfyUI front-end in headless Chromium: open a page, load graphs, press Run, read nodes.
+
+Used by the browser tests and by `workflow_builder.py`. Needs the `playwright` package and a Chromium that is installed on the machine
+(`CHROMIUM_PATH`, by default /usr/bin/chromium); it never downloads one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHROMIUM_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+"""Without the background flags Chromium calls home at every start and waits for the refusals of a closed network."""
+
+QUIET_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.ReleaseNotes": "",
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+}
+
+
+def chromium_path() -> str | None:
+    """Return the browser's path, or None when there is none on this machine."""
+    path = os.environ.get("CHROMIUM_PATH", "/usr/bin/chromium")
+    return path if Path(path).is_file() else None
+
+
+@contextlib.contextmanager
+def open_front_end(url: str, *, width_px: int = 1600, height_px: int = 900, scale: float = 1.0, settings: dict[str, Any] | None = None) -> Iterator[Any]:
+    """Open the front-end in a fresh browser profile and wait until its graph is there.
+
+    Args:
+        url: address of a running ComfyUI server.
+        width_px, height_px: size of the window in CSS pixels.
+        scale: device pixels per CSS pixel.
+        settings: ComfyUI settings to store on the server first, on top of `QUIET_SETTINGS`.
+
+    Yields:
+        The playwright page. `page.reward_lab_errors` collects the page's uncaught errors.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory(prefix="reward-lab-browser-") as profile:
+        context = playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=chromium_path(),
+            headless=True,
+            args=list(CHROMIUM_FLAGS),
+            viewport={"width": width_px, "height": height_px},
+            device_scale_factor=scale,
+        )
+        try:
+            context.request.post(f"{url}/api/settings", data=json.dumps({**QUIET_SETTINGS, **(settings or {})}), headers={"Content-Type": "application/json"})
+            page = context.new_page()
+            errors: list[str] = []
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.reward_lab_errors = errors
+            page.goto(url)
+            page.wait_for_function("() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types['RewardLabLoadLoRAs']", timeout=90_000)
+            page.wait_for_timeout(500)
+            yield page
+        finally:
+            context.close()
+
+
+def load_graph(page: Any, workflow: dict[str, Any], *, is_api: bool = False) -> None:
+    """Load a workflow (front-end format, or API format with `is_api`) into the page and let it lay out."""
+    if is_api:
+        page.evaluate("async (graph) => { await window.app.loadApiJson(graph, 'workflow'); }", workflow)
+    else:
+        page.evaluate("async (graph) => { await window.app.loadGraphData(graph); }", workflow)
+    page.wait_for_timeout(600)
+
+
+def press_run(page: Any) -> None:
+    """Click the front-end's own Run button."""
+    page.get_by_test_id("queue-button").first.click()
+
+
+def wait_for_execution(page: Any, timeout_s: float) -> None:
+    """Wait until the queue is empty. Raises TimeoutError of playwright when it is not in time."""
+    page.wait_for_function(
+        "async () => { const q = await (await fetch('/api/queue')).json(); return q.queue_running.length + q.queue_pending.length === 0; }",
+        timeout=timeout_s * 1000,
+        polling=500,
+    )
+
+
+def node_widget(page: Any, node_type: str, widget: str) -> Any:
+    """Return the value of a widget of the first node of a type."""
+    return page.evaluate("([type, name]) => window.app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value", [node_type, widget])
+
+
+def fit_view(page: Any, margin_px: int = 30) -> None:
+    """Zoom and move the canvas so that the whole graph is in the free part of the window."""
+    page.evaluate(
+        """(margin) => {
+            const boxes = [...window.app.graph.nodes.map((n) => n.getBounding()), ...window.app.graph.groups.map((g) => [...g.pos, ...g.size])];
+            const x0 = Math.min(...boxes.map((b) => b[0])), y0 = Math.min(...boxes.map((b) => b[1]));
+            const x1 = Math.max(...boxes.map((b) => b[0] + b[2])), y1 = Math.max(...boxes.map((b) => b[1] + b[3]));
+            const left = 60 + margin, top = 96 + margin;
+            const w = window.innerWidth - left - margin, h = window.innerHeight - top - margin;
+            const scale = Math.min(w / (x1 - x0), h / (y1 - y0), 1.2);
+            const ds = window.app.canvas.ds;
+            ds.scale = scale;
+            ds.offset[0] = left / scale - x0 + (w / scale - (x1 - x0)) / 2;
+            ds.offset[1] = top / scale - y0 + (h / scale - (y1 - y0)) / 2;
+            window.app.graph.setDirtyCanvas(true, true);
+        }""",
+        margin_px,
+    )
+    page.wait_for_timeout(700)

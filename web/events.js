@@ -1,0 +1,34 @@
+// @ts-check
+/**
+ * What the trainer reports: a mirror of `lora_train/events.py` (`tests/browser/test_js.py` compares the two). An event is one
+ * JSON line with its kind under `EVENT_KEY`.
+ */
+
+/** Websocket event that the server sends: RunInfo plus `event`. */
+export const RUN_EVENT = "reward_lab.run";
+
+export const EVENT_KEY = "event";
+
+/** Field names of each event kind. */
+export const EVENT_FIELDS = Object.freeze({
+  started: ["time", "steps", "first_step", "experts", "reward", "parameters", "device", "boundary_step", "sampling_steps"],
+  step: [
+    "time", "step", "steps", "reward", "loss", "grad_norm", "sigma", "seconds", "expert", "kl", "learning_rate", "forwards",
+    "held_out", "held_out_error", "held_out_base",
+  ],
+  sample: ["time", "step", "files", "prompts"],
+  checkpoint: ["time", "step", "files"],
+  finished: ["time", "step", "files", "reason"],
+  failed: ["time", "error", "step", "log_tail"],
+});
+
+/** States of a run that can still change on its own. */
+export const LIVE_STATES = Object.freeze(["created", "running", "stopping"]);
+
+/**
+ * @param {{ state: string }} run
+ * @returns {boolean}
+ */
+export function isLive(run) {
+  return LIVE_STATES.includes(run.state);
+}

@@ -1,0 +1,196 @@
+// @ts-check
+/** Registers the pack with the front-end. The only module with effects on import. */
+import { addStyleSheet } from "./dom.js";
+import * as host from "./host.js";
+import { createRowsView } from "./lora_rows.js";
+import { createRunView, createTextView } from "./node_views.js";
+import { mount } from "./panel.js";
+import { RunStore } from "./run_store.js";
+
+const TAB_ID = "reward-lab";
+const ROWS_NODE = "RewardLabLoadLoRAs";
+const RUN_NODES = ["RewardLabTrainLoRA", "RewardLabRunResult"];
+const TEXT_NODES = ["RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
+/** Room for a LoRA's name beside two strengths. */
+const ROWS_WIDTH_PX = 580;
+/** Name of the property that keeps a node's run over a reload of the page. */
+const RUN_PROPERTY = "reward_lab_run";
+
+const store = new RunStore(host);
+
+/** @typedef {{ onOutput(output: any): void }} NodeView */
+/** @type {WeakMap<object, NodeView[]>} */
+const viewsOf = new WeakMap();
+
+/**
+ * Add an element to a node as a widget that is saved nowhere.
+ *
+ * @param {any} node
+ * @param {string} name
+ * @param {HTMLElement} element
+ * @param {() => number} height_px
+ * @param {() => void} [onRemove]
+ */
+function addView(node, name, element, height_px, onRemove) {
+  const widget = node.addDOMWidget(name, "reward_lab", element, { serialize: false, hideOnZoom: false, margin: 6, getMinHeight: height_px, getMaxHeight: height_px });
+  widget.serialize = false;
+  const remove = widget.onRemove;
+  widget.onRemove = () => {
+    remove?.call(widget);
+    onRemove?.();
+  };
+  return widget;
+}
+
+/**
+ * Let a node be as high as its widgets need; never smaller than the user made it.
+ *
+ * @param {any} node
+ */
+function fit(node) {
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  host.redrawGraph();
+}
+
+/**
+ * @param {any} node
+ * @returns {NodeView | null}
+ */
+function addRows(node) {
+  const widget = node.widgets?.find((/** @type {any} */ candidate) => candidate.name === "rows");
+  if (!widget) return null;
+  widget.hidden = true;
+  widget.options.hidden = true;
+  let height = 0;
+  const view = createRowsView({
+    read: () => String(widget.value ?? ""),
+    write: (text) => {
+      widget.value = text;
+      widget.callback?.(text);
+    },
+    listFiles: async () => fileNames(await host.getJson("/reward_lab/loras")),
+    onError: (message) => host.toast("error", "The LoRA files could not be listed", message),
+    onResize: (height_px) => {
+      if (height_px === height) return;
+      // Shrink by what the rows shrank, so that a removed row leaves no hole and the user's own height stays.
+      if (height) node.setSize([node.size[0], node.size[1] + height_px - height]);
+      height = height_px;
+      fit(node);
+    },
+  });
+  addView(node, "reward_lab_rows_view", view.element, () => view.height_px() + 12, () => view.destroy());
+  const configured = node.onConfigure;
+  node.onConfigure = function (/** @type {unknown[]} */ ...args) {
+    configured?.apply(this, args);
+    view.refresh();
+  };
+  node.setSize([Math.max(node.size[0], ROWS_WIDTH_PX), node.computeSize()[1]]);
+  return { onOutput: (output) => output.reward_lab_rows && view.setReports(output.reward_lab_rows) };
+}
+
+/** @param {any} answer a list of names, or of objects with a name */
+function fileNames(answer) {
+  return (answer.loras ?? answer).map((/** @type {any} */ entry) => (typeof entry === "string" ? entry : (entry.file ?? entry.name)));
+}
+
+/**
+ * @param {any} node
+ * @returns {NodeView}
+ */
+function addText(node) {
+  const view = createTextView();
+  let lines = 0;
+  const widget = addView(node, "reward_lab_text", view.element, () => (lines ? Math.min(10, lines) * 17 + 26 : 0));
+  widget.hidden = true;
+  return {
+    onOutput(output) {
+      if (!output.text) return;
+      const text = [output.text].flat().join("\n");
+      view.show(text);
+      lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
+      widget.hidden = false;
+      fit(node);
+    },
+  };
+}
+
+/**
+ * @param {any} node
+ * @returns {NodeView}
+ */
+function addRun(node) {
+  const view = createRunView(store, () => host.showSidebarTab(TAB_ID));
+  addView(node, "reward_lab_run_view", view.element, () => 136, () => view.destroy());
+  const follow = () => {
+    const id = node.properties?.[RUN_PROPERTY];
+    if (id && id !== view.runId()) view.follow(id);
+  };
+  const configured = node.onConfigure;
+  node.onConfigure = function (/** @type {unknown[]} */ ...args) {
+    configured?.apply(this, args);
+    follow();
+  };
+  return {
+    onOutput(output) {
+      const id = output.reward_lab_run?.[0];
+      if (!id) return;
+      node.properties[RUN_PROPERTY] = id;
+      follow();
+    },
+  };
+}
+
+/**
+ * @param {any} node
+ * @param {any} output the node's `ui` payload
+ */
+function showOutput(node, output) {
+  for (const view of viewsOf.get(node) ?? []) view.onOutput(output ?? {});
+}
+
+host.registerExtension({
+  name: "RewardLab",
+
+  setup() {
+    addStyleSheet(new URL("./panel.css", import.meta.url).href);
+    /** @type {(() => void) | null} */
+    let unmount = null;
+    const leave = () => {
+      unmount?.();
+      unmount = null;
+    };
+    host.registerSidebarTab({
+      id: TAB_ID,
+      icon: "pi pi-chart-line",
+      title: "Reward Lab",
+      tooltip: "Reward Lab: training runs",
+      type: "custom",
+      render(/** @type {HTMLElement} */ element) {
+        leave();
+        unmount = mount(element, store, host);
+      },
+      destroy: leave,
+    });
+  },
+
+  nodeCreated(/** @type {any} */ node) {
+    const kind = node.constructor?.comfyClass ?? node.comfyClass;
+    const views = [kind === ROWS_NODE ? addRows(node) : null, RUN_NODES.includes(kind) ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter((view) => view !== null);
+    if (!views.length) return;
+    viewsOf.set(node, views);
+    const executed = node.onExecuted;
+    node.onExecuted = function (/** @type {any} */ output) {
+      executed?.apply(this, arguments);
+      showOutput(node, output);
+    };
+  },
+
+  /** Called when a workflow comes back to the front: outputs are there again without an execution. */
+  onNodeOutputsUpdated(/** @type {Record<string, any>} */ outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      const node = host.nodeById(id);
+      if (node) showOutput(node, output);
+    }
+  },
+});

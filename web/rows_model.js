@@ -1,0 +1,189 @@
+// @ts-check
+/** The rows of `Load Reward LoRAs` as data: reading and writing the JSON text of its `rows` widget. No DOM. */
+
+/**
+ * @typedef {object} Row
+ * @property {boolean} on
+ * @property {string} file
+ * @property {number} high strength on the high-noise expert
+ * @property {number} low strength on the low-noise expert
+ */
+
+/**
+ * @typedef {object} RowReport what the node reports per applied row
+ * @property {string} file
+ * @property {number} applied_high
+ * @property {number} applied_low
+ * @property {number} total
+ * @property {string[]} warnings
+ */
+
+/** @typedef {{ tone: "good" | "warn" | "bad", text: string, warnings: string[] }} RowStatus */
+
+/** The strength in the examples of the reward LoRAs' authors. It is not tuned. */
+export const EXAMPLE_STRENGTH = 0.5;
+export const STEP = 0.05;
+export const LIMIT = 10;
+
+/**
+ * @param {string} text the widget's value
+ * @returns {{ rows: Row[], error: string | null }} `error` says why the text cannot be shown as rows; then nothing may be written back
+ */
+export function parseRows(text) {
+  if (!text || !text.trim()) return { rows: [], error: null };
+  let value;
+  try {
+    value = JSON.parse(text);
+  } catch (error) {
+    return { rows: [], error: `The rows are not JSON: ${/** @type {Error} */ (error).message}` };
+  }
+  if (!Array.isArray(value)) return { rows: [], error: "The rows must be a JSON list of objects." };
+  const wrong = value.findIndex((row) => row === null || typeof row !== "object" || Array.isArray(row));
+  if (wrong >= 0) return { rows: [], error: `Row ${wrong + 1} is not an object with "file", "high" and "low".` };
+  return { rows: value.map(readRow), error: null };
+}
+
+/**
+ * @param {any} row other members stay, for forms of the row that this page does not know
+ * @returns {Row}
+ */
+function readRow(row) {
+  return { ...row, on: row.on !== false, file: String(row.file ?? ""), high: readStrength(row.high), low: readStrength(row.low) };
+}
+
+/** @param {unknown} value */
+function readStrength(value) {
+  const number = typeof value === "number" ? value : Number.parseFloat(String(value));
+  return Number.isFinite(number) ? number : EXAMPLE_STRENGTH;
+}
+
+/**
+ * @param {Row[]} rows
+ * @returns {string} JSON, one row a line
+ */
+export function writeRows(rows) {
+  return rows.length ? `[\n${rows.map((row) => `  ${JSON.stringify(row)}`).join(",\n")}\n]` : "[]";
+}
+
+/**
+ * Which expert a file name speaks of. The official names carry `high-noise` or `low-noise`.
+ *
+ * @param {string} file
+ * @returns {"high" | "low" | null}
+ */
+export function expertOf(file) {
+  const name = file.toLowerCase();
+  const isHigh = /(^|[^a-z])high([^a-z]|$)/.test(name);
+  const isLow = /(^|[^a-z])low([^a-z]|$)/.test(name);
+  return isHigh === isLow ? null : isHigh ? "high" : "low";
+}
+
+/**
+ * A row for a newly chosen file: the example strength on the expert that the name speaks of, 0 on the other.
+ *
+ * @param {string} file
+ * @returns {Row}
+ */
+export function newRow(file) {
+  const expert = expertOf(file);
+  return { on: true, file, high: expert === "low" ? 0 : EXAMPLE_STRENGTH, low: expert === "high" ? 0 : EXAMPLE_STRENGTH };
+}
+
+/**
+ * The rows with one changed.
+ *
+ * @param {Row[]} rows
+ * @param {number} index
+ * @param {Partial<Row>} change a new file also brings its strengths when the row has none yet
+ * @returns {Row[]}
+ */
+export function changeRow(rows, index, change) {
+  return rows.map((row, i) => {
+    if (i !== index) return row;
+    if (change.file !== undefined && !row.file) return { ...row, ...newRow(change.file), on: row.on };
+    return { ...row, ...change };
+  });
+}
+
+/**
+ * The rows with one moved to another place.
+ *
+ * @param {Row[]} rows
+ * @param {number} from
+ * @param {number} to its place in the result
+ * @returns {Row[]}
+ */
+export function moveRow(rows, from, to) {
+  const rest = rows.filter((_, i) => i !== from);
+  rest.splice(Math.max(0, Math.min(rest.length, to)), 0, rows[from]);
+  return rest;
+}
+
+/**
+ * A strength inside the limits, without binary dust such as 0.15000000000000002.
+ *
+ * @param {number} value
+ * @returns {number}
+ */
+export function tidyStrength(value) {
+  if (!Number.isFinite(value)) return EXAMPLE_STRENGTH;
+  const limited = Math.max(-LIMIT, Math.min(LIMIT, value));
+  return Math.round(limited * 1000) / 1000 || 0;
+}
+
+/**
+ * Sum of the active strengths per expert. Above about 1 in all, reward LoRAs tend to burn the picture.
+ *
+ * @param {Row[]} rows
+ * @returns {{ high: number, low: number, active: number }}
+ */
+export function totals(rows) {
+  const active = rows.filter((row) => row.on && row.file);
+  const sum = (/** @type {"high" | "low"} */ side) => tidyStrength(active.reduce((total, row) => total + Math.abs(row[side]), 0));
+  return { high: sum("high"), low: sum("low"), active: active.length };
+}
+
+/**
+ * Files that contain every word of the query, best first.
+ *
+ * @param {string[]} files
+ * @param {string} query
+ * @returns {string[]}
+ */
+export function searchFiles(files, query) {
+  const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  return files.filter((file) => words.every((word) => file.toLowerCase().includes(word)));
+}
+
+/**
+ * Find each row's report of the last execution.
+ *
+ * @param {Row[]} rows
+ * @param {RowReport[]} reports in row order; rows that were off may be missing
+ * @returns {Array<RowReport | null>} one per row
+ */
+export function matchReports(rows, reports) {
+  const left = [...reports];
+  return rows.map((row) => {
+    if (!row.on) return null;
+    const at = left.findIndex((report) => report.file === row.file);
+    return at < 0 ? null : left.splice(at, 1)[0];
+  });
+}
+
+/**
+ * What to show for a row that was applied.
+ *
+ * @param {Row} row as it was when it ran
+ * @param {RowReport} report
+ * @returns {RowStatus}
+ */
+export function rowStatus(row, report) {
+  const sides = /** @type {const} */ ([["high", report.applied_high], ["low", report.applied_low]]).filter(([side]) => row[side] !== 0);
+  const warnings = report.warnings ?? [];
+  if (!sides.length) return { tone: "warn", text: "both strengths are 0", warnings };
+  const text = sides.map(([side, applied]) => `${side} ${applied} of ${report.total}`).join(" · ");
+  const isBad = sides.some(([, applied]) => applied === 0);
+  const isPart = sides.some(([, applied]) => applied < report.total) || warnings.length > 0;
+  return { tone: isBad ? "bad" : isPart ? "warn" : "good", text: `applied ${text}`, warnings };
+}
