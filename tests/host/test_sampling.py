@@ -44,7 +44,7 @@ def test_one_model_in_both_slots_is_the_host_sampler(models) -> None:
     nameless = models[0].clone()
     nameless.cached_patcher_init = None  # its file name says "high", which the low slot refuses
     samples, report = run(nameless, nameless)
-    assert "switch after step 4 of 6 at sigma" in report
+    assert "switch after step 3 of 6 at sigma" in report
     assert torch.allclose(samples["samples"], ksampler(models[0]), atol=2e-5)
 
 
