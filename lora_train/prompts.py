@@ -1,0 +1,169 @@
+"""Prompt sets: reading them from text and files, and drawing from them reproducibly. No torch.
+
+Files: `.txt` (one prompt a line), `.csv` (column `prompt`, `text` or `caption`, optionally `weight`), `.json` (a list of texts or of objects with
+these keys) and `.jsonl`. UTF-8 with or without byte-order mark, UTF-16 with one; any line ends. Empty lines are dropped, repeated prompts merged.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Prompt
+
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_FILE_BYTES = 64 * 1024 * 1024
+_TEXT_KEYS = ("prompt", "text", "caption")
+_BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+
+
+def parse_prompt_lines(text: str, source: str = "the prompt text") -> list[Prompt]:
+    """Prompts from text with one a line.
+
+    Raises:
+        ValueError: a line is too long, or nothing is left.
+    """
+    lines = _lines(text, source)
+    return _merged([Prompt(text=line.strip()) for line in lines if line.strip()], source)
+
+
+def read_prompt_file(path: str | Path) -> list[Prompt]:
+    """Prompts from a file; the ending of its name tells the format.
+
+    Raises:
+        ValueError: missing, too big, unreadable or empty file; a line of more than 10,000 characters (its number and length are named);
+            unknown ending; a CSV without a prompt column; a weight that is not a positive number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the prompt file {path} does not exist; check the path")
+    size_bytes = path.stat().st_size
+    ending = path.suffix.lower()
+    if ending not in (".txt", ".csv", ".json", ".jsonl"):
+        raise ValueError(f"the prompt file {path.name} ends in {ending or 'nothing'!r}; use .txt, .csv, .json or .jsonl")
+    if size_bytes > MAX_FILE_BYTES:
+        raise ValueError(f"the prompt file {path.name} has {size_bytes} bytes, the limit is {MAX_FILE_BYTES}; split it")
+    text = _decoded(path.read_bytes(), path.name)
+    if ending == ".csv":
+        return _merged(_from_csv(text, path.name), path.name)
+    if ending == ".json":
+        return _merged(_from_json(text, path.name), path.name)
+    if ending == ".jsonl":
+        entries = [(number, line) for number, line in enumerate(_lines(text, path.name), 1) if line.strip()]
+        return _merged([_entry(_loads(line, path.name, number), f"{path.name} line {number}") for number, line in entries], path.name)
+    return parse_prompt_lines(text, path.name)
+
+
+def _decoded(raw: bytes, source: str) -> str:
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not {encoding} text (byte {error.start}); save it as UTF-8") from error
+
+
+def _lines(text: str, source: str) -> list[str]:
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"line {number} of {source} has {len(line)} characters, the limit is {MAX_PROMPT_CHARACTERS}; shorten it or put one prompt a line")
+    return lines
+
+
+def _from_csv(text: str, source: str) -> list[Prompt]:
+    _lines(text, source)
+    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    columns = {str(name).strip().lower(): name for name in reader.fieldnames or []}
+    column = next((columns[key] for key in _TEXT_KEYS if key in columns), None)
+    if column is None:
+        raise ValueError(f"{source} has the columns {list(columns)}; one must be called {' or '.join(_TEXT_KEYS)}, in the first line")
+    weight = columns.get("weight")
+    rows = [(reader.line_num, row) for row in reader]
+    return [
+        _entry({"prompt": row[column], "weight": (row[weight] if weight else None) or 1}, f"{source} line {number}")
+        for number, row in rows
+        if (row[column] or "").strip()
+    ]
+
+
+def _loads(text: str, source: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        at = f" line {line}" if line else ""
+        raise ValueError(f"{source}{at} is not JSON ({error}); a list of texts is enough") from error
+
+
+def _from_json(text: str, source: str) -> list[Prompt]:
+    values = _loads(text.removeprefix("\ufeff"), source)
+    if isinstance(values, dict):
+        values = values.get("prompts")
+    if not isinstance(values, list):
+        raise ValueError(f"{source} must hold a list of prompts (or an object with a list called prompts)")
+    return [_entry(value, f"{source} entry {index}") for index, value in enumerate(values, 1)]
+
+
+def _entry(value: Any, where: str) -> Prompt:
+    if isinstance(value, dict):
+        text = next((value[key] for key in _TEXT_KEYS if key in value), None)
+        weight = value.get("weight", 1)
+    else:
+        text, weight = value, 1
+    if not isinstance(text, str):
+        raise ValueError(f"{where} holds no prompt; give a text or an object with one of the keys {', '.join(_TEXT_KEYS)}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{where} has {len(text)} characters, the limit is {MAX_PROMPT_CHARACTERS}; shorten it")
+    try:
+        number = float(weight)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} has the weight {weight!r}; give a positive number") from error
+    return Prompt(text=text.strip(), weight=number)
+
+
+def _merged(prompts: list[Prompt], source: str) -> list[Prompt]:
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        unique.setdefault(prompt.text, prompt)
+    if not unique:
+        raise ValueError(f"{source} holds no prompt; write at least one")
+    return list(unique.values())
+
+
+class PromptSampler:
+    """Draws prompts for every update as a function of (seed, position) alone, so a resumed run draws what it would have drawn.
+
+    Equal weights: every prompt once per pass, in an order of its own each pass. Other weights: independent weighted draws.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self._prompts = list(prompts)
+        self._seed = seed
+        self._is_uniform = len({prompt.weight for prompt in prompts}) == 1
+        self._pass: tuple[int, list[int]] = (-1, [])
+
+    def draw(self, start: int, count: int) -> list[str]:
+        """Prompts number `start` to `start + count` of the endless stream."""
+        return [self._prompts[self._index(position)].text for position in range(start, start + count)]
+
+    def _index(self, position: int) -> int:
+        if not self._is_uniform:
+            weights = [prompt.weight for prompt in self._prompts]
+            return random.Random(derived_seed(self._seed, "weighted", position)).choices(range(len(weights)), weights)[0]
+        number, offset = divmod(position, len(self._prompts))
+        if self._pass[0] != number:
+            order = list(range(len(self._prompts)))
+            random.Random(derived_seed(self._seed, "pass", number)).shuffle(order)
+            self._pass = (number, order)
+        return self._pass[1][offset]
+
+
+def derived_seed(seed: int, *parts: str | int) -> int:
+    """A seed in [0, 2^63) that depends on all arguments, equal on every machine."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
