@@ -40,7 +40,7 @@ class RewardModel(Protocol):
     Attributes:
         name: kind and, where it matters, version ("hpsv2.1").
         range_note: what values mean, in words; the direction is always "higher is better".
-        mixes_prompts: True when the score of one video depends on the prompts of the others in the same call.
+        mixes_prompts: True when the score of one video depends on the prompts of the others in the same call; taken as False where absent.
     """
 
     name: str
@@ -98,7 +98,7 @@ def _chunks(model: RewardModel, videos: int, frames: int, frames_per_chunk: int)
     """
     if frames_per_chunk < 1:
         raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1.")
-    rows = videos if model.mixes_prompts else max(1, min(videos, frames_per_chunk // frames))
+    rows = videos if getattr(model, "mixes_prompts", False) else max(1, min(videos, frames_per_chunk // frames))
     columns = min(frames, max(1, frames_per_chunk // rows))
     for row in range(0, videos, rows):
         for column in range(0, frames, columns):

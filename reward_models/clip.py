@@ -11,6 +11,7 @@ Shape letters: B pictures or prompts, P prompt positions (77), T image tokens (1
 from __future__ import annotations
 
 import functools
+import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -20,7 +21,7 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 # Sizes of laion2B ViT-H/14, on which HPSv2, HPSv2.1, MPS and PickScore stand.
 # Source: open_clip 3.3.0, model_configs/ViT-H-14.json (MIT).
@@ -29,6 +30,8 @@ VIT_H_14: Mapping[str, Any] = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
+
+_LOG = logging.getLogger("reward_lab")
 
 START_ID = 49406
 END_ID = 49407
@@ -42,7 +45,7 @@ class WideLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        wide = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+        wide = functional.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
         return wide.to(x.dtype)
 
 
@@ -121,6 +124,25 @@ def cast_towers(module: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in child.named_buffers(recurse=False):
             if buffer.is_floating_point() and buffer.dtype != wide:
                 setattr(child, name, buffer.to(wide))
+
+
+def config_from_shapes(state: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
+    """The config of ViT-H/14 when open_clip-named weights have exactly its sizes, else None: numbers of heads cannot be read off weights."""
+    vision, text = VIT_H_14["vision_cfg"], VIT_H_14["text_cfg"]
+    shapes = {
+        "visual.conv1.weight": (vision["width"], 3, vision["patch_size"], vision["patch_size"]),
+        "visual.positional_embedding": ((vision["image_size"] // vision["patch_size"]) ** 2 + 1, vision["width"]),
+        "visual.proj": (vision["width"], VIT_H_14["embed_dim"]),
+        "token_embedding.weight": (text["vocab_size"], text["width"]),
+        "text_projection": (text["width"], VIT_H_14["embed_dim"]),
+    }
+    if any(key not in state or tuple(state[key].shape) != shape for key, shape in shapes.items()):
+        return None
+    for prefix, layers in (("transformer", text["layers"]), ("visual.transformer", vision["layers"])):
+        indices = {int(key.split(".resblocks.")[1].split(".")[0]) for key in state if key.startswith(f"{prefix}.resblocks.")}
+        if indices != set(range(layers)):
+            return None
+    return VIT_H_14
 
 
 def tower_dtype(model: CLIP) -> torch.dtype:
@@ -224,6 +246,12 @@ def tokenize(prompts: Sequence[str], *, is_plain: bool = False, pad_id: int = 0)
     return ids_BP
 
 
-def token_count(prompt: str, *, is_plain: bool = False) -> int:
-    """Number of ids that `prompt` needs with start and end; more than 77 means that its end is cut."""
-    return len(_tokenizer(is_plain).encode(prompt)) + 2
+def warn_if_cut(prompts: Sequence[str], *, is_plain: bool = False) -> None:
+    """Log a warning for every prompt that does not fit 77 ids, with the words where it is cut."""
+    tokenizer = _tokenizer(is_plain)
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        room = CONTEXT_LENGTH - 2
+        if len(ids) > room:
+            before, after = tokenizer.decode(ids[:room])[-40:], tokenizer.decode(ids[room:])[:40]
+            _LOG.warning("Prompt needs %d tokens, %d fit: it is cut after '...%s', before '%s...'.", len(ids), room, before.strip(), after.strip())

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from open_clip.model import CLIP
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from . import clip
 from .base import RewardOutput, check_frames
-from .text_cache import TextCache
 from .preprocess import RESIZES, prepare
+from .text_cache import TextCache
 
 DEFAULT_RESIZE = "letterbox"
 
@@ -78,7 +78,7 @@ class HPSv2Reward:
     def picture_vectors(self, pixels_MCHW: Tensor) -> Tensor:
         """Unit picture vectors [M, D], at least float32, of pictures in [0,1]."""
         features = self.network.encode_image(self.prepare(pixels_MCHW).to(clip.tower_dtype(self.network)))
-        return F.normalize(_wide(features), dim=-1)
+        return functional.normalize(_wide(features), dim=-1)
 
     def text_vectors(self, prompts: Sequence[str]) -> Tensor:
         """Unit prompt vectors [B, D], at least float32, cached by prompt; without gradient."""
@@ -96,8 +96,9 @@ class HPSv2Reward:
         return RewardOutput(per_frame=cosine_BF, per_video=cosine_BF.mean(dim=1), parts={f"hps_{self.resize}": cosine_BF})
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        clip.warn_if_cut(prompts)
         ids_BP = clip.tokenize(prompts).to(self.device)
-        return F.normalize(_wide(self.network.encode_text(ids_BP)), dim=-1)
+        return functional.normalize(_wide(self.network.encode_text(ids_BP)), dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from . import clip
 from .base import RewardOutput, check_frames
@@ -76,7 +76,7 @@ class MPS(nn.Module):
         """
         picture_BD = self.cross_model(image_BTD, text_BPD, keep_BP)[:, 0]
         text_BD = text_BPD[torch.arange(len(text_BPD), device=text_BPD.device), end_B]
-        return (F.normalize(_wide(text_BD), dim=-1) * F.normalize(_wide(picture_BD), dim=-1)).sum(dim=-1)
+        return (functional.normalize(_wide(text_BD), dim=-1) * functional.normalize(_wide(picture_BD), dim=-1)).sum(dim=-1)
 
     def image_text_score(
         self, pixels_BCHW: Tensor, token_ids_BP: Tensor, condition_ids_P: Tensor, *, threshold: float = 0.01, normalise: str = "sample"
@@ -225,7 +225,8 @@ class MPSReward:
             if scale == "raw"
             else "cosine, higher is better; ordinary pictures lie around 0.09"
         )
-        self._states = TextCache(lambda prompts: self.network.text_states(tokenize(prompts).to(self.device)))
+        self._states = TextCache(self._encode_prompts)
+        self._ends = TextCache(lambda prompts: end_positions(tokenize(prompts)).to(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +240,7 @@ class MPSReward:
                 clip.cast_towers(self.network, dtype)
             self.network.to(device)
         self._states.clear()
+        self._ends.clear()
         return self
 
     def prepare(self, pixels_MCHW: Tensor) -> Tensor:
@@ -256,7 +258,7 @@ class MPSReward:
         """As `score`, for frames that are already resized and normalised."""
         videos, frames = pixels_BFCHW.shape[:2]
         image_MTD = self.network.image_tokens(pixels_BFCHW.flatten(0, 1).to(clip.tower_dtype(self.network.clip)))
-        text_BPD, keep_BP, end_B = self._states(prompts), self.masks(prompts), end_positions(tokenize(prompts)).to(self.device)
+        text_BPD, keep_BP, end_B = self._states(prompts), self.masks(prompts), self._ends(prompts)
         text_MPD, keep_MP, end_M = (x.repeat_interleave(frames, dim=0) for x in (text_BPD, keep_BP, end_B))
         cosine_BF = self.network.cosine(image_MTD, text_MPD, end_M, keep_MP).unflatten(0, (videos, frames))
         raw_BF = cosine_BF * _wide(self.network.clip.logit_scale).exp()
@@ -271,6 +273,10 @@ class MPSReward:
         """
         check_frames(frames_BFCHW, prompts)
         return self.score_prepared(self.prepare(frames_BFCHW.flatten(0, 1)).unflatten(0, frames_BFCHW.shape[:2]), prompts)
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        clip.warn_if_cut(prompts, is_plain=True)
+        return self.network.text_states(tokenize(prompts).to(self.device))
 
 
 def _wide(x: Tensor) -> Tensor:

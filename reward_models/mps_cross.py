@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 _ROTARY_BASE = 10000.0
 
@@ -37,7 +37,7 @@ def _attend(q_BNTK: Tensor, k_BTK: Tensor, v_BTK: Tensor, keep_BP: Tensor | None
     """Attention of N query heads over one shared key and value head; returns [B, T, N*K]."""
     heads = q_BNTK.shape[1]
     mask = None if keep_BP is None else keep_BP[:, None, None, :]
-    out = F.scaled_dot_product_attention(
+    out = functional.scaled_dot_product_attention(
         q_BNTK, k_BTK[:, None].expand(-1, heads, -1, -1), v_BTK[:, None].expand(-1, heads, -1, -1), attn_mask=mask
     )
     return out.transpose(1, 2).flatten(2)
@@ -58,7 +58,7 @@ class _Norm(nn.Module):
         self.register_buffer("bias", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, 1e-5).to(x.dtype)
+        return functional.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, 1e-5).to(x.dtype)
 
 
 class _SwiGLU(nn.Module):
@@ -66,7 +66,7 @@ class _SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
-        return value * F.silu(gate)
+        return value * functional.silu(gate)
 
 
 class _CrossAttention(nn.Module):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from . import layouts
 from .weights import load_into, read_weights
@@ -57,7 +57,7 @@ class QueryAttention(nn.Module):
         heads, dim = attention.num_heads, features_BLD.shape[-1]
         w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
         b_q, _, b_v = attention.in_proj_bias.chunk(3)
-        query_NK = F.linear(self.queries[0], w_q, b_q).view(heads, -1) * (dim // heads) ** -0.5
+        query_NK = functional.linear(self.queries[0], w_q, b_q).view(heads, -1) * (dim // heads) ** -0.5
         key_ND = torch.einsum("nk,nkd->nd", query_NK, w_k.view(heads, -1, dim))
         weights_BNL = (features_BLD @ key_ND.t()).transpose(1, 2).softmax(dim=-1)
         pooled_BNK = torch.einsum("bnd,nkd->bnk", weights_BNL @ features_BLD, w_v.view(heads, -1, dim)) + b_v.view(heads, -1)
@@ -78,7 +78,7 @@ class ScoreHead(nn.Module):
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
         """Logit [B]."""
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(pooled_BD)))))[:, 0]
+        return self.fc3(functional.relu(self.fc2(functional.relu(self.fc1(pooled_BD)))))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,8 @@ class Inert:
 
 
 def _rebuild_tensor(*args: Any) -> Tensor:
-    return torch._utils._rebuild_tensor_v2(*args[:5], collections.OrderedDict())
+    # Storage, offset, size, stride; what follows (requires_grad, hooks) is not data.
+    return torch._utils._rebuild_tensor_v2(*args[:4], False, collections.OrderedDict())
 
 
 def _rebuild_parameter(data: Tensor, *_: object) -> Tensor:

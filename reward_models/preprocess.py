@@ -16,7 +16,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 # Source: OpenAI CLIP preprocessing, the same in open_clip/constants.py and tgxs002/HPSv2@866735e.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -65,14 +65,14 @@ def resize_float(pixels_BCHW: Tensor, height_px: int, width_px: int, *, use_anti
     """Bicubic resize without clamp, as torchvision resizes float tensors; identity when the size is right already."""
     if pixels_BCHW.shape[-2:] == (height_px, width_px):
         return pixels_BCHW
-    return F.interpolate(pixels_BCHW, size=(height_px, width_px), mode="bicubic", align_corners=False, antialias=use_antialias)
+    return functional.interpolate(pixels_BCHW, size=(height_px, width_px), mode="bicubic", align_corners=False, antialias=use_antialias)
 
 
 def letterbox(pixels_BCHW: Tensor, size_px: int, *, use_antialias: bool = True) -> Tensor:
     """HPSv2's letterbox: resize, then zero bars before normalisation (so bars are not grey but black)."""
     new_height, new_width, left, top = letterbox_size(pixels_BCHW.shape[-2], pixels_BCHW.shape[-1], size_px)
     resized = resize_float(pixels_BCHW, new_height, new_width, use_antialias=use_antialias)
-    return F.pad(resized, (left, size_px - new_width - left, top, size_px - new_height - top))
+    return functional.pad(resized, (left, size_px - new_width - left, top, size_px - new_height - top))
 
 
 def crop(pixels_BCHW: Tensor, size_px: int, *, use_antialias: bool = True) -> Tensor:

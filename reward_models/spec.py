@@ -1,0 +1,66 @@
+"""What a REWARD_MODEL socket, a training config and a command line carry: which reward model, which file, which options. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import RewardModel
+
+OPTIONS = ("config", "resize", "antialias", "condition", "threshold", "normalise", "scale")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModelSpec:
+    """A reward model by name.
+
+    Attributes:
+        kind: one of `loader.KINDS`.
+        path: weight file.
+        options: keyword arguments of `loader.load_reward_model`, of the names in `OPTIONS`; JSON values only.
+    """
+
+    kind: str
+    path: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.kind or not self.path:
+            raise ValueError(f"A reward model needs a kind and a file, got kind {self.kind!r} and file {self.path!r}.")
+        unknown = sorted(set(self.options) - set(OPTIONS))
+        if unknown:
+            raise ValueError(f"Reward model options {', '.join(unknown)} are unknown; allowed are {', '.join(OPTIONS)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` takes it back."""
+        return {"kind": self.kind, "path": str(self.path), "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RewardModelSpec:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: an entry is missing or unknown.
+        """
+        unknown = sorted(set(data) - {"kind", "path", "options"})
+        missing = [name for name in ("kind", "path") if name not in data]
+        if unknown or missing:
+            raise ValueError(f"Reward model entry: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; it takes kind, path, options.")
+        return cls(kind=data["kind"], path=str(data["path"]), options=dict(data.get("options") or {}))
+
+    def load(self, device: Any = "cpu", dtype: Any = None) -> RewardModel:
+        """Load the model.
+
+        Args:
+            device: torch device.
+            dtype: torch dtype of the matrices; None is float32.
+
+        Raises:
+            ValueError: see `loader.load_reward_model`.
+        """
+        from . import loader
+
+        extra = {} if dtype is None else {"dtype": dtype}
+        return loader.load_reward_model(self.kind, self.path, device=device, **extra, **self.options)
