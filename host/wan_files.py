@@ -1,2 +1,130 @@
+"""Finds, checks and loads the files of a Wan2.2 model: two experts, text encoder, VAE.
+
+Every file's header is checked before the first one is loaded, so that a truncated file costs seconds, not minutes.
+"""
+
 from __future__ import annotations
-WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e5m2")
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from . import paths
+from .experts import ExpertGuess, guess_expert
+from .lora_patch import EXPERT_ATTACHMENT
+from .text import load_text_encoder
+from .weight_files import WeightHeader, read_header
+
+logger = logging.getLogger("reward_lab")
+
+WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FOLDERS = {"high": "diffusion_models", "low": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+# A key that only files of that kind have; told apart by suffix, since full checkpoints put prefixes before it.
+MARKS = {
+    "high": ("head.head.weight", "a Wan diffusion model"),
+    "low": ("head.head.weight", "a Wan diffusion model"),
+    "text_encoder": ("shared.weight", "a umT5 text encoder"),
+    "vae": ("decoder.head.0.gamma", "a Wan VAE"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedWan:
+    """The host's objects for one Wan2.2 model."""
+
+    model_high: Any
+    model_low: Any
+    clip: Any
+    vae: Any
+
+
+def resolve(high: str, low: str, text_encoder: str, vae: str, weight_dtype: str = "default") -> dict[str, str]:
+    """Find the four files and check them without loading.
+
+    Args:
+        high: Name in models/diffusion_models.
+        low: Name in models/diffusion_models.
+        text_encoder: Name in models/text_encoders.
+        vae: Name in models/vae.
+        weight_dtype: One of WEIGHT_DTYPES.
+
+    Returns:
+        WAN_FILES: absolute paths under `high`, `low`, `text_encoder`, `vae`, and `weight_dtype`.
+
+    Raises:
+        ValueError: A file is missing, truncated, of another kind, or an expert sits in the other's slot.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype is {weight_dtype!r}; it must be one of {', '.join(WEIGHT_DTYPES)}.")
+    found = {role: paths.model_path(FOLDERS[role], name) for role, name in (("high", high), ("low", low), ("text_encoder", text_encoder), ("vae", vae))}
+    headers = {role: _checked_header(role, path) for role, path in found.items()}
+    _check_slots({expert: guess_expert(found[expert].name, headers[expert].metadata) for expert in ("high", "low")}, found)
+    _check_same_size(headers, found)
+    return {**{role: str(path) for role, path in found.items()}, "weight_dtype": weight_dtype}
+
+
+def load(files: dict[str, str]) -> LoadedWan:
+    """Load the files that `resolve` found, through the host's own loaders.
+
+    Args:
+        files: WAN_FILES.
+
+    Returns:
+        The host's objects. Both experts carry their role, so that later nodes notice when they are swapped.
+    """
+    dtype = WEIGHT_DTYPES[files["weight_dtype"]]
+    model_options = {} if dtype is None else {"dtype": dtype}
+    models = {}
+    for expert in ("high", "low"):
+        models[expert] = comfy.sd.load_diffusion_model(files[expert], model_options=dict(model_options))
+        models[expert].set_attachments(EXPERT_ATTACHMENT, expert)
+    clip = load_text_encoder(files["text_encoder"], embedding_directory=folder_paths.get_folder_paths("embeddings"))
+    tensors, metadata = comfy.utils.load_torch_file(files["vae"], return_metadata=True)
+    vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    return LoadedWan(model_high=models["high"], model_low=models["low"], clip=clip, vae=vae)
+
+
+def _checked_header(role: str, path: Path) -> WeightHeader:
+    """Read a file's header and check that it is of the right kind. Files of other formats are left to the host."""
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        logger.warning("%s is not a safetensors file; it is not checked before loading", path.name)
+        return WeightHeader(shapes={}, metadata={})
+    header = read_header(path)
+    mark, kind = MARKS[role]
+    if not any(key.endswith(mark) for key in header.shapes):
+        other = next((words for name, words in MARKS.values() if any(key.endswith(name) for key in header.shapes)), "something else")
+        raise ValueError(f"{path.name} is not {kind} but {other}. Choose another file for {role.replace('_', ' ')}.")
+    return header
+
+
+def _check_slots(guesses: dict[str, ExpertGuess], found: dict[str, Path]) -> None:
+    """Refuse experts in the wrong slot: when metadata says so, or when both names do; warn when one name does."""
+    wrong = [slot for slot, guess in guesses.items() if guess.expert not in (None, slot)]
+    for slot in wrong:
+        message = f"{found[slot].name} is the {guesses[slot].expert}-noise expert by its {guesses[slot].source}, but it was chosen for {slot} noise"
+        if len(wrong) == 2:
+            raise ValueError(f"The experts are swapped: {message}. Exchange the two files.")
+        if guesses[slot].source == "metadata":
+            raise ValueError(f"{message}. Choose the {slot}-noise expert.")
+        logger.warning("%s", message)
+    if found["high"] == found["low"]:
+        logger.warning("both experts are the same file, %s", found["high"].name)
+
+
+def _check_same_size(headers: dict[str, WeightHeader], found: dict[str, Path]) -> None:
+    """Refuse experts of different widths, such as a 14B and a 5B file."""
+    widths = {}
+    for expert in ("high", "low"):
+        shapes = [shape for key, shape in headers[expert].shapes.items() if key.endswith("patch_embedding.weight")]
+        widths[expert] = shapes[0][0] if shapes else None
+    if None not in widths.values() and widths["high"] != widths["low"]:
+        raise ValueError(
+            f"The experts differ in width: {found['high'].name} has {widths['high']}, {found['low'].name} has {widths['low']}. Choose two files of the same model."
+        )
