@@ -81,6 +81,12 @@ def states(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def latest_step(folder: Path) -> int:
+    """Step of the newest state, 0 when there is none."""
+    found = states(folder)
+    return int(_STATE.fullmatch(found[-1].name)[1]) if found else 0
+
+
 def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) -> Progress:
     """Put back the newest state; a run without one starts at step 0.
 

@@ -189,6 +189,7 @@ def test_nan_stops_with_step_sigma_and_last_rewards_and_keeps_the_checkpoint(toy
         calls.append(1)
         output = plain(frames, prompts)
         if len(calls) == 4:
+            output.per_frame = output.per_frame * float("nan")
             output.per_video = output.per_video * float("nan")
         return output
 

@@ -1,0 +1,66 @@
+"""Checks everything that can be checked about a run before work starts: files, experts, widths, disk. Reads headers only; no torch, no ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..lora_train.config import TrainConfig
+from ..lora_train.plan import check_disk
+from ..lora_train.safetensors_file import Header, read_header
+from .experts import guess_expert
+
+_TEXT_KEY = "text_embedding.0.weight"
+_ROLES = {"high": "high-noise expert", "low": "low-noise expert", "text_encoder": "text encoder", "vae": "VAE"}
+
+
+def check(config: TrainConfig, folder: Path) -> None:
+    """Check a run's files.
+
+    Args:
+        folder: where checkpoints will be written.
+
+    Raises:
+        ValueError: a missing or truncated file; an expert in the wrong slot; experts or text encoder of widths that do not fit; not
+            enough disk.
+    """
+    headers = {name: _header(getattr(config.models, name), role) for name, role in _ROLES.items()}
+    _header(config.reward.path, "reward model")
+    for slot in ("high", "low"):
+        _check_slot(slot, getattr(config.models, slot), headers[slot])
+    _check_widths(config, headers)
+    check_disk(config, folder)
+
+
+def _header(path: str, role: str) -> Header | None:
+    if path.endswith(".safetensors"):
+        return read_header(path, role)
+    if not Path(path).is_file():
+        raise ValueError(f"the {role} {path} does not exist; check the path or download the file")
+    return None
+
+
+def _check_slot(slot: str, path: str, header: Header | None) -> None:
+    if header is None:
+        raise ValueError(f"the {_ROLES[slot]} {path} is not a .safetensors file; training needs that format")
+    guess = guess_expert(path, header.metadata)
+    if guess.expert not in (None, slot):
+        raise ValueError(
+            f"{Path(path).name} is given as the {slot}-noise expert, but its {guess.source} says that it is the {guess.expert}-noise one; swap the two files"
+        )
+
+
+def _check_widths(config: TrainConfig, headers: dict[str, Header | None]) -> None:
+    widths = {slot: _text_width(headers[slot]) for slot in ("high", "low")}
+    for slot, width in widths.items():
+        if width is None:
+            raise ValueError(f"{Path(getattr(config.models, slot)).name} has no {_TEXT_KEY}: it is not a Wan transformer; pick a Wan2.2 expert")
+    encoder = headers["text_encoder"]
+    encoder_width = encoder.shapes.get("shared.weight", (0, 0))[-1] if encoder else None
+    if widths["high"] != widths["low"]:
+        raise ValueError(f"the high-noise expert reads text of width {widths['high']}, the low-noise one {widths['low']}; they belong to different models")
+    if encoder_width is not None and encoder_width != widths["high"]:
+        raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {widths['high']}; pick the text encoder of these models")
+
+
+def _text_width(header: Header) -> int | None:
+    return next((shape[-1] for key, shape in header.shapes.items() if key.endswith(_TEXT_KEY)), None)

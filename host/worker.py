@@ -1,0 +1,244 @@
+"""The training process: `python host/worker.py RUN_FOLDER --comfyui PATH [--resume] [--nice N]`.
+
+Reads `config.json`, loads the models through the host, trains, and writes events to `metrics.jsonl`. A `stop` file or SIGTERM / SIGINT ends the run in
+order. Exit status: 0 finished or stopped, 2 failed (the reason stands in the last event).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+logger = logging.getLogger("reward_lab")
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the process; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="worker.py", description="Trains the run in RUN_FOLDER.")
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's root folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--nice", type=int, default=0, help="lower this process's priority")
+    options = parser.parse_args(argv)
+    _register_pack(options.comfyui.resolve())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    if options.nice and hasattr(os, "nice"):
+        os.nice(options.nice)
+
+    # Under this name the pack's relative imports work whatever its folder is called.
+    from reward_lab.host.worker import run
+
+    return run(options.run_folder.resolve(), resume=options.resume)
+
+
+def _register_pack(comfyui: Path) -> None:
+    # A script's own folder stands first on the path; its modules would hide others of their names.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    sys.path.insert(0, str(comfyui))
+    spec = importlib.util.spec_from_file_location("reward_lab_alias", ROOT / "labtools" / "alias.py")
+    alias = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alias)
+    alias.register(ROOT)
+
+
+def run(folder: Path, *, resume: bool = False) -> int:
+    """Train the run in `folder`; reports failures as an event and returns the exit status."""
+    from ..lora_train import events
+    from ..runs import lock
+    from ..runs.store import append_event, log_tail
+
+    stop = _StopSignal(folder)
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock.hold(folder))
+        except lock.RunInUseError as error:
+            # Not an event: metrics.jsonl belongs to the run that owns the folder.
+            logger.error("%s", error)
+            return 2
+        try:
+            _train(folder, stop, resume)
+        except Exception as error:  # the process ends here; whatever it was must reach the page
+            logger.exception("the run failed")
+            append_event(folder, events.Failed(time=time.time(), error=_message(error), log_tail=log_tail(folder)))
+            return 2
+    return 0
+
+
+def _message(error: Exception) -> str:
+    plain = isinstance(error, ValueError) or type(error).__name__ == "NonFiniteError"
+    return str(error) if plain else f"{type(error).__name__}: {error}"
+
+
+class _StopSignal:
+    """True once the stop file exists or the process was asked to end."""
+
+    def __init__(self, folder: Path) -> None:
+        from ..runs.store import STOP
+
+        self._file = folder / STOP
+        self._is_asked = False
+        for name in ("SIGTERM", "SIGINT"):
+            signal.signal(getattr(signal, name), self._ask)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        logger.info("signal %d: stopping after this step", number)
+        self._is_asked = True
+        # A second signal ends the process at once.
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self._is_asked or self._file.exists()
+
+
+def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
+    from ..lora_train.config import TrainConfig
+    from ..runs.store import CONFIG, METRICS
+    from . import preflight
+
+    try:
+        config = TrainConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read ({error}); write the settings of the run there") from error
+    if (folder / METRICS).exists() and not resume:
+        raise_if_used(folder)
+    preflight.check(config, folder)
+
+    import comfy.cli_args
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    comfy.cli_args.args.cpu = not has_gpu
+    device = torch.device("cuda" if has_gpu else "cpu")
+    if config.dtype == "auto":
+        dtype = torch.bfloat16 if has_gpu else torch.float32
+    else:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    logger.info("run %s: training %s on %s in %s", folder.name, " and ".join(config.trained_experts), device, dtype)
+    if resume:
+        _forget_after_checkpoint(folder)
+    _train_with_models(config, folder, stop, resume, device, dtype)
+
+
+def raise_if_used(folder: Path) -> None:
+    """Refuse to start over in a folder that already holds a run.
+
+    Raises:
+        ValueError: it does.
+    """
+    raise ValueError(f"the run folder {folder} already holds a run; resume it (--resume) or start a new one")
+
+
+def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
+    from ..lora_train.evaluation import all_prompts
+    from ..lora_train.objectives.reward_backprop import Parts, train
+    from ..lora_train.rollout import ContextCache, Experts
+    from ..reward_models.spec import RewardModelSpec
+    from ..runs import lease
+    from ..runs.store import append_event
+    from .samples import SampleFiles
+    from .text import PromptEncoder, load_text_encoder
+    from .training_mode import training_mode
+    from .vae import load_decoder
+    from .wan import load_backbone
+
+    prompts = all_prompts(config)
+    encoder = PromptEncoder(load_text_encoder(config.models.text_encoder))
+    contexts = dict(zip(prompts, encoder.encode(prompts), strict=True))
+    (negative,) = encoder.encode([config.sampling.negative_prompt])
+    del encoder
+    _free_memory()
+    logger.info("encoded %d prompts", len(prompts))
+
+    backbones = {
+        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
+    }
+    decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
+    spec = RewardModelSpec(kind=config.reward.kind, path=config.reward.path, options=config.reward.options)
+    reward = spec.load(device)
+    logger.info("loaded both experts, the VAE and the reward model %s", config.reward.kind)
+
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
+        stack.enter_context(training_mode())
+        if config.gradient_checkpointing:
+            for expert in config.trained_experts:
+                stack.enter_context(backbones[expert].gradient_checkpointing())
+
+        def pause() -> None:
+            if device.type != "cpu":
+                lease.wait_until_free(folder.parent, stop)
+
+        def sink(event) -> None:
+            append_event(folder, event)
+            _log(event)
+
+        parts = Parts(
+            experts=Experts(backbones=backbones, sampling=config.sampling),
+            decoder=decoder,
+            reward=reward,
+            contexts=ContextCache(contexts, negative, device),
+            sink=sink,
+            stop_requested=stop,
+            writer=SampleFiles(folder, config.frame_rate),
+            pause=pause,
+            base_sha256=lambda expert: _result(hashes, expert),
+            device=device,
+        )
+        train(config, parts, folder, resume=resume)
+
+
+def _log(event) -> None:
+    if event.name == "step":
+        held_out = f"  held-out {event.held_out:.4f}" if event.held_out is not None else ""
+        numbers = f"reward {event.reward:.4f}  loss {event.loss:.4f}  grad {event.grad_norm:.3g}  sigma {event.sigma:.3f}  {event.seconds:.2f} s"
+        logger.info("step %d/%d  %s  %s%s", event.step, event.steps, event.expert, numbers, held_out)
+    elif event.name in ("finished", "checkpoint"):
+        logger.info("%s at step %d: %s", event.name, event.step, ", ".join(event.files))
+
+
+def _result(hashes: dict[str, Future], expert: str) -> str:
+    return hashes[expert].result()
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _free_memory() -> None:
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def _forget_after_checkpoint(folder: Path) -> None:
+    """Cut from `metrics.jsonl` what the resumed run will report again, so that the file reads as that of an uninterrupted run."""
+    from ..lora_train.checkpoint import latest_step
+    from ..runs.store import METRICS, read_events
+
+    (folder / "stop").unlink(missing_ok=True)
+    step = latest_step(folder)
+    kept = [event for event in read_events(folder) if event["event"] not in ("finished", "failed") and 0 < event.get("step", step + 1) <= step]
+    partial = folder / f"{METRICS}.partial"
+    partial.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in kept), encoding="utf-8")
+    partial.replace(folder / METRICS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""What a run will need, read from file headers alone: no weights are loaded and no torch is imported.
+
+Counted here: parameters and bytes of the models, size of the LoRA and of a checkpoint, transformer passes per update. Not yet: peaks of GPU and host
+memory, and seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .flow import steps_of_expert
+from .lora.targets import select_targets
+from .safetensors_file import Header, read_header
+
+_SAVED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# fp32 master and AdamW's two moments
+_STATE_BYTES = 12
+
+
+def linear_shapes(header: Header) -> dict[str, tuple[int, int]]:
+    """(out, in) features of every Linear of a transformer file, by path, in the order of the file."""
+    shapes = {}
+    for key, shape in header.shapes.items():
+        if key.endswith(".weight") and len(shape) == 2:
+            path = key.removesuffix(".weight")
+            for prefix in _PREFIXES:
+                path = path.removeprefix(prefix)
+            shapes[path] = (shape[0], shape[1])
+    return shapes
+
+
+def lora_parameters(header: Header, config: TrainConfig) -> tuple[int, int]:
+    """Number of adapted Linears and of LoRA parameters for one expert."""
+    shapes = linear_shapes(header)
+    chosen = select_targets(shapes, config.lora.targets, config.lora.skip)
+    return len(chosen), sum(config.lora.rank * sum(shapes[path]) for path in chosen)
+
+
+def passes_per_update(config: TrainConfig, expert: str) -> dict[str, float]:
+    """Transformer passes of one update and one video: rollout, gradient (a backward is two passes), reference; and their sum.
+
+    For strategies that draw their steps: the mean.
+    """
+    own = steps_of_expert(config.sampling.sigmas(), config.sampling.boundary, expert)
+    objective = config.objective
+    selected = len([step for step in objective.step_list if step in own]) or (1 if objective.strategy == "last" else objective.grad_steps)
+    branches = 1 if config.sampling.guidance == 1.0 else 2
+    last = {"random": own[0] + (len(own) + 1) * selected / (selected + 1) - 1, "list": max([step for step in objective.step_list if step in own], default=0)}
+    end = config.sampling.steps - 1 if objective.mode == "chain" else last.get(objective.strategy, own[-1])
+    factor = branches * config.optimiser.accumulate
+    passes = {
+        "rollout": factor * (end + 1 - selected),
+        "gradient": factor * 3.0 * selected,
+        "reference": factor * float(selected if objective.kl_weight else 0),
+    }
+    return {**passes, "total": sum(passes.values())}
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """The plan as JSON values.
+
+    Raises:
+        ValueError: a model file is missing, truncated or not safetensors.
+    """
+    experts, lora_bytes, state_bytes = {}, 0, 0
+    for expert in ("high", "low"):
+        header = read_header(getattr(config.models, expert), f"{expert}-noise expert")
+        is_trained = expert in config.trained_experts
+        modules, parameters = lora_parameters(header, config) if is_trained else (0, 0)
+        lora_bytes += parameters * _SAVED_BYTES[config.save_dtype]
+        state_bytes += parameters * (_STATE_BYTES + (4 if config.optimiser.ema_decay else 0))
+        experts[expert] = {
+            "parameters": sum(_count(shape) for shape in header.shapes.values()),
+            "file_bytes": sum(header.bytes_of.values()),
+            "is_trained": is_trained,
+            "lora_modules": modules,
+            "lora_parameters": parameters,
+            "passes_per_update_and_video": passes_per_update(config, expert) if is_trained else None,
+        }
+    _, _, frames, height, width = config.video.latent_shape(1)
+    copies = 2 if config.output_folder else 1
+    return {
+        "experts": experts,
+        "tokens_per_video": frames * (height // 2) * (width // 2),
+        "lora_file_bytes": lora_bytes,
+        "trained_state_bytes": state_bytes,
+        "disk_bytes": (config.keep_checkpoints + 1) * (state_bytes + lora_bytes) + copies * lora_bytes,
+        "steps": config.steps,
+        "videos": config.steps * config.batch * config.optimiser.accumulate,
+    }
+
+
+def check_disk(config: TrainConfig, folder: Path) -> None:
+    """Refuse a run whose checkpoints do not fit on the disk of `folder`.
+
+    Raises:
+        ValueError: not enough free space; says how much is needed and what to change.
+    """
+    wanted_bytes = plan(config)["disk_bytes"]
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < wanted_bytes:
+        raise ValueError(
+            f"checkpoints of this run need {wanted_bytes / 1e9:.2f} GB, but {existing} has {free_bytes / 1e9:.2f} GB free; make room, "
+            "or lower keep_checkpoints or lora.rank"
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan of a config file as JSON; `lab.py plan CONFIG` calls this."""
+    if not argv:
+        print("usage: lab.py plan CONFIG.json", file=sys.stderr)
+        return 2
+    try:
+        values = json.loads(Path(argv[0]).read_text(encoding="utf-8-sig"))
+        print(json.dumps(plan(TrainConfig.from_dict(values)), indent=2))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

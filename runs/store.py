@@ -1,0 +1,197 @@
+"""Run folders: making, listing and reading them. Everything is derived from the files, so it survives restarts of the server.
+
+    <root>/<id>/config.json    settings, as the worker reads them
+                metrics.jsonl  events, one a line (see lora_train/events.py)
+                log.txt        what the worker printed
+                worker.lock    see lock.py
+                stop           exists when somebody asked the run to stop
+                checkpoints/ samples/ *.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..lora_train import events
+from ..lora_train.config import TrainConfig
+from . import lock
+
+CONFIG, METRICS, LOG, STOP = "config.json", "metrics.jsonl", "log.txt", "stop"
+STATES = ("created", "running", "stopping", "finished", "stopped", "failed")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
+_LOG_TAIL_BYTES = 64 * 1024
+_STARTING_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values."""
+
+    id: str
+    name: str
+    state: str
+    step: int = 0
+    steps: int = 0
+    reward: float | None = None
+    held_out: float | None = None
+    held_out_base: float | None = None
+    reward_kind: str = ""
+    expert: str = ""
+    files: list[str] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
+    checkpoint_step: int = 0
+    error: str = ""
+    log_tail: list[str] = field(default_factory=list)
+    pid: int | None = None
+    created: float = 0.0
+    seconds_per_step: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+class RunStore:
+    """The runs under one root folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def create(self, config: TrainConfig, run_id: str | None = None) -> str:
+        """Make a run folder with its `config.json`.
+
+        Args:
+            run_id: name of the folder; by default made of the run's name and the time.
+
+        Returns:
+            The id.
+
+        Raises:
+            ValueError: the id is no plain name, or its folder exists and is not empty.
+        """
+        run_id = run_id or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder = self._path(run_id)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"the run folder {folder} is already in use; choose another name, or resume that run")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+        return run_id
+
+    def folder(self, run_id: str) -> Path:
+        """Folder of an existing run.
+
+        Raises:
+            ValueError: no plain name, or no such run.
+        """
+        path = self._path(run_id)
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"there is no run {run_id!r} in {self.root}; it may have been removed")
+        return path
+
+    def _path(self, run_id: str) -> Path:
+        if not isinstance(run_id, str) or not _ID.fullmatch(run_id):
+            raise ValueError(f"{str(run_id)[:200]!r} is no run id; ids are letters, digits, '.', '_' and '-', at most 150, starting with a letter or digit")
+        return self.root / run_id
+
+    def list(self) -> list[RunInfo]:
+        """All runs, newest first."""
+        if not self.root.is_dir():
+            return []
+        ids = [path.name for path in self.root.iterdir() if _ID.fullmatch(path.name) and (path / CONFIG).is_file()]
+        return sorted((self.get(run_id) for run_id in ids), key=lambda info: info.created, reverse=True)
+
+    def get(self, run_id: str) -> RunInfo:
+        """Present state of one run."""
+        folder = self.folder(run_id)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        values: dict[str, Any] = {
+            "name": config.get("name", run_id),
+            "steps": config.get("steps", 0),
+            "expert": config.get("expert", ""),
+            "reward_kind": config.get("reward", {}).get("kind", ""),
+            "created": (folder / CONFIG).stat().st_mtime,
+            "pid": lock.owner(folder),
+        }
+        last = _summarise(self.events(run_id), values)
+        return RunInfo(id=run_id, state=_state(folder, last, values), **values)
+
+    def events(self, run_id: str, start: int = 0) -> list[dict[str, Any]]:
+        """Events from number `start` on; a line that is still being written is left for the next call."""
+        return read_events(self.folder(run_id), start)
+
+    def log_tail(self, run_id: str, lines: int = 20) -> list[str]:
+        """Last lines of the log."""
+        return log_tail(self.folder(run_id), lines)
+
+    def request_stop(self, run_id: str) -> None:
+        """Ask the run to stop after its present step; it then writes a checkpoint and a usable LoRA."""
+        (self.folder(run_id) / STOP).touch()
+
+
+def read_events(folder: Path, start: int = 0) -> list[dict[str, Any]]:
+    """Events of a run folder from number `start` on."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines[start:] if line]
+
+
+def append_event(folder: Path, event: events.Event) -> None:
+    """Add one event to `metrics.jsonl`."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(events.to_line(event) + "\n")
+
+
+def log_tail(folder: Path, lines: int = 20) -> list[str]:
+    """Last lines of `log.txt`, empty when there is none."""
+    path = folder / LOG
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+
+
+def _summarise(run_events: list[dict[str, Any]], values: dict[str, Any]) -> str:
+    """Fill `values` from the events; returns the name of the last one."""
+    last = ""
+    for event in run_events:
+        last = event["event"]
+        if last == "step":
+            values |= {"step": event["step"], "reward": event["reward"], "seconds_per_step": event["seconds"]}
+            if event.get("held_out") is not None:
+                values |= {"held_out": event["held_out"], "held_out_base": event.get("held_out_base")}
+        elif last == "sample":
+            values["samples"] = event["files"]
+        elif last == "checkpoint":
+            values["checkpoint_step"] = event["step"]
+        elif last == "finished":
+            values |= {"files": event["files"], "step": event["step"], "reason": event["reason"]}
+        elif last == "failed":
+            values |= {"error": event["error"], "log_tail": event["log_tail"]}
+    return last
+
+
+def _state(folder: Path, last: str, values: dict[str, Any]) -> str:
+    reason = values.pop("reason", "")
+    if lock.is_held(folder):
+        return "stopping" if (folder / STOP).exists() else "running"
+    if last == "finished":
+        return "stopped" if reason == "stopped" else "finished"
+    if last == "failed":
+        return "failed"
+    # A process needs a moment from its start to its lock.
+    if not last and not (folder / lock.FILE).exists() and time.time() - values["created"] < _STARTING_S:
+        return "created"
+    if last or (folder / lock.FILE).exists():
+        values["error"] = "the training process ended without a word (killed, or out of memory); its last checkpoint is good"
+        values["log_tail"] = log_tail(folder)
+        return "failed"
+    return "created"
