@@ -63,6 +63,7 @@ function addRows(node) {
   widget.hidden = true;
   widget.options.hidden = true;
   let height = 0;
+  let isConfigured = false;
   const view = createRowsView({
     read: () => String(widget.value ?? ""),
     write: (text) => {
@@ -73,8 +74,8 @@ function addRows(node) {
     onError: (message) => host.toast("error", "The LoRA files could not be listed", message),
     onResize: (height_px) => {
       if (height_px === height) return;
-      // Shrink by what the rows shrank, so that a removed row leaves no hole and the user's own height stays.
-      if (height) node.setSize([node.size[0], node.size[1] + height_px - height]);
+      // Follow what the rows gain or lose, so that a removed row leaves no hole and the user's own height stays.
+      if (height || !isConfigured) node.setSize([node.size[0], height ? node.size[1] + height_px - height : node.computeSize()[1]]);
       height = height_px;
       fit(node);
     },
@@ -83,9 +84,10 @@ function addRows(node) {
   const configured = node.onConfigure;
   node.onConfigure = function (/** @type {unknown[]} */ ...args) {
     configured?.apply(this, args);
+    isConfigured = true;
     view.refresh();
   };
-  node.setSize([Math.max(node.size[0], ROWS_WIDTH_PX), node.computeSize()[1]]);
+  node.setSize([Math.max(node.size[0], ROWS_WIDTH_PX), node.size[1]]);
   return { onOutput: (output) => output.reward_lab_rows && view.setReports(output.reward_lab_rows) };
 }
 

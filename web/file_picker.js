@@ -90,10 +90,12 @@ function option(file, isActive, isCurrent, pick) {
 function place(box, anchor) {
   const at = anchor.getBoundingClientRect();
   const width = Math.max(340, Math.min(560, at.width));
-  const below = window.innerHeight - at.bottom;
-  const height = Math.min(box.offsetHeight, Math.max(below, at.top) - 16);
+  const below = window.innerHeight - at.bottom - 12;
+  const above = at.top - 12;
   box.style.width = `${width}px`;
-  box.style.maxHeight = `${height}px`;
+  const isBelow = below >= box.offsetHeight || below >= above;
+  box.style.maxHeight = `${Math.min(360, isBelow ? below : above)}px`;
   box.style.left = `${Math.max(8, Math.min(at.left, window.innerWidth - width - 8))}px`;
-  box.style.top = `${below >= box.offsetHeight + 8 || below >= at.top ? at.bottom + 4 : at.top - height - 4}px`;
+  if (isBelow) box.style.top = `${at.bottom + 4}px`;
+  else box.style.bottom = `${window.innerHeight - at.top + 4}px`;
 }

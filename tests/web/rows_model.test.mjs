@@ -1,0 +1,85 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { changeRow, expertOf, matchReports, moveRow, newRow, parseRows, rowStatus, searchFiles, tidyStrength, totals, writeRows } from "../../web/rows_model.js";
+
+const HIGH = "Wan2.2-Fun-A14B-InP-high-noise-HPS2.1.safetensors";
+const LOW = "Wan2.2-Fun-A14B-InP-low-noise-MPS.safetensors";
+
+test("rows survive writing and reading, with members this page does not know", () => {
+  const rows = [{ on: true, file: HIGH, high: 0.5, low: 0, note: "mine" }, { on: false, file: LOW, high: 0, low: -1.25 }];
+  assert.deepEqual(parseRows(writeRows(rows)), { rows, error: null });
+  assert.equal(writeRows([]), "[]");
+  assert.deepEqual(parseRows("  "), { rows: [], error: null });
+});
+
+test("missing members get defaults", () => {
+  assert.deepEqual(parseRows('[{"file": "a.safetensors"}]').rows, [{ on: true, file: "a.safetensors", high: 0.5, low: 0.5 }]);
+  assert.deepEqual(parseRows('[{"file": "a", "high": "0.3", "low": null}]').rows[0], { on: true, file: "a", high: 0.3, low: 0.5 });
+});
+
+test("text that is not rows is told, never thrown", () => {
+  for (const text of ["{", '{"file": 1}', "[1]", "[null]", '"text"']) assert.ok(parseRows(text).error, text);
+  assert.match(parseRows('[{"file":"a"}, 3]').error ?? "", /Row 2/);
+});
+
+test("the expert is read from the name, or is unknown", () => {
+  assert.equal(expertOf(HIGH), "high");
+  assert.equal(expertOf(LOW), "low");
+  assert.equal(expertOf("wan22_HIGH.safetensors"), "high");
+  assert.equal(expertOf("highlander.safetensors"), null);
+  assert.equal(expertOf("low-to-high.safetensors"), null);
+});
+
+test("a new row works on the expert that its name speaks of", () => {
+  assert.deepEqual(newRow(HIGH), { on: true, file: HIGH, high: 0.5, low: 0 });
+  assert.deepEqual(newRow(LOW), { on: true, file: LOW, high: 0, low: 0.5 });
+  assert.deepEqual(newRow("x.safetensors"), { on: true, file: "x.safetensors", high: 0.5, low: 0.5 });
+});
+
+test("changing and moving rows leaves the input alone", () => {
+  const rows = [newRow("a"), newRow("b"), newRow("c")];
+  const before = structuredClone(rows);
+  assert.equal(changeRow(rows, 1, { high: 0.9 })[1].high, 0.9);
+  assert.deepEqual(moveRow(rows, 0, 2).map((row) => row.file), ["b", "c", "a"]);
+  assert.deepEqual(moveRow(rows, 2, 0).map((row) => row.file), ["c", "a", "b"]);
+  assert.deepEqual(moveRow(rows, 1, 99).map((row) => row.file), ["a", "c", "b"]);
+  assert.deepEqual(rows, before);
+});
+
+test("an empty row takes the strengths of the file it gets; a set one keeps its own", () => {
+  assert.equal(changeRow([{ on: true, file: "", high: 0.5, low: 0.5 }], 0, { file: HIGH })[0].low, 0);
+  assert.equal(changeRow([{ on: true, file: LOW, high: 0.2, low: 0.4 }], 0, { file: HIGH })[0].low, 0.4);
+});
+
+test("strengths are tidy and limited", () => {
+  assert.equal(tidyStrength(0.1 + 0.05), 0.15);
+  assert.equal(tidyStrength(99), 10);
+  assert.equal(Object.is(tidyStrength(-0.0001), 0), true);
+  assert.equal(tidyStrength(Number.NaN), 0.5);
+});
+
+test("totals count only rows that act", () => {
+  const rows = [{ on: true, file: "a", high: 0.5, low: -0.25 }, { on: false, file: "b", high: 9, low: 9 }, { on: true, file: "", high: 9, low: 9 }];
+  assert.deepEqual(totals(rows), { high: 0.5, low: 0.25, active: 1 });
+});
+
+test("search wants every word", () => {
+  assert.deepEqual(searchFiles([HIGH, LOW], "WAN mps"), [LOW]);
+  assert.deepEqual(searchFiles([HIGH, LOW], " "), [HIGH, LOW]);
+});
+
+test("reports find their rows by order, also when a file stands twice or a row is off", () => {
+  const rows = [newRow(HIGH), { ...newRow(LOW), on: false }, newRow(HIGH)];
+  const reports = [{ file: HIGH, applied_high: 1, applied_low: 0, total: 3, warnings: [] }, { file: HIGH, applied_high: 2, applied_low: 0, total: 3, warnings: [] }];
+  assert.deepEqual(matchReports(rows, reports).map((report) => report?.applied_high ?? null), [1, null, 2]);
+});
+
+test("the status is green, amber or red", () => {
+  const row = { on: true, file: HIGH, high: 0.5, low: 0 };
+  const report = { file: HIGH, applied_high: 326, applied_low: 0, total: 326, warnings: [] };
+  assert.deepEqual(rowStatus(row, report), { tone: "good", text: "applied high 326 of 326", warnings: [] });
+  assert.equal(rowStatus(row, { ...report, applied_high: 320 }).tone, "warn");
+  assert.equal(rowStatus(row, { ...report, warnings: ["x"] }).tone, "warn");
+  assert.equal(rowStatus(row, { ...report, applied_high: 0 }).tone, "bad");
+  assert.equal(rowStatus({ ...row, low: 0.5 }, report).tone, "bad");
+});
