@@ -1,0 +1,81 @@
+"""Trains the two experts of the pocket generator, each on its own noise range only, by flow matching.
+
+x_sigma = (1 - sigma) x0 + sigma noise; the network predicts velocity = noise - x0. Noise levels follow the shift-5 schedule:
+sigma = 5u / (1 + 4u) with u uniform, the high-noise expert sees sigma >= 0.875 only, the low-noise one the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .. import hosted, world
+from ..fit import fit
+from . import latents, text
+
+SHIFT = 5.0
+BOUNDARY = 0.875
+CONFIG = {
+    "dim": 160, "ffn_dim": 480, "num_heads": 5, "num_layers": 6, "in_dim": 16, "out_dim": 16, "text_dim": text.WIDTH, "text_len": text.TEXT_LEN,
+    "freq_dim": 256, "patch_size": [1, 2, 2], "model_type": "t2v",
+}  # fmt: skip
+FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
+NULL_SHARE = 0.1
+BATCH = 64
+STEPS = {"high": 1500, "low": 1500}
+
+
+def shifted(u: torch.Tensor) -> torch.Tensor:
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def sample_sigma(expert: str, count: int) -> torch.Tensor:
+    """Noise levels of one expert (`both` gives the whole range)."""
+    split = BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY)  # the u at which the schedule crosses the boundary
+    low, high = {"high": (split, 1.0), "low": (0.0, split), "both": (0.0, 1.0)}[expert]
+    return shifted(low + (high - low) * torch.rand(count))
+
+
+def captions(scenes: list[world.Scene], rng: random.Random, null_share: float) -> list[str]:
+    return ["" if rng.random() < null_share else world.caption(scene, rng) for scene in scenes]
+
+
+def load_expert(weights: Path, expert: str) -> torch.nn.Module:
+    """A built expert as a plain host module in fp32."""
+    module = hosted.wan_dit(CONFIG)
+    module.load_state_dict({key: value.float() for key, value in load_file(weights / FILE_NAMES[expert]).items()})
+    return module.eval().requires_grad_(False)
+
+
+def save_expert(module: torch.nn.Module, path: Path, config: dict) -> None:
+    metadata = {"format": "pt", "config": json.dumps({"transformer": config})}
+    save_file({key: value.half().contiguous() for key, value in module.state_dict().items()}, path, metadata=metadata)
+
+
+def build(weights: Path, scratch: Path, seed: int, expert: str) -> None:
+    import comfy.model_management
+
+    comfy.model_management.in_training = True  # the host's fast rotary kernel has no gradient
+    x0_all, scenes = latents.load(scratch, "train")
+    encode_text = text.Encoder(weights)
+    dit = hosted.wan_dit(CONFIG)
+    hosted.initialise(dit, seed)
+    torch.nn.init.zeros_(dit.head.head.weight)
+
+    def loss_of(step: int, rng: random.Random) -> torch.Tensor:
+        chosen = [rng.randrange(len(scenes)) for _ in range(BATCH)]
+        x0 = x0_all[chosen]
+        context = encode_text(captions([scenes[i] for i in chosen], rng, NULL_SHARE))
+        sigma = sample_sigma(expert, BATCH)
+        noise = torch.randn_like(x0)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = dit((1 - level) * x0 + level * noise, sigma * 1000, context)
+        return (velocity.float() - (noise - x0)).square().mean()
+
+    fit(f"dit-{expert}", dit, loss_of, steps=STEPS[expert], peak_lr=1.5e-3, folder=scratch, seed=seed, warmup=100)
+    save_expert(dit, weights / FILE_NAMES[expert], CONFIG)

@@ -1,0 +1,67 @@
+"""Trains the four pocket reward LoRAs with the project's own trainer process: HPS and MPS, one per expert.
+
+They play the part of the official Wan2.2-Fun reward LoRAs: same names, same key layout, alpha = rank / 2, feed-forward left out.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from ...lora_train.config import TrainConfig
+from ...runs import process
+from ...runs.store import RunStore
+from .. import world
+from . import dit, hps, mps, text, vae
+
+NAME = "Pocket-Wan2.2-Fun-A14B-InP"
+REWARDS = {"HPS2.1": ("hpsv2.1", hps.FILE_NAME, 1.0), "MPS": ("mps", mps.FILE_NAME, 0.02)}
+FILE_NAMES = [f"{NAME}-{expert}-noise-{reward}.safetensors" for reward in REWARDS for expert in ("high", "low")]
+STEPS = 160
+
+
+def training_prompts(count: int, seed: int) -> list[str]:
+    """Captions of training scenes with one shape, in the canonical wording."""
+    rng = random.Random(seed)
+    return [world.caption(world.sample_scene(rng, held_out=False, two_share=0.0)) for _ in range(count)]
+
+
+def config_for(weights: Path, reward: str, expert: str, seed: int) -> TrainConfig:
+    kind, file_name, scale = REWARDS[reward]
+    return TrainConfig.from_dict({
+        "preset": "pocket",
+        "name": NAME,
+        "models": {
+            **{side: str(weights / name) for side, name in dit.FILE_NAMES.items()},
+            "text_encoder": str(weights / text.FILE_NAME),
+            "vae": str(weights / vae.FILE_NAME),
+        },
+        "reward": {"kind": kind, "path": str(weights / file_name)},
+        "prompts": [{"text": prompt} for prompt in training_prompts(256, seed)],
+        "expert": expert,
+        "objective": {"reward_scale": scale},
+        "steps": STEPS,
+        "seed": seed,
+        "save_dtype": "fp16",
+    })  # fmt: skip
+
+
+def build(weights: Path, scratch: Path, seed: int) -> None:
+    store = RunStore(scratch / "runs")
+    for reward in REWARDS:
+        for expert in ("high", "low"):
+            target = weights / f"{NAME}-{expert}-noise-{reward}.safetensors"
+            if target.exists():
+                continue
+            run_id = store.create(config_for(weights, reward, expert, seed))
+            process.start(store.folder(run_id), Path(os.environ["COMFYUI_PATH"]), python=sys.executable)
+            while (info := store.get(run_id)).state in ("created", "running", "stopping"):
+                time.sleep(1)
+            if info.state != "finished":
+                raise RuntimeError(f"the run {run_id} ended as {info.state}: {info.error}")
+            shutil.copyfile(store.folder(run_id) / target.name, target)
+            print(f"loras {target.name}: reward {info.reward:.4f}", flush=True)
