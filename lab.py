@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -137,14 +139,28 @@ def run_test(options) -> int:
 
 def run_train(options) -> int:
     """Train from a config file in the foreground; Ctrl-C asks the run to stop in order."""
+    config = Path(options.config)
+    if not config.is_dir():
+        from labtools.configs import read_config
+
+        # Wrong settings are told before a set-up that takes minutes.
+        read_config(config)
     setup = prepare(options)
     output = Path(options.output).expanduser().absolute() if options.output else setup.cache.base / "output"
-    return launch(setup, options, "labtools.training", [str(Path(options.config).absolute()), "--output", str(output)])
+    return launch(setup, options, "labtools.training", [str(config.absolute()), "--output", str(output)])
 
 
 def run_plan(options) -> int:
     """Print what a training run would need."""
-    return launch(prepare(options), options, "lora_train.plan", [str(Path(options.config).absolute()), *options.rest])
+    from labtools.configs import read_config
+
+    values = read_config(Path(options.config))
+    setup = prepare(options)
+    # The plan reads a file; this one has its relative paths looked up.
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.json"
+        resolved.write_text(json.dumps(values), encoding="utf-8")
+        return launch(setup, options, "lora_train.plan", [str(resolved), *options.rest])
 
 
 def run_bench(options) -> int:
@@ -175,7 +191,7 @@ def arguments_test(parser) -> None:
 
 
 def arguments_train(parser) -> None:
-    parser.add_argument("config", help="training config, a JSON file")
+    parser.add_argument("config", help="training config, a JSON file; or the folder of an earlier run, which then goes on")
     parser.add_argument("--output", help="output folder; the run goes to <output>/reward_lab/runs (default: .lab/base/output, where `serve` shows it)")
 
 

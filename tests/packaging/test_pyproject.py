@@ -53,7 +53,11 @@ def test_version_is_in_the_changelog(project: dict, repo: Path) -> None:
 
 def test_what_the_registry_must_not_get_is_left_out(repo: Path) -> None:
     # A published node may not install packages at run time; lab.py's set-up does, so it stays in the repository.
-    assert {"lab.py", "labtools/", "tests/", ".lab/"} <= lines(repo / ".comfyignore")
+    left_out = lines(repo / ".comfyignore")
+    assert {"lab.py", "labtools/environment.py", "labtools/host.py", "tests/", ".lab/"} <= left_out
+    # The training process needs this one.
+    assert not {"labtools/", "labtools/alias.py"} & left_out
+    assert "alias.py" in (repo / "host" / "worker.py").read_text(encoding="utf-8")
 
 
 def test_nothing_generated_is_committed(repo: Path) -> None:
