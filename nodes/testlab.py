@@ -73,7 +73,7 @@ class TestLabGrid(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("grid", display_name="grid", tooltip="The labelled grid, as frames."),
+                io.Image.Output("grid", display_name="grid", tooltip="The labelled grid as a picture, taken at half of the videos' length."),
                 io.Video.Output("video", display_name="video", tooltip="The labelled grid as a video."),
                 io.String.Output("report", display_name="report", tooltip="Path of report.html."),
             ],
