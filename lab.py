@@ -181,7 +181,7 @@ def arguments_serve(parser) -> None:
 
 def arguments_demo(parser) -> None:
     parser.add_argument("--out", default="demo_out", help="folder for the results (default: demo_out)")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same numbers (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
