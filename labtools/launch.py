@@ -1,16 +1,26 @@
 """Runs `main(argv)` of a module of the pack: `PYTHON launch.py pocket.bench ARGS`.
 
-lab.py sets COMFYUI_PATH for it, and REWARD_LAB_CPU (1 or 0); a module that imports ComfyUI sees to both itself.
+With COMFYUI_PATH set, ComfyUI can be imported; with REWARD_LAB_CPU=1 it is told, before anything of it is imported, to use the CPU.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+
+
+def import_host(comfyui: Path, *, cpu: bool) -> None:
+    """Make ComfyUI importable and choose its device."""
+    sys.path.insert(0, str(comfyui))
+    if cpu:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True
 
 
 def main(argv: list[str]) -> int:
@@ -23,6 +33,8 @@ def main(argv: list[str]) -> int:
     alias = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alias)
     alias.register(HERE.parent)
+    if os.environ.get("COMFYUI_PATH"):
+        import_host(Path(os.environ["COMFYUI_PATH"]), cpu=os.environ.get("REWARD_LAB_CPU") == "1")
     return importlib.import_module(f"{alias.ALIAS}.{argv[0]}").main(argv[1:]) or 0
 
 
