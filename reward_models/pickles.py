@@ -94,8 +94,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: not such a file, damaged, a TorchScript archive, or without tensors.
     """
-    is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
     if is_zip:
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is truncated or damaged: its directory, which stands at the end of the file, is missing. Download it again.")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in names):

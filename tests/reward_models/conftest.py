@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from reward_lab.reward_models import hpsv2, mps
 
 TINY_CLIP = {

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from reward_lab.reward_models import clip, preprocess
 from reward_lab.reward_models.loader import load_reward_model
 
@@ -116,8 +117,9 @@ def test_half_precision_towers(scorers, load, dtype, tolerance):
 
 
 def test_hugging_face_layout_of_the_same_weights_scores_the_same(scorers, load, tmp_path):
-    from reward_lab.reward_models import layouts
     from safetensors.torch import load_file, save_file
+
+    from reward_lab.reward_models import layouts
 
     state = load_file(scorers.folder / "hps" / "hps_tiny.safetensors")
     renamed = layouts.open_clip_to_hf(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from reward_lab.reward_models import mps, preprocess
 from reward_lab.reward_models.loader import load_reward_model
 
