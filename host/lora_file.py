@@ -72,7 +72,9 @@ def read_lora(path: Path) -> LoraFile:
         ValueError: Not a safetensors file, truncated, empty, or with NaN or infinity in it.
     """
     if path.suffix.lower() not in (".safetensors", ".sft"):
-        raise ValueError(f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read.")
+        raise ValueError(
+            f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read."
+        )
     header = read_header(path)
     status = path.stat()
     key = (str(path), status.st_mtime_ns, status.st_size)
@@ -134,7 +136,9 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
     notes = _notes(keys, misfits)
     if not patches:
         raise ValueError(f"{lora.name}: 0 of {len(lora.tensors)} keys fit this model. {_nothing_fits_reason(lora, keys, misfits)}")
-    return FittedLora(patches=patches, applied_keys=len(used_keys), total_keys=len(lora.tensors), ranks=tuple(sorted(ranks)), alphas=tuple(sorted(alphas)), notes=notes)
+    return FittedLora(
+        patches=patches, applied_keys=len(used_keys), total_keys=len(lora.tensors), ranks=tuple(sorted(ranks)), alphas=tuple(sorted(alphas)), notes=notes
+    )
 
 
 def _misfit(layer: str, parts: Mapping[str, str], lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]], weight_key: str) -> str:

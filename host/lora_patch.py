@@ -100,7 +100,9 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow]) -> Appl
     reports = [_report(row, lora, fits) for row, lora, fits in zip(rows, loras, fitted)]
     general = _general_warnings(models, rows)
     lines = [report.text() for report in reports] + [f"warning: {warning}" for warning in general]
-    return AppliedRows(model_high=clones["high"], model_low=clones["low"], rows=reports, report="\n".join(lines) or "No LoRA: both models pass through unchanged.")
+    return AppliedRows(
+        model_high=clones["high"], model_low=clones["low"], rows=reports, report="\n".join(lines) or "No LoRA: both models pass through unchanged."
+    )
 
 
 def _fit_row(row: LoraRow, lora: LoraFile | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, FittedLora]:

@@ -101,7 +101,9 @@ def _strength(number: int, entry: dict, expert: str) -> float:
     """Check one strength."""
     value = entry.get(expert, 0.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > MAX_STRENGTH:
-        raise ValueError(f"LoRA row {number} ({entry.get('file', '')}): strength {expert} is {value!r}; it must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")
+        raise ValueError(
+            f"LoRA row {number} ({entry.get('file', '')}): strength {expert} is {value!r}; it must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}."
+        )
     return float(value)
 
 

@@ -92,7 +92,9 @@ def sample_two_experts(model_high: Any, model_low: Any, positive: Any, negative:
     _refuse_swapped(model_high, model_low)
     model_high, model_low = _with_shift(model_high, settings.shift), _with_shift(model_low, settings.shift)
     # The host's KSampler object is asked for its sigmas, so that its special cases (uni_pc, dpm_2) hold here as well.
-    schedule = comfy.samplers.KSampler(model_high, steps=settings.steps, device=model_high.load_device, sampler=settings.sampler_name, scheduler=settings.scheduler)
+    schedule = comfy.samplers.KSampler(
+        model_high, steps=settings.steps, device=model_high.load_device, sampler=settings.sampler_name, scheduler=settings.scheduler
+    )
     sigmas = schedule.sigmas.cpu()
     if len(sigmas) < 2:
         raise ValueError(f"Scheduler {settings.scheduler!r} gives no step for steps={settings.steps}. Choose another scheduler or more steps.")

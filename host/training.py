@@ -1,2 +1,233 @@
+"""Starts training runs from the node, follows them for the page, and fetches what they made."""
+
 from __future__ import annotations
-PRESETS = ("reward-lab", "videox-fun")
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..lora_train.config import TrainConfig
+from ..reward_models.spec import RewardModelSpec
+from ..runs import process
+from ..runs.store import RunInfo, RunStore
+from . import events, paths, preflight, scoring
+from .lora_keys import normalise, split_key
+
+PRESETS = ("reward-lab", "videox-fun", "pocket")
+ACTIVE_STATES = ("created", "running", "stopping")
+POLL_S = 0.25
+LOG_LINES = 15
+
+_processes: dict[str, subprocess.Popen] = {}
+_start_lock = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedRun:
+    """A run that has just been started."""
+
+    run_id: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run has made so far. `lora` is in the host's LORA_MODEL layout, `loss_map` in its LOSS_MAP layout."""
+
+    lora: dict[str, torch.Tensor]
+    loss_map: dict[str, list[float]]
+    file_name: str
+    chart: torch.Tensor
+    chart_files: list[dict[str, str]]
+    message: str
+
+
+def store() -> RunStore:
+    """Return the store of this host's runs."""
+    return RunStore(paths.runs_folder())
+
+
+def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model: RewardModelSpec, settings: Mapping[str, Any]) -> TrainConfig:
+    """Turn the node's inputs into a training config.
+
+    Args:
+        wan_files: WAN_FILES.
+        prompts: PROMPTS.
+        reward_model: Which reward.
+        settings: The node's widgets by name; `advanced` is JSON laid over everything else.
+
+    Raises:
+        ValueError: A value is out of range, or `advanced` is no JSON object or has an unknown name.
+    """
+    values: dict[str, Any] = {
+        "preset": settings["preset"],
+        "name": settings["name"],
+        "models": {role: wan_files[role] for role in ("high", "low", "text_encoder", "vae")},
+        "reward": reward_model.to_dict(),
+        "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0)} for prompt in prompts],
+        "expert": settings["expert"],
+        "video": {"width_px": settings["width"], "height_px": settings["height"], "frames": settings["frames"]},
+        "sampling": {"steps": settings["sampling_steps"], "guidance": settings["guidance"]},
+        "lora": {"rank": settings["rank"], "alpha": settings["alpha"]},
+        "optimiser": {"lr": settings["learning_rate"]},
+        "steps": settings["steps"],
+        "batch": settings["batch"],
+        "seed": settings["seed"],
+        "output_folder": str(Path(folder_paths.get_output_directory()) / "loras"),
+    }
+    return TrainConfig.from_dict(_laid_over(values, _advanced(settings["advanced"])))
+
+
+def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: RewardModelSpec, settings: Mapping[str, Any]) -> StartedRun:
+    """Check everything, make the run folder, start the worker and return.
+
+    Raises:
+        ValueError: See `make_config`; a file is missing or broken; not enough disk.
+    """
+    config = make_config(wan_files, prompts, reward_model, settings)
+    runs = store()
+    runs.root.mkdir(parents=True, exist_ok=True)
+    preflight.check(config, runs.root)
+    run_id = runs.create(config)
+    # The worker needs the card; the host loads its models again when it needs them.
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    with _start_lock:
+        worker = process.start(runs.folder(run_id), Path(folder_paths.base_path))
+        _processes[run_id] = worker
+    process.watch(runs.folder(run_id), worker, lambda event: _tell_page(run_id, event))
+    return StartedRun(
+        run_id=run_id, message=f"Run {run_id} started: {config.steps} steps, {config.expert} noise. Follow it in the Reward Lab tab of the sidebar."
+    )
+
+
+def stop_run(run_id: str) -> RunInfo:
+    """Ask a run to stop; it writes a checkpoint and a LoRA first, and is ended by force only when it does not react.
+
+    Raises:
+        ValueError: No such run.
+    """
+    runs = store()
+    folder = runs.folder(run_id)
+    runs.request_stop(run_id)
+    # process.stop waits for the worker, so it has a thread of its own; the route answers at once.
+    threading.Thread(target=process.stop, args=(folder, _processes.get(run_id)), daemon=True, name="reward_lab_stop").start()
+    return runs.get(run_id)
+
+
+def run_result(run_id: str, wait: bool) -> RunResult:
+    """Fetch what a run has made.
+
+    Args:
+        run_id: The run.
+        wait: Wait for its end first, with progress; cancelling the prompt ends the waiting only.
+
+    Raises:
+        ValueError: No such run, or it has written no LoRA yet.
+        RuntimeError: The run failed; carries its error and the end of its log.
+    """
+    runs = store()
+    info = runs.get(run_id)
+    if wait:
+        info = _wait(runs, run_id)
+    if info.state == "failed":
+        raise RuntimeError(f"Run {run_id} failed: {info.error}\n" + "\n".join(runs.log_tail(run_id, LOG_LINES)))
+    file = _newest_lora(runs.folder(run_id), info)
+    if file is None:
+        raise ValueError(f"Run {run_id} has written no LoRA yet (step {info.step} of {info.steps}, {info.state}). Switch 'wait' on, or run this node later.")
+    steps = [event for event in runs.events(run_id) if event.get("event") == "step"]
+    loss_map = {"loss": _numbers(steps, "loss"), "reward": _numbers(steps, "reward")}
+    chart = scoring.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
+    message = f"{info.state}, step {info.step} of {info.steps}" + (f", reward {info.reward:.4f}" if info.reward is not None else "") + f"\n{file}"
+    return RunResult(lora=host_lora(file), loss_map=loss_map, file_name=str(file), chart=chart, chart_files=paths.save_temp_images(chart), message=message)
+
+
+def host_lora(file: Path) -> dict[str, torch.Tensor]:
+    """Read a LoRA file into the host's LORA_MODEL layout: `diffusion_model.<layer>.lora_up.weight` and so on.
+
+    Args:
+        file: A LoRA in any layout that lora_keys knows.
+    """
+    tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
+    flat = {split[0]: _dotted(split[0]) for key in tensors if (split := split_key(key)) is not None}
+    layers = normalise(tensors, flat.values()).layers
+    return {f"diffusion_model.{layer}.{part}": tensors[key] for layer, parts in layers.items() for part, key in parts.items()}
+
+
+def _dotted(flat: str) -> str:
+    """Write a flattened layer name of Wan with dots: blocks_0_self_attn_q becomes blocks.0.self_attn.q."""
+    words = flat.split("_")
+    if words[0] == "blocks" and len(words) > 3:
+        rest = "_".join(words[2:])
+        for group in ("self_attn", "cross_attn", "ffn"):
+            if rest.startswith(group + "_"):
+                return f"blocks.{words[1]}.{group}.{rest[len(group) + 1 :]}"
+    for group in ("text_embedding", "time_embedding", "time_projection", "head"):
+        if flat.startswith(group + "_"):
+            return f"{group}.{flat[len(group) + 1 :]}"
+    return flat
+
+
+def _tell_page(run_id: str, event: dict[str, Any]) -> None:
+    """Push an event of a run to every open page."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(events.RUN_EVENT, events.run_payload(store().get(run_id), event))
+
+
+def _wait(runs: RunStore, run_id: str) -> RunInfo:
+    """Wait for the end of a run, showing its progress."""
+    info = runs.get(run_id)
+    progress = comfy.utils.ProgressBar(max(1, info.steps))
+    while info.state in ACTIVE_STATES:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress.update_absolute(info.step, max(1, info.steps))
+        time.sleep(POLL_S)
+        info = runs.get(run_id)
+    return info
+
+
+def _newest_lora(folder: Path, info: RunInfo) -> Path | None:
+    """Return the newest LoRA that a run wrote, a finished one before a checkpoint."""
+    finished = [Path(file) for file in info.files if Path(file).is_file()]
+    if finished:
+        return finished[-1]
+    found = [file for file in (folder / "checkpoints").rglob("*.safetensors") if "noise" in file.name]
+    return max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def _advanced(text: str) -> dict[str, Any]:
+    """Read the advanced widget."""
+    try:
+        values = json.loads(text) if text.strip() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f'\'advanced\' is not JSON ({error}). Write an object such as {{"objective": {{"kl_weight": 0.1}}}}.') from error
+    if not isinstance(values, dict):
+        raise ValueError(f"'advanced' must be a JSON object, not {type(values).__name__}.")
+    return values
+
+
+def _laid_over(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one set of settings over another, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        is_section = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _laid_over(dict(merged[key]), value) if is_section else value
+    return merged
+
+
+def _numbers(steps: list[dict[str, Any]], name: str) -> list[float]:
+    """Return one series of a run; JSON has no NaN, so a missing number stands for it."""
+    return [float(step[name]) if step.get(name) is not None else float("nan") for step in steps]

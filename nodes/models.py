@@ -22,11 +22,30 @@ class WanModels(io.ComfyNode):
             "A file in the wrong expert's slot is detected from its metadata or its name.",
             search_aliases=["wan loader", "wan2.2", "unet loader", "two experts"],
             inputs=[
-                io.Combo.Input("high_noise_model", options=paths.model_files("diffusion_models"), tooltip="The high-noise expert. It does the first part of sampling, from pure noise down to the boundary."),
-                io.Combo.Input("low_noise_model", options=paths.model_files("diffusion_models"), tooltip="The low-noise expert. It does the rest of sampling, from the boundary down to the finished video."),
-                io.Combo.Input("text_encoder", options=paths.model_files("text_encoders"), tooltip="The umT5 text encoder, for example umt5_xxl_fp8_e4m3fn_scaled.safetensors."),
-                io.Combo.Input("vae", options=paths.model_files("vae"), tooltip="The Wan2.1 VAE. The 14B experts of Wan2.2 use this one too, not the Wan2.2 VAE."),
-                io.Combo.Input("weight_dtype", options=list(wan_files.WEIGHT_DTYPES), default="default", tooltip="Precision of the experts' weights in memory. 'default' keeps the file's own; fp8 halves the memory and costs some quality."),
+                io.Combo.Input(
+                    "high_noise_model",
+                    options=paths.model_files("diffusion_models"),
+                    tooltip="The high-noise expert. It does the first part of sampling, from pure noise down to the boundary.",
+                ),
+                io.Combo.Input(
+                    "low_noise_model",
+                    options=paths.model_files("diffusion_models"),
+                    tooltip="The low-noise expert. It does the rest of sampling, from the boundary down to the finished video.",
+                ),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=paths.model_files("text_encoders"),
+                    tooltip="The umT5 text encoder, for example umt5_xxl_fp8_e4m3fn_scaled.safetensors.",
+                ),
+                io.Combo.Input(
+                    "vae", options=paths.model_files("vae"), tooltip="The Wan2.1 VAE. The 14B experts of Wan2.2 use this one too, not the Wan2.2 VAE."
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(wan_files.WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="Precision of the experts' weights in memory. 'default' keeps the file's own; fp8 halves the memory and costs some quality.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model_high", display_name="model_high", tooltip="The high-noise expert."),

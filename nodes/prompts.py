@@ -21,8 +21,18 @@ class Prompts(io.ComfyNode):
             description="A set of prompts to train on: one a line, or from a TXT, CSV or JSON file. A byte-order mark and Windows line ends are understood.",
             search_aliases=["prompts", "prompt list", "csv prompts"],
             inputs=[
-                io.String.Input("text", multiline=True, default="", placeholder="one prompt a line", tooltip="Prompts, one a line. Empty lines are skipped. Added to those of the file."),
-                io.String.Input("file", default="", tooltip="Optional TXT, CSV (column 'text' or 'prompt', optional 'weight') or JSON file: a name in ComfyUI's input folder or an absolute path."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="",
+                    placeholder="one prompt a line",
+                    tooltip="Prompts, one a line. Empty lines are skipped. Added to those of the file.",
+                ),
+                io.String.Input(
+                    "file",
+                    default="",
+                    tooltip="Optional TXT, CSV (column 'text' or 'prompt', optional 'weight') or JSON file: a name in ComfyUI's input folder or an absolute path.",
+                ),
             ],
             outputs=[
                 PromptsType.Output("prompts", display_name="prompts", tooltip="The prompts with their weights."),

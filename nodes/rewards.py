@@ -21,9 +21,23 @@ class RewardModelNode(io.ComfyNode):
             description="Chooses a reward model (HPSv2.1 or MPS) and its weights from models/reward_models. Used by Score Video, TestLab Cell and Train Reward LoRA.",
             search_aliases=["hps", "hpsv2", "mps", "human preference score", "aesthetic"],
             inputs=[
-                io.Combo.Input("kind", options=list(scoring.REWARD_KINDS), default="hpsv2.1", tooltip="hpsv2.1: how much people would like a picture for its prompt. mps: Multi-dimensional Preference Score, overall condition."),
-                io.Combo.Input("file", options=paths.model_files("reward_models"), tooltip="Weights in models/reward_models, for example HPS_v2.1_compressed.pt or MPS_overall.pth."),
-                io.Combo.Input("resize", options=list(scoring.RESIZE_MODES), default="default", tooltip="How frames become square. default: what the model's authors publish. squash: what VideoX-Fun trains with."),
+                io.Combo.Input(
+                    "kind",
+                    options=list(scoring.REWARD_KINDS),
+                    default="hpsv2.1",
+                    tooltip="hpsv2.1: how much people would like a picture for its prompt. mps: Multi-dimensional Preference Score, overall condition.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=paths.model_files("reward_models"),
+                    tooltip="Weights in models/reward_models, for example HPS_v2.1_compressed.pt or MPS_overall.pth.",
+                ),
+                io.Combo.Input(
+                    "resize",
+                    options=list(scoring.RESIZE_MODES),
+                    default="default",
+                    tooltip="How frames become square. default: what the model's authors publish. squash: what VideoX-Fun trains with.",
+                ),
                 io.Boolean.Input("antialias", default=True, tooltip="Smooth while shrinking frames. Off reproduces old torchvision on tensors."),
             ],
             outputs=[RewardModel.Output("reward_model", display_name="reward_model", tooltip="The reward model's settings.")],
@@ -50,10 +64,17 @@ class ScoreVideo(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The frames of one video."),
                 RewardModel.Input("reward_model", tooltip="From Load Reward Model."),
-                io.String.Input("prompt", multiline=True, default="", tooltip="What the video should show. The score is how well people would like the frames for this text."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What the video should show. The score is how well people would like the frames for this text.",
+                ),
             ],
             outputs=[
-                io.Float.Output("reward", display_name="reward", tooltip="Mean over the frames. Higher is better; compare only within one prompt and one reward model."),
+                io.Float.Output(
+                    "reward", display_name="reward", tooltip="Mean over the frames. Higher is better; compare only within one prompt and one reward model."
+                ),
                 io.Image.Output("plot", display_name="plot", tooltip="Score over the frames."),
                 io.String.Output("json", display_name="json", tooltip="All numbers as JSON."),
             ],

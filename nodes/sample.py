@@ -27,12 +27,43 @@ class SampleWan22(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="An empty Wan latent, for example from Empty HunyuanVideo 1.0 Latent."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Seed of the starting noise."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of both experts together."),
-                io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.1, tooltip="Timestep shift of the flow schedule. Larger spends more steps at high noise. Official: T2V 12, I2V 5."),
-                io.Float.Input("guidance_high", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale (CFG) of the high-noise expert. 1 turns guidance off and halves the time."),
-                io.Float.Input("guidance_low", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale (CFG) of the low-noise expert. 1 turns guidance off and halves the time."),
-                io.Float.Input("boundary", default=0.875, min=0.0, max=1.0, step=0.005, round=0.0001, tooltip="Sigma below which the low-noise expert takes over. Official: T2V 0.875, I2V and InP 0.9."),
+                io.Float.Input(
+                    "shift",
+                    default=5.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Timestep shift of the flow schedule. Larger spends more steps at high noise. Official: T2V 12, I2V 5.",
+                ),
+                io.Float.Input(
+                    "guidance_high",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance scale (CFG) of the high-noise expert. 1 turns guidance off and halves the time.",
+                ),
+                io.Float.Input(
+                    "guidance_low",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance scale (CFG) of the low-noise expert. 1 turns guidance off and halves the time.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=0.875,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip="Sigma below which the low-noise expert takes over. Official: T2V 0.875, I2V and InP 0.9.",
+                ),
                 io.Combo.Input("sampler_name", options=sampling.sampler_names(), default="euler", tooltip="The host's sampling algorithm."),
-                io.Combo.Input("scheduler", options=sampling.scheduler_names(), default="simple", tooltip="How the host spreads the steps over the noise levels."),
+                io.Combo.Input(
+                    "scheduler", options=sampling.scheduler_names(), default="simple", tooltip="How the host spreads the steps over the noise levels."
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent_out", display_name="latent", tooltip="The sampled latent, for VAE Decode."),
@@ -41,7 +72,9 @@ class SampleWan22(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_high, model_low, positive, negative, latent, seed, steps, shift, guidance_high, guidance_low, boundary, sampler_name, scheduler) -> io.NodeOutput:
+    def execute(
+        cls, model_high, model_low, positive, negative, latent, seed, steps, shift, guidance_high, guidance_low, boundary, sampler_name, scheduler
+    ) -> io.NodeOutput:
         """Sample. Raises ValueError when the experts are swapped or the latent does not fit them."""
         settings = sampling.SampleSettings(
             seed=seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import testlab_nodes
+from ..host import queue, testlab_nodes
 from .types import RewardModel
 
 
@@ -23,7 +23,9 @@ class TestLabCell(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", lazy=True, tooltip="The finished frames of your workflow."),
                 io.String.Input("sweep", default="my_sweep", tooltip="Name of the sweep; the same as on TestLab Grid."),
-                io.String.Input("prompt", default="", multiline=True, optional=True, tooltip="The text that the frames are scored against. Needed only with a reward model."),
+                io.String.Input(
+                    "prompt", default="", multiline=True, optional=True, tooltip="The text that the frames are scored against. Needed only with a reward model."
+                ),
                 RewardModel.Input("reward_model", optional=True, tooltip="Optional: scores every cell."),
                 io.Float.Input("frame_rate", default=8.0, min=0.1, max=240.0, step=0.1, tooltip="Frames per second of the recorded video. Wan2.2 14B: 16."),
                 io.String.Input("applied", default="", multiline=True, tooltip="Filled in by the sweep. Leave it empty.", advanced=True),
@@ -42,10 +44,15 @@ class TestLabCell(io.ComfyNode):
         return [] if images is not None or testlab_nodes.is_left_to_grid(cls.hidden.prompt, sweep, applied) else ["images"]
 
     @classmethod
+    def fingerprint_inputs(cls, applied: str | None = "", **_inputs) -> float | str:
+        """During a sweep never equal: a recorded cell may have been deleted since the host cached this node."""
+        return float("nan") if applied else ""
+
+    @classmethod
     def execute(cls, images, sweep: str, frame_rate: float, applied: str, prompt: str = "", reward_model=None) -> io.NodeOutput:
         """Record the cell. Raises ValueError for a video without frames or broken `applied` data."""
         if images is None:
-            return io.NodeOutput(block_execution=None, ui={"text": ["Recorded by TestLab Grid, cell by cell."]})
+            return io.NodeOutput(*queue.blocked(2), ui={"text": ["Recorded by TestLab Grid, cell by cell."]})
         cell = testlab_nodes.record(images, sweep, prompt, reward_model, frame_rate, applied, cls.hidden.prompt)
         return io.NodeOutput(images, cell.scores_json, ui={"text": [cell.message]})
 
@@ -63,7 +70,9 @@ class TestLabGrid(io.ComfyNode):
             description="Sweeps widgets of this workflow: queues one prompt per cell, then shows all videos in a labelled grid. A stopped sweep goes on where it was; a longer one adds only what is missing.",
             search_aliases=["xy plot", "sweep", "grid", "compare", "test lab"],
             inputs=[
-                io.String.Input("sweep", default="my_sweep", tooltip="Name of the sweep: its folder under output/reward_lab/sweeps. The same as on TestLab Cell."),
+                io.String.Input(
+                    "sweep", default="my_sweep", tooltip="Name of the sweep: its folder under output/reward_lab/sweeps. The same as on TestLab Cell."
+                ),
                 io.String.Input(
                     "axes",
                     multiline=True,
@@ -89,7 +98,7 @@ class TestLabGrid(io.ComfyNode):
     @classmethod
     async def execute(cls, sweep: str, axes: str) -> io.NodeOutput:
         """Queue what is missing, or render. Raises ValueError for axes that do not fit the workflow."""
-        step = await testlab_nodes.advance(sweep, axes, cls.hidden.prompt, cls.hidden.unique_id, cls.hidden.extra_pnginfo)
+        step = await testlab_nodes.advance(sweep, axes, cls.hidden.prompt, cls.hidden.unique_id)
         if step.grid is None:
-            return io.NodeOutput(block_execution=None, ui={"text": [step.message]})
+            return io.NodeOutput(*queue.blocked(3), ui={"text": [step.message]})
         return io.NodeOutput(step.grid, step.video, step.report_path, ui=step.ui)

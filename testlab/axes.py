@@ -68,7 +68,9 @@ def parse_axes(text: str, workflow: Workflow) -> list[Axis]:
             continue
         target, equals, values_text = line.partition("=")
         if not equals or not target.strip():
-            raise ValueError(f"Axes line {number}: {line!r} has no '='. Write: node title or id, dot, widget, =, values; for example 5.rows[0].high = 0, 0.5, 1")
+            raise ValueError(
+                f"Axes line {number}: {line!r} has no '='. Write: node title or id, dot, widget, =, values; for example 5.rows[0].high = 0, 0.5, 1"
+            )
         try:
             axes.append(_axis(target.strip(), parse_values(values_text), workflow))
         except ValueError as error:

@@ -168,7 +168,13 @@ def _curve(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], scale: tup
 
 
 def _polyline(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], scale: tuple[float, float, list[float]], values: Sequence[float], colour: str, count: int, width: int
+    draw: ImageDraw.ImageDraw,
+    box: tuple[int, int, int, int],
+    scale: tuple[float, float, list[float]],
+    values: Sequence[float],
+    colour: str,
+    count: int,
+    width: int,
 ) -> None:
     """Draw the stretches of finite values."""
     stretch: list[tuple[float, float]] = []

@@ -34,11 +34,25 @@ def write_table(sweep: Sweep, sweep_folder: Path, recorded: Mapping[str, Recorde
     """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["cell", *(_csv_text(axis.label) for axis in sweep.axes), "reward_model", "reward", "frame_std", "frames", "frame_rate", "video", "problem"])
+    writer.writerow(
+        ["cell", *(_csv_text(axis.label) for axis in sweep.axes), "reward_model", "reward", "frame_std", "frames", "frame_rate", "video", "problem"]
+    )
     for cell in sweep.cells:
         found = recorded.get(cell.key)
         if found is None:
-            writer.writerow([cell.index, *(_csv_text(show_value(value)) for value in cell.values), "", "", "", "", "", "", _csv_text(failures.get(cell.key, "not recorded"))])
+            writer.writerow(
+                [
+                    cell.index,
+                    *(_csv_text(show_value(value)) for value in cell.values),
+                    "",
+                    "",
+                    "",
+                    "",
+                    "",
+                    "",
+                    _csv_text(failures.get(cell.key, "not recorded")),
+                ]
+            )
             continue
         values = [_csv_text(show_value(entry["value"])) for entry in found.applied]
         reward = "" if found.reward is None else repr(found.reward)
@@ -103,7 +117,11 @@ def _card(cell: Cell, recorded: RecordedCell, video: Path, inline: bool, is_best
     """Return one video with its score."""
     poster = _data_url(video.with_name(cell_store.POSTER_FILE), "image/png") if inline else f"cells/{cell.key}/{cell_store.POSTER_FILE}"
     source = _data_url(video, "video/mp4") if inline else f"cells/{cell.key}/{cell_store.VIDEO_FILE}"
-    score = "" if recorded.reward is None else f'<figcaption>{html.escape(str(recorded.scores.get("reward_model", "reward")))} <b>{recorded.reward:.4f}</b></figcaption>'
+    score = (
+        ""
+        if recorded.reward is None
+        else f"<figcaption>{html.escape(str(recorded.scores.get('reward_model', 'reward')))} <b>{recorded.reward:.4f}</b></figcaption>"
+    )
     title = html.escape(", ".join(f"{entry['label']} = {show_value(entry['value'])}" for entry in recorded.applied), quote=True)
     style = ' best"' if is_best else '"'
     return (
@@ -121,11 +139,15 @@ def _table(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping
         values = [show_value(entry["value"]) for entry in found.applied] if found else [show_value(value) for value in cell.values]
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         if found is None:
-            lines.append(f'<tr class="missing"><td>{cell.index}</td>{cells}<td></td><td></td><td></td><td>{html.escape(failures.get(cell.key, "not recorded"))}</td></tr>')
+            lines.append(
+                f'<tr class="missing"><td>{cell.index}</td>{cells}<td></td><td></td><td></td><td>{html.escape(failures.get(cell.key, "not recorded"))}</td></tr>'
+            )
             continue
         reward = "" if found.reward is None else f"{found.reward:.4f}"
         style = ' class="best"' if cell.key == best else ""
-        lines.append(f"<tr{style}><td>{cell.index}</td>{cells}<td>{reward}</td><td>{_sparkline(found)}</td><td>{found.frames}</td><td>{'best' if style else ''}</td></tr>")
+        lines.append(
+            f"<tr{style}><td>{cell.index}</td>{cells}<td>{reward}</td><td>{_sparkline(found)}</td><td>{found.frames}</td><td>{'best' if style else ''}</td></tr>"
+        )
     return "\n".join(lines)
 
 
@@ -135,7 +157,9 @@ def _sparkline(cell: RecordedCell) -> str:
     if len(values) < 2:
         return ""
     low, high = min(values), max(values)
-    points = " ".join(f"{2 + 116 * i / (len(values) - 1):.1f},{22 - 20 * ((value - low) / (high - low) if high > low else 0.5):.1f}" for i, value in enumerate(values))
+    points = " ".join(
+        f"{2 + 116 * i / (len(values) - 1):.1f},{22 - 20 * ((value - low) / (high - low) if high > low else 0.5):.1f}" for i, value in enumerate(values)
+    )
     return f'<svg width="120" height="24" role="img" aria-label="{low:.4f} to {high:.4f}"><title>{low:.4f} to {high:.4f}</title><polyline points="{points}"/></svg>'
 
 

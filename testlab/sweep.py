@@ -96,6 +96,7 @@ def plan(name: str, axes: Sequence[Axis], workflow: Workflow, stamp: Callable[[A
     count = math.prod(len(axis.values) for axis in axes)
     if count > MAX_CELLS:
         raise ValueError(f"The sweep has {count} cells; at most {MAX_CELLS} are possible. Shorten an axis.")
+    workflow = plain(workflow)
     needed = ancestors(workflow, cell_node)
     for axis in axes:
         if axis.node_id not in needed or axis.node_id == cell_node:
@@ -112,6 +113,11 @@ def plan(name: str, axes: Sequence[Axis], workflow: Workflow, stamp: Callable[[A
     return Sweep(name=name, axes=tuple(axes), cell_node=cell_node, cells=tuple(cells))
 
 
+def plain(workflow: Workflow) -> dict[str, dict[str, Any]]:
+    """Return a workflow with what the user made of it only: the host notes `is_changed` in the prompts it runs, and would believe its old note."""
+    return {node_id: {name: node[name] for name in ("class_type", "inputs", "_meta") if name in node} for node_id, node in workflow.items()}
+
+
 def find_cell_node(name: str, workflow: Workflow) -> str:
     """Return the id of the TestLab Cell of a sweep.
 
@@ -125,7 +131,9 @@ def find_cell_node(name: str, workflow: Workflow) -> str:
     if not cells:
         raise ValueError("This workflow has no TestLab Cell. Put one at its end and connect the decoded frames.")
     if not named:
-        raise ValueError(f"No TestLab Cell has the sweep name {name!r}; there are {', '.join(repr(sweep) for sweep in cells.values())}. Use the same name on both nodes.")
+        raise ValueError(
+            f"No TestLab Cell has the sweep name {name!r}; there are {', '.join(repr(sweep) for sweep in cells.values())}. Use the same name on both nodes."
+        )
     raise ValueError(f"{len(named)} TestLab Cells have the sweep name {name!r} (nodes {', '.join(named)}). Give each its own sweep name.")
 
 
@@ -211,6 +219,7 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -165,7 +165,7 @@ def draw_labels(sweep: Sweep, layout: Layout, recorded: Mapping[str, RecordedCel
     picture = Image.new("RGB", layout.size, BACKGROUND)
     draw = ImageDraw.Draw(picture)
     size, width = layout.font_px, layout.size[0]
-    axes = " × ".join(axis.label for axis in sweep.axes)
+    axes = " by ".join(axis.label for axis in sweep.axes)
     draw.text((GAP_PX + 4, 8), shorten(f"{sweep.name}   {axes}", size, width - 2 * GAP_PX - 8), font=font(size), fill=MUTED)
     for column in range(sweep.columns):
         x = layout.corner(column)[0] + layout.tile_width / 2
@@ -261,4 +261,6 @@ def _refuse_full_disk(folder: Path, needed_bytes: int) -> None:
     """Refuse to start when the temporary tiles would fill the disk."""
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes * 1.1 + 50e6 > free_bytes:
-        raise ValueError(f"Rendering the grid needs {needed_bytes / 1e9:.2f} GB for a moment; {folder} has {free_bytes / 1e9:.2f} GB free. Make room, then press Run: recorded cells stay.")
+        raise ValueError(
+            f"Rendering the grid needs {needed_bytes / 1e9:.2f} GB for a moment; {folder} has {free_bytes / 1e9:.2f} GB free. Make room, then press Run: recorded cells stay."
+        )

@@ -42,7 +42,9 @@ def lora_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def models(shared_fixtures: Path):
     """Both tiny experts, loaded by the host in fp32."""
     folder = shared_fixtures / "videoxfun_lora"
-    return {expert: comfy_sd.load_diffusion_model(str(folder / f"base_{expert}.safetensors"), model_options={"dtype": torch.float32}) for expert in ("high", "low")}
+    return {
+        expert: comfy_sd.load_diffusion_model(str(folder / f"base_{expert}.safetensors"), model_options={"dtype": torch.float32}) for expert in ("high", "low")
+    }
 
 
 def rows_text(*rows: tuple[str, float, float]) -> str:
@@ -149,7 +151,14 @@ def test_file_without_block_0_cross_attention_k(fixtures: Path, models, lora_fol
 def dotted(key: str, prefix: str, down: str, up: str) -> str:
     """Write a VideoX-Fun key in a dotted layout."""
     name, part = key.removeprefix("lora_unet__").split(".", 1)
-    for flat, dots in (("_self_attn_", ".self_attn."), ("_cross_attn_", ".cross_attn."), ("blocks_", "blocks."), ("embedding_", "embedding."), ("projection_", "projection."), ("head_", "head.")):
+    for flat, dots in (
+        ("_self_attn_", ".self_attn."),
+        ("_cross_attn_", ".cross_attn."),
+        ("blocks_", "blocks."),
+        ("embedding_", "embedding."),
+        ("projection_", "projection."),
+        ("head_", "head."),
+    ):
         name = name.replace(flat, dots)
     return f"{prefix}{name}." + {"lora_down.weight": down, "lora_up.weight": up, "alpha": "alpha"}[part]
 
@@ -161,14 +170,20 @@ def refusal(models, file: str, high: float = 1.0) -> str:
 
 
 def test_lora_for_another_width_names_both(fixtures: Path, models, lora_folder: Path) -> None:
-    save_file({"lora_unet__blocks_0_self_attn_q.lora_down.weight": torch.ones(4, 5120), "lora_unet__blocks_0_self_attn_q.lora_up.weight": torch.ones(5120, 4)}, lora_folder / "wide.safetensors")
+    save_file(
+        {"lora_unet__blocks_0_self_attn_q.lora_down.weight": torch.ones(4, 5120), "lora_unet__blocks_0_self_attn_q.lora_up.weight": torch.ones(5120, 4)},
+        lora_folder / "wide.safetensors",
+    )
     message = refusal(models, "wide.safetensors")
     assert "5120" in message and "96" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_lora_is_refused(fixtures: Path, models, lora_folder: Path, value: float) -> None:
-    save_file({"lora_unet__blocks_0_self_attn_q.lora_down.weight": torch.full((4, 96), value), "lora_unet__blocks_0_self_attn_q.lora_up.weight": torch.ones(96, 4)}, lora_folder / "nan.safetensors")
+    save_file(
+        {"lora_unet__blocks_0_self_attn_q.lora_down.weight": torch.full((4, 96), value), "lora_unet__blocks_0_self_attn_q.lora_up.weight": torch.ones(96, 4)},
+        lora_folder / "nan.safetensors",
+    )
     assert "NaN or infinity" in refusal(models, "nan.safetensors")
 
 
@@ -179,13 +194,29 @@ def test_truncated_missing_and_foreign_files(fixtures: Path, models, lora_folder
         (lora_folder / f"cut{size}.safetensors").write_bytes(data[:size])
         assert "not a complete safetensors file" in refusal(models, f"cut{size}.safetensors")
     assert "not among the loras files" in refusal(models, "absent.safetensors")
-    save_file({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.ones(2, 2), "lora_unet_down_blocks_0_attentions_0.lora_up.weight": torch.ones(2, 2)}, lora_folder / "sd.safetensors")
+    save_file(
+        {"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.ones(2, 2), "lora_unet_down_blocks_0_attentions_0.lora_up.weight": torch.ones(2, 2)},
+        lora_folder / "sd.safetensors",
+    )
     assert "0 of 2 keys" in refusal(models, "sd.safetensors")
     (lora_folder / "pickle.pt").write_bytes(b"\x80\x02")
     assert "not a safetensors file" in refusal(models, "pickle.pt")
 
 
-@pytest.mark.parametrize("text", ["{", "5", "[5]", '[{"file": "x", "high": NaN}]', '[{"file": "x", "low": Infinity}]', '[{"file": "x", "high": "0.5"}]', '[{"high": 1}]', '[{"file": "x", "hihg": 1}]', '[{"file": "x", "high": 1e9}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "5",
+        "[5]",
+        '[{"file": "x", "high": NaN}]',
+        '[{"file": "x", "low": Infinity}]',
+        '[{"file": "x", "high": "0.5"}]',
+        '[{"high": 1}]',
+        '[{"file": "x", "hihg": 1}]',
+        '[{"file": "x", "high": 1e9}]',
+    ],
+)
 def test_bad_rows_are_refused_before_the_run(text: str) -> None:
     message = lora_patch.check_rows(text)
     assert isinstance(message, str) and "ow" in message

@@ -18,7 +18,11 @@ ROWS = json.dumps([{"on": True, "file": "a.safetensors", "high": 0.5, "low": 0.0
 WORKFLOW = {
     "1": {"class_type": "RewardLabWanModels", "inputs": {"vae": "x"}, "_meta": {"title": "Models"}},
     "5": {"class_type": "RewardLabLoadLoRAs", "inputs": {"model_high": ["1", 0], "model_low": ["1", 1], "rows": ROWS}, "_meta": {"title": "Load Reward LoRAs"}},
-    "6": {"class_type": "RewardLabSampleWan22", "inputs": {"model_high": ["5", 0], "seed": 1, "shift": 5.0, "scheduler": "simple", "flag": True}, "_meta": {"title": "Sample Wan2.2 (two experts)"}},
+    "6": {
+        "class_type": "RewardLabSampleWan22",
+        "inputs": {"model_high": ["5", 0], "seed": 1, "shift": 5.0, "scheduler": "simple", "flag": True},
+        "_meta": {"title": "Sample Wan2.2 (two experts)"},
+    },
     "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["1", 2]}, "_meta": {"title": "Prompt"}},
     "8": {"class_type": "RewardLabTestLabCell", "inputs": {"images": ["6", 0], "prompt": ["7", 0], "sweep": "s", "applied": "", "frame_rate": 8.0}},
     "9": {"class_type": "RewardLabTestLabGrid", "inputs": {"sweep": "s", "axes": ""}},
