@@ -116,7 +116,7 @@ def sample_scene(rng: random.Random, *, held_out: bool, two_share: float = 0.3) 
     return Scene(things=tuple(things), background=rng.choice(list(BACKGROUNDS)))
 
 
-def _coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
     """Anti-aliased coverage in [0, 1] from the signed distance (in pixels) to the outline."""
     if shape == "circle":
         distance = np.sqrt(dx * dx + dy * dy) - radius
@@ -142,7 +142,7 @@ def render(scene: Scene, frames: int = FRAMES) -> np.ndarray:
         colour = np.asarray(COLOURS[thing.colour], np.float32) / 255
         for index in range(frames):
             time = index - (frames - 1) / 2
-            cover = _coverage(thing.shape, x - (thing.x0_px + step_x * time), y - (thing.y0_px + step_y * time), thing.radius_px)
+            cover = coverage(thing.shape, x - (thing.x0_px + step_x * time), y - (thing.y0_px + step_y * time), thing.radius_px)
             clip[index] += cover[..., None] * (colour - clip[index])
     return clip
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from .. import hosted, world
 from . import vae as vae_stage
 
-SETS = {"train": 4000, "held_out": 320, "flicker": 700, "frozen": 500}
+SETS = {"train": 4000, "held_out": 160, "flicker": 400, "frozen": 300}
 _BATCH = 20
 
 
