@@ -16,9 +16,14 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Started as a script, this module has its own folder first on the path, where `queue.py` hides the standard library's: until `_register_pack` has
+# mended the path, nothing may be imported that needs that one (concurrent.futures, torch, ...).
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 ROOT = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("reward_lab")
@@ -33,7 +38,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nice", type=int, default=0, help="lower this process's priority")
     options = parser.parse_args(argv)
     _register_pack(options.comfyui.resolve())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    # The host reports much at INFO that has no place in a run's log.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logger.setLevel(logging.INFO)
     if options.nice and hasattr(os, "nice"):
         os.nice(options.nice)
 
@@ -113,7 +120,7 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read ({error}); write the settings of the run there") from error
     if (folder / METRICS).exists() and not resume:
-        raise_if_used(folder)
+        raise ValueError(f"the run folder {folder} already holds a run; resume it (--resume) or start a new one")
     preflight.check(config, folder)
 
     import comfy.cli_args
@@ -132,16 +139,9 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
     _train_with_models(config, folder, stop, resume, device, dtype)
 
 
-def raise_if_used(folder: Path) -> None:
-    """Refuse to start over in a folder that already holds a run.
-
-    Raises:
-        ValueError: it does.
-    """
-    raise ValueError(f"the run folder {folder} already holds a run; resume it (--resume) or start a new one")
-
-
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
     from ..lora_train.evaluation import all_prompts
     from ..lora_train.objectives.reward_backprop import Parts, train
     from ..lora_train.rollout import ContextCache, Experts
@@ -215,8 +215,11 @@ def _result(hashes: dict[str, Future], expert: str) -> str:
 
 
 def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _free_memory() -> None:
@@ -234,7 +237,8 @@ def _forget_after_checkpoint(folder: Path) -> None:
 
     (folder / "stop").unlink(missing_ok=True)
     step = latest_step(folder)
-    kept = [event for event in read_events(folder) if event["event"] not in ("finished", "failed") and 0 < event.get("step", step + 1) <= step]
+    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed") and event.get("step", 0) <= step]
+    kept = past if step else []
     partial = folder / f"{METRICS}.partial"
     partial.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in kept), encoding="utf-8")
     partial.replace(folder / METRICS)

@@ -1,0 +1,75 @@
+"""A whole set of random model files, small enough for a second, in the formats of the real ones."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+TRANSFORMER = {"dim": 48, "num_heads": 4, "ffn_dim": 64, "num_layers": 2, "freq_dim": 32, "text_dim": 32, "text_len": 16, "in_dim": 16, "out_dim": 16, "model_type": "t2v"}
+SENTENCES = [f"a {colour} {shape} moves {way} over {ground}" for colour in ("red", "green", "blue") for shape in ("square", "circle") for way in ("left", "right") for ground in ("white", "black")]
+
+
+def _randomise(module, seed):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        is_gain = parameter.ndim == 1 and not name.endswith("bias") or name.endswith("gamma")
+        fan = max(1, parameter[0].numel()) if parameter.ndim > 1 else 25
+        parameter.data = (torch.ones if is_gain else torch.zeros)(parameter.shape) + torch.randn(parameter.shape, generator=generator) * 0.5 * fan**-0.5
+    return {key: value.detach().contiguous() for key, value in module.state_dict().items()}
+
+
+def _vocabulary() -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=60, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2
+    )
+    return model.getvalue()
+
+
+def _text_encoder(path: Path) -> None:
+    import comfy.ops
+    import comfy.text_encoders.t5
+    import torch
+    from safetensors.torch import save_file
+
+    vocabulary = _vocabulary()
+    config = {
+        "d_ff": 48, "d_kv": 8, "d_model": 32, "decoder_start_token_id": 0, "dropout_rate": 0.0, "eos_token_id": 1, "dense_act_fn": "gelu_pytorch_tanh", "initializer_factor": 1.0,
+        "is_encoder_decoder": True, "is_gated_act": True, "layer_norm_epsilon": 1e-6, "model_type": "umt5", "num_decoder_layers": 1, "num_heads": 4, "num_layers": 1,
+        "output_past": True, "pad_token_id": 0, "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "vocab_size": 96,
+    }  # fmt: skip
+    tensors = _randomise(comfy.text_encoders.t5.T5(config, torch.float32, "cpu", comfy.ops.disable_weight_init), 7)
+    tensors["spiece_model"] = torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)
+    save_file(tensors, path, metadata={"config": json.dumps({"umt5xxl_model_config": config, "text_len": 16})})
+
+
+@pytest.fixture(scope="session")
+def tiny_models(comfyui, tmp_path_factory) -> dict[str, str]:
+    """Paths of random `high`, `low`, `text_encoder` and `vae` files."""
+    import comfy.ldm.wan.model
+    import comfy.ldm.wan.vae
+    import comfy.ops
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("models")
+    paths = {
+        "high": folder / "tiny_t2v_high_noise.safetensors",
+        "low": folder / "tiny_t2v_low_noise.safetensors",
+        "text_encoder": folder / "tiny_umt5.safetensors",
+        "vae": folder / "tiny_vae.safetensors",
+    }
+    for seed, expert in enumerate(("high", "low")):
+        model = comfy.ldm.wan.model.WanModel(**TRANSFORMER, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+        save_file(_randomise(model, seed), paths[expert], metadata={"config": json.dumps({"transformer": TRANSFORMER})})
+    vae = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    save_file(_randomise(vae, 4), paths["vae"])
+    _text_encoder(paths["text_encoder"])
+    return {name: str(path) for name, path in paths.items()}

@@ -1,0 +1,68 @@
+"""Settings: round trip, presets, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from reward_lab.lora_train.config import TrainConfig
+from reward_lab.lora_train.presets import PRESETS
+
+
+def test_round_trip(toy):
+    config = toy.config(expert="both", objective={"strategy": "random", "grad_steps": 2}, held_out={"every": 2, "prompts": ["y"]})
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.digest() == config.digest()
+
+
+def test_digest_changes_with_what_is_trained_only(toy):
+    config = toy.config()
+    assert toy.config(steps=9, sample_every=3).digest() == config.digest()
+    assert toy.config(seed=1).digest() != config.digest()
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_valid_and_yield_to_the_user(toy, name):
+    values = {key: value for key, value in toy.settings().items() if key in ("models", "reward", "prompts")}
+    config = TrainConfig.from_dict({**values, "preset": name, "lora": {"rank": 7}})
+    assert config.lora.rank == 7 and config.lora.skip == ("ffn",)
+    if name == "videox-fun":
+        assert config.sampling.steps == 40 and config.optimiser.clip_norm == 0.3 and config.lora.effective_alpha == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 3}, "unknown setting 'stepz'; the nearest known one is 'steps'"),
+        ({"objective": {"stratgy": "last"}}, "'objective.stratgy'.*'objective.strategy'"),
+        ({"preset": "videoxfun"}, "nearest is 'videox-fun'"),
+        ({"video": {"width_px": 250}}, "multiple of 16; use 256"),
+        ({"video": {"frames": 16}}, "4n.1 frames; use 13 or 17"),
+        ({"optimiser": {"lr": float("nan")}}, "optimiser.lr is nan"),
+        ({"optimiser": {"lr": 0}}, "greater than 0"),
+        ({"expert": "middle"}, "one of: high, low, both"),
+        ({"lora": {"rank": 0}}, "lora.rank is 0"),
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [{"text": " "}]}, "a prompt is empty"),
+        ({"batch": True}, "batch must be a whole number"),
+        ({"steps": "ten"}, "steps must be a whole number, not str 'ten'"),
+        ({"name": "../x"}, "file names are made of it"),
+        ({"objective": {"strategy": "list"}}, "step_list goes with strategy 'list'"),
+        ({"objective": {"strategy": "list", "step_list": [5]}}, "the high-noise expert makes steps 0 to 2"),
+        ({"objective": {"strategy": "tail", "grad_steps": 5}}, "the high-noise expert makes 3 steps"),
+        ({"sampling": {"boundary": 1.0, "steps": 1}, "expert": "low"}, "makes no step"),
+        ({"models": {"high": ""}}, "models.high is empty"),
+        ({"held_out": {"every": 2}}, "held_out.prompts is empty"),
+    ],
+)
+def test_refusals(toy, changes, message):
+    with pytest.raises(ValueError, match=message):
+        toy.config(**changes)
+
+
+def test_missing_setting_is_named(toy):
+    values = toy.settings()
+    del values["video"]["frames"]
+    with pytest.raises(ValueError, match="lacks 'video.frames'"):
+        TrainConfig.from_dict(values)

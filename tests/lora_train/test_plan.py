@@ -1,0 +1,62 @@
+"""The plan from headers alone, and the check of the disk."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reward_lab.lora_train import plan, safetensors_file
+
+
+@pytest.fixture
+def config(toy, tmp_path):
+    tensors = {
+        "blocks.0.self_attn.q.weight": torch.zeros(8, 8),
+        "blocks.0.ffn.0.weight": torch.zeros(16, 8),
+        "head.head.weight": torch.zeros(64, 8),
+        "head.head.bias": torch.zeros(64),
+        "patch_embedding.weight": torch.zeros(8, 16, 1, 2, 2),
+    }
+    for expert in ("high", "low"):
+        safetensors_file.write(tmp_path / f"{expert}.safetensors", tensors, {})
+    files = {expert: str(tmp_path / f"{expert}.safetensors") for expert in ("high", "low")}
+    return toy.config(models=files, objective={"mode": "x0", "strategy": "last", "kl_weight": 1.0}, lora={"rank": 3})
+
+
+def test_counts(config):
+    found = plan.plan(config)
+    high, low = found["experts"]["high"], found["experts"]["low"]
+    assert high["parameters"] == 64 + 128 + 512 + 64 + 512 and high["file_bytes"] == 4 * high["parameters"]
+    assert (high["lora_modules"], high["lora_parameters"]) == (2, 3 * 16 + 3 * 72) and low["lora_modules"] == 0
+    # Six steps, three of them high: two rolled, one with gradient (3 passes) and a reference; guidance doubles all.
+    assert high["passes_per_update_and_video"] == {"rollout": 4, "gradient": 6.0, "reference": 2.0, "total": 12.0}
+    assert found["lora_file_bytes"] == 4 * high["lora_parameters"] and found["tokens_per_video"] == 2 * 1 * 2
+
+
+def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path):
+    from reward_lab.lora_train.objectives.reward_backprop import train
+
+    train(config, toy.parts(config), tmp_path / "run")
+    steps = [event for event in toy.events if event.name == "step"]
+    wanted = plan.passes_per_update(config, "high")["total"] * config.batch
+    assert [event.forwards for event in steps] == [wanted * event.step for event in steps]
+
+
+def test_full_disk_is_refused_before_the_start(config, tmp_path, monkeypatch):
+    plan.check_disk(config, tmp_path / "not" / "yet" / "there")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="0.00 GB free; make room"):
+        plan.check_disk(config, tmp_path)
+
+
+def test_command(config, tmp_path, capsys):
+    import json
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert plan.main([str(path)]) == 0 and '"disk_bytes"' in capsys.readouterr().out
+    path.write_text('{"stepz": 1}')
+    assert plan.main([str(path)]) == 2 and "nearest known one is 'steps'" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""Prompt files in all their forms, and reproducible draws."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from reward_lab.lora_train.config import Prompt
+from reward_lab.lora_train.prompts import PromptSampler, parse_prompt_lines, read_prompt_file
+
+
+def _file(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xef\xbb\xbfa cat\r\n\r\na dog\r\na cat\r\n"),
+        ("a.txt", "a cat\na dog\n".encode("utf-16")),
+        ("a.txt", "a cat\ra dog"),
+        ("a.csv", b"\xef\xbb\xbfid,Prompt\r\n1,a cat\r\n2,a dog\r\n3,\r\n"),
+        ("a.json", json.dumps(["a cat", {"text": "a dog"}])),
+        ("a.json", json.dumps({"prompts": ["a cat", {"caption": "a dog"}]})),
+        ("a.jsonl", '{"prompt": "a cat"}\n\n"a dog"\n'),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    assert [prompt.text for prompt in read_prompt_file(_file(tmp_path, name, content))] == ["a cat", "a dog"]
+
+
+def test_csv_weights_and_quoted_lines(tmp_path):
+    prompts = read_prompt_file(_file(tmp_path, "a.csv", 'prompt,weight\n"a cat, sitting",2.5\na dog,\n'))
+    assert prompts == [Prompt(text="a cat, sitting", weight=2.5), Prompt(text="a dog", weight=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "holds no prompt"),
+        ("a.txt", b"\xef\xbb\xbf\r\n \r\n", "holds no prompt"),
+        ("a.txt", "short\n" + "x" * 10_000_000, "line 2 of a.txt has 10000000 characters, the limit is 10000"),
+        ("a.csv", "prompt\n" + "x" * 200_000, "line 2 of a.csv has 200000 characters"),
+        ("a.json", json.dumps(["x" * 20_000]), "entry 1 has 20000 characters"),
+        ("a.txt", b"caf\xe9", "not utf-8 text"),
+        ("a.csv", "a,b\n1,2\n", "one must be called prompt"),
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "[3]", "entry 1 holds no prompt"),
+        ("a.csv", "prompt,weight\nx,-1\n", "greater than 0"),
+        ("a.csv", "prompt,weight\nx,much\n", "line 2 has the weight 'much'"),
+        ("a.pdf", "x", "use .txt, .csv"),
+    ],
+)
+def test_refusals(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompt_file(_file(tmp_path, name, content))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_prompt_file(tmp_path / "none.txt")
+
+
+def test_every_prompt_once_per_pass_and_draws_depend_on_the_position_only():
+    prompts = parse_prompt_lines("a\nb\nc")
+    drawn = PromptSampler(prompts, 7).draw(0, 9)
+    assert all(sorted(drawn[start : start + 3]) == ["a", "b", "c"] for start in (0, 3, 6))
+    assert PromptSampler(prompts, 7).draw(4, 5) == drawn[4:]
+
+
+def test_weights_are_honoured():
+    drawn = PromptSampler([Prompt(text="a", weight=3), Prompt(text="b", weight=1)], 0).draw(0, 2000)
+    assert drawn.count("a") / 2000 == pytest.approx(0.75, abs=0.03)
