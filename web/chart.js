@@ -272,9 +272,11 @@ function drawXAxis(ctx, view, box, x) {
 function drawReadOut(ctx, view, boxes, x) {
   const { theme, panes, xRange } = view;
   const [first] = boxes;
-  const share = Math.min(1, Math.max(0, (/** @type {number} */ (view.hover_px) - first.left) / first.width));
+  const share = Math.min(1, Math.max(0, ((view.hover_px ?? 0) - first.left) / first.width));
   const wanted = xRange[0] + share * (xRange[1] - xRange[0]);
-  const longest = panes.flatMap((pane) => pane.lines).reduce((/** @type {Point[]} */ best, item) => (item.points.length > best.length ? item.points : best), []);
+  const longest = panes
+    .flatMap((pane) => pane.lines)
+    .reduce((/** @type {Point[]} */ best, item) => (item.points.length > best.length ? item.points : best), []);
   const anchor = nearest(longest, wanted);
   if (!anchor) return null;
   const last = boxes[boxes.length - 1];

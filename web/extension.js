@@ -32,7 +32,13 @@ const viewsOf = new WeakMap();
  * @param {() => void} [onRemove]
  */
 function addView(node, name, element, height_px, onRemove) {
-  const widget = node.addDOMWidget(name, "reward_lab", element, { serialize: false, hideOnZoom: false, margin: 6, getMinHeight: height_px, getMaxHeight: height_px });
+  const widget = node.addDOMWidget(name, "reward_lab", element, {
+    serialize: false,
+    hideOnZoom: false,
+    margin: 6,
+    getMinHeight: height_px,
+    getMaxHeight: height_px,
+  });
   widget.serialize = false;
   const remove = widget.onRemove;
   widget.onRemove = () => {
@@ -70,7 +76,7 @@ function addRows(node) {
       widget.value = text;
       widget.callback?.(text);
     },
-    listFiles: async () => fileNames(await host.getJson("/reward_lab/loras")),
+    listFiles: () => host.getJson("/reward_lab/loras"),
     onError: (message) => host.toast("error", "The LoRA files could not be listed", message),
     onResize: (height_px) => {
       if (height_px === height) return;
@@ -80,7 +86,13 @@ function addRows(node) {
       fit(node);
     },
   });
-  addView(node, "reward_lab_rows_view", view.element, () => view.height_px() + 12, () => view.destroy());
+  addView(
+    node,
+    "reward_lab_rows_view",
+    view.element,
+    () => view.height_px() + 12,
+    () => view.destroy(),
+  );
   const configured = node.onConfigure;
   node.onConfigure = function (/** @type {unknown[]} */ ...args) {
     configured?.apply(this, args);
@@ -89,11 +101,6 @@ function addRows(node) {
   };
   node.setSize([Math.max(node.size[0], ROWS_WIDTH_PX), node.size[1]]);
   return { onOutput: (output) => output.reward_lab_rows && view.setReports(output.reward_lab_rows) };
-}
-
-/** @param {any} answer a list of names, or of objects with a name */
-function fileNames(answer) {
-  return (answer.loras ?? answer).map((/** @type {any} */ entry) => (typeof entry === "string" ? entry : (entry.file ?? entry.name)));
 }
 
 /**
@@ -123,7 +130,13 @@ function addText(node) {
  */
 function addRun(node) {
   const view = createRunView(store, () => host.showSidebarTab(TAB_ID));
-  addView(node, "reward_lab_run_view", view.element, () => 136, () => view.destroy());
+  addView(
+    node,
+    "reward_lab_run_view",
+    view.element,
+    () => 136,
+    () => view.destroy(),
+  );
   const follow = () => {
     const id = node.properties?.[RUN_PROPERTY];
     if (id && id !== view.runId()) view.follow(id);
@@ -178,7 +191,11 @@ host.registerExtension({
 
   nodeCreated(/** @type {any} */ node) {
     const kind = node.constructor?.comfyClass ?? node.comfyClass;
-    const views = [kind === ROWS_NODE ? addRows(node) : null, RUN_NODES.includes(kind) ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter((view) => view !== null);
+    const views = [
+      kind === ROWS_NODE ? addRows(node) : null,
+      RUN_NODES.includes(kind) ? addRun(node) : null,
+      TEXT_NODES.includes(kind) ? addText(node) : null,
+    ].filter((view) => view !== null);
     if (!views.length) return;
     viewsOf.set(node, views);
     const executed = node.onExecuted;

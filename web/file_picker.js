@@ -20,7 +20,13 @@ export function openFilePicker(anchor, { files, current, emptyText, onPick }) {
   closeOpenList?.();
   let active = Math.max(0, files.indexOf(current));
   let shown = files;
-  const search = el("input", { class: "rl-picker-search", type: "text", placeholder: `Search ${files.length} files`, "aria-label": "Search files", spellcheck: "false" });
+  const search = el("input", {
+    class: "rl-picker-search",
+    type: "text",
+    placeholder: `Search ${files.length} files`,
+    "aria-label": "Search files",
+    spellcheck: "false",
+  });
   const list = el("div", { class: "rl-picker-list", role: "listbox" });
   const box = el("div", { class: "rl-picker", data: { rewardLab: "picker" } }, [el("label", { class: "rl-picker-head" }, [icon("search"), search]), list]);
 
@@ -41,7 +47,11 @@ export function openFilePicker(anchor, { files, current, emptyText, onPick }) {
     onPick(file);
   };
   const render = () => {
-    list.replaceChildren(...(shown.length ? shown.map((file, i) => option(file, i === active, file === current, () => pick(file))) : [el("div", { class: "rl-picker-none", text: files.length ? "No file matches." : emptyText })]));
+    list.replaceChildren(
+      ...(shown.length
+        ? shown.map((file, i) => option(file, i === active, file === current, () => pick(file)))
+        : [el("div", { class: "rl-picker-none", text: files.length ? "No file matches." : emptyText })]),
+    );
     list.querySelector("[aria-selected='true']")?.scrollIntoView({ block: "nearest" });
   };
   search.addEventListener("input", () => {
@@ -78,7 +88,10 @@ export function openFilePicker(anchor, { files, current, emptyText, onPick }) {
 function option(file, isActive, isCurrent, pick) {
   const cut = Math.max(file.lastIndexOf("/"), file.lastIndexOf("\\")) + 1;
   const parts = [cut ? el("span", { class: "rl-picker-folder", text: file.slice(0, cut) }) : null, el("span", { text: file.slice(cut) })];
-  const row = el("div", { class: `rl-picker-option${isCurrent ? " rl-current" : ""}`, role: "option", "aria-selected": String(isActive), title: file }, [el("span", { class: "rl-picker-name" }, parts), isCurrent ? icon("check") : null]);
+  const row = el("div", { class: `rl-picker-option${isCurrent ? " rl-current" : ""}`, role: "option", "aria-selected": String(isActive), title: file }, [
+    el("span", { class: "rl-picker-name" }, parts),
+    isCurrent ? icon("check") : null,
+  ]);
   row.addEventListener("click", pick);
   return row;
 }

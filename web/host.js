@@ -29,10 +29,10 @@ export function showSidebarTab(id) {
 }
 
 /**
- * GET a JSON route of the pack.
+ * GET a route of the pack.
  *
  * @param {string} path starts with `/reward_lab/`
- * @returns {Promise<any>}
+ * @returns {Promise<any>} parsed JSON, or the text of a route that answers with text
  * @throws {Error} with the server's own message when the answer is not 2xx
  */
 export async function getJson(path) {
@@ -55,14 +55,9 @@ export async function postJson(path) {
  * @param {string} path
  */
 async function readJson(response, path) {
-  const text = await response.text();
-  let body = null;
-  try {
-    body = text ? JSON.parse(text) : null;
-  } catch {
-    body = null; // an error page of the server is not JSON; its text is used below
-  }
-  if (!response.ok) throw new Error(`${path}: ${body?.error ?? (text.slice(0, 200) || response.status)}`);
+  const isJson = (response.headers.get("Content-Type") ?? "").includes("json");
+  const body = isJson ? await response.json() : await response.text();
+  if (!response.ok) throw new Error(`${path}: ${(isJson && body?.error) || `the server answered ${response.status} ${response.statusText}`}`);
   return body;
 }
 

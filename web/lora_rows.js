@@ -51,7 +51,7 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
       onError(/** @type {Error} */ (error).message);
     }
   };
-  const drag = startDrag(list, (from, to) => save(moveRow(rows, from, to), moveRow(/** @type {any} */ (reports), from, to)));
+  const drag = startDrag(list, (from, to) => save(moveRow(rows, from, to), moveRow(reports, from, to)));
 
   const renderFoot = () => {
     const add = el("button", { class: "rl-button rl-add", type: "button" }, [icon("plus"), el("span", { text: "Add LoRA" })]);
@@ -59,19 +59,37 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
     const sum = totals(rows);
     const isMuch = sum.high > SUM_WARNING || sum.low > SUM_WARNING;
     const text = sum.active ? `sum  high ${sum.high.toFixed(2)}  ·  low ${sum.low.toFixed(2)}` : "";
-    const title = isMuch ? "Sums above about 1 tend to burn the picture and freeze motion. Compare strengths with TestLab." : "Sum of the active strengths on each expert.";
+    const title = isMuch
+      ? "Sums above about 1 tend to burn the picture and freeze motion. Compare strengths with TestLab."
+      : "Sum of the active strengths on each expert.";
     foot.replaceChildren(add, el("span", { class: `rl-sum${isMuch ? " rl-warn" : ""}`, text, title }));
   };
   const render = () => {
     const { error } = parseRows(read());
     if (error) list.replaceChildren(broken(error, () => save([], [])));
-    else if (!rows.length) list.replaceChildren(el("div", { class: "rl-rows-empty", text: "No LoRA yet. 0.5 is the strength of the authors' examples; it is not tuned." }));
-    else list.replaceChildren(...rows.map((row, i) => rowElement(row, reports[i] ?? null, i, { edit, pick, drag, remove: () => save(rows.filter((_, at) => at !== i), reports.filter((_, at) => at !== i)) })));
+    else if (!rows.length)
+      list.replaceChildren(el("div", { class: "rl-rows-empty", text: "No LoRA yet. 0.5 is the strength of the authors' examples; it is not tuned." }));
+    else
+      list.replaceChildren(
+        ...rows.map((row, i) =>
+          rowElement(row, reports[i] ?? null, i, {
+            edit,
+            pick,
+            drag,
+            remove: () =>
+              save(
+                rows.filter((_, at) => at !== i),
+                reports.filter((_, at) => at !== i),
+              ),
+          }),
+        ),
+      );
     renderFoot();
     sizeWatch.request();
   };
   const sizeWatch = onceAFrame(() => onResize(height_px()));
-  const height_px = () => 30 + 34 + (rows.length ? rows.reduce((sum, row, i) => sum + 32 + (statusOf(row, reports[i] ?? null) ? 18 : 0) + warningCount(reports[i]) * 16, 0) : 48);
+  const height_px = () =>
+    30 + 34 + (rows.length ? rows.reduce((sum, row, i) => sum + 32 + (statusOf(row, reports[i] ?? null) ? 18 : 0) + warningCount(reports[i]) * 16, 0) : 48);
   const refresh = () => {
     const text = read();
     if (text === lastText && list.childElementCount) return;
@@ -134,7 +152,13 @@ function statusOf(row, report) {
 function rowElement(row, report, index, actions) {
   const handle = el("span", { class: "rl-handle", title: "Drag to reorder" }, [icon("bars")]);
   handle.addEventListener("pointerdown", (event) => actions.drag(event, index));
-  const toggle = el("button", { class: "rl-toggle", type: "button", role: "switch", "aria-checked": String(row.on), title: row.on ? "Switch this LoRA off" : "Switch this LoRA on" });
+  const toggle = el("button", {
+    class: "rl-toggle",
+    type: "button",
+    role: "switch",
+    "aria-checked": String(row.on),
+    title: row.on ? "Switch this LoRA off" : "Switch this LoRA on",
+  });
   toggle.addEventListener("click", () => actions.edit(index, { on: !row.on }));
   const expert = expertOf(row.file);
   const cut = Math.max(row.file.lastIndexOf("/"), row.file.lastIndexOf("\\")) + 1;
@@ -152,7 +176,9 @@ function rowElement(row, report, index, actions) {
   remove.addEventListener("click", actions.remove);
   const line = el("div", { class: "rl-row-line" }, [handle, toggle, file, strength("high"), strength("low"), remove]);
   const status = statusOf(row, report);
-  const notes = status ? [el("div", { class: "rl-status", data: { tone: status.tone } }, [el("i", { class: "rl-dot" }), el("span", { text: status.text })])] : [];
+  const notes = status
+    ? [el("div", { class: "rl-status", data: { tone: status.tone } }, [el("i", { class: "rl-dot" }), el("span", { text: status.text })])]
+    : [];
   for (const warning of (status?.warnings ?? []).slice(0, 3)) notes.push(el("div", { class: "rl-row-warning", text: warning, title: warning }));
   return el("div", { class: `rl-row${row.on ? "" : " rl-off"}`, data: { index: String(index) } }, [line, ...notes]);
 }
@@ -164,7 +190,11 @@ function rowElement(row, report, index, actions) {
  */
 function fileNameParts(name) {
   const cut = Math.max(0, name.length - 18);
-  return [el("span", { class: "rl-file-name", text: name.slice(0, cut) }), el("span", { class: "rl-file-tail", text: name.slice(cut) }), el("span", { class: "rl-file-fill" })];
+  return [
+    el("span", { class: "rl-file-name", text: name.slice(0, cut) }),
+    el("span", { class: "rl-file-tail", text: name.slice(cut) }),
+    el("span", { class: "rl-file-fill" }),
+  ];
 }
 
 /**

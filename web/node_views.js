@@ -36,7 +36,10 @@ export function createRunView(store, onOpen) {
   const badge = el("span", { class: "rl-badge" });
   const line = el("span", { class: "rl-run-line" });
   const bar = el("div", { class: "rl-bar-fill" });
-  const open = el("button", { class: "rl-button rl-small", type: "button", title: "Show this run in the Reward Lab tab" }, [icon("chart-line"), el("span", { text: "Details" })]);
+  const open = el("button", { class: "rl-button rl-small", type: "button", title: "Show this run in the Reward Lab tab" }, [
+    icon("chart-line"),
+    el("span", { text: "Details" }),
+  ]);
   const element = el("div", { class: "rl-root rl-node-run" }, [
     el("div", { class: "rl-node-run-head" }, [badge, line, open]),
     el("div", { class: "rl-bar" }, [bar]),

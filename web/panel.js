@@ -108,7 +108,10 @@ function cardActions(store, host, redraw) {
       redraw();
     },
     async stop(run) {
-      const isSure = await host.confirm("Stop this training run?", `${run.name || run.id} is at step ${run.step} of ${run.steps}. It finishes its current step, writes a checkpoint and a LoRA that can be used, and ends.`);
+      const isSure = await host.confirm(
+        "Stop this training run?",
+        `${run.name || run.id} is at step ${run.step} of ${run.steps}. It finishes its current step, writes a checkpoint and a LoRA that can be used, and ends.`,
+      );
       if (!isSure) return;
       try {
         await store.requestStop(run.id);
@@ -138,6 +141,10 @@ function emptyState() {
   return el("div", { class: "rl-empty" }, [
     icon("chart-line"),
     el("div", { class: "rl-empty-title", text: "No training runs yet" }),
-    el("ol", {}, steps.map((text) => el("li", { text }))),
+    el(
+      "ol",
+      {},
+      steps.map((text) => el("li", { text })),
+    ),
   ]);
 }

@@ -106,12 +106,13 @@ export function changeRow(rows, index, change) {
 }
 
 /**
- * The rows with one moved to another place.
+ * A list with one entry moved to another place.
  *
- * @param {Row[]} rows
+ * @template T
+ * @param {T[]} rows
  * @param {number} from
  * @param {number} to its place in the result
- * @returns {Row[]}
+ * @returns {T[]}
  */
 export function moveRow(rows, from, to) {
   const rest = rows.filter((_, i) => i !== from);
@@ -179,7 +180,10 @@ export function matchReports(rows, reports) {
  * @returns {RowStatus}
  */
 export function rowStatus(row, report) {
-  const sides = /** @type {const} */ ([["high", report.applied_high], ["low", report.applied_low]]).filter(([side]) => row[side] !== 0);
+  const sides = /** @type {const} */ ([
+    ["high", report.applied_high],
+    ["low", report.applied_low],
+  ]).filter(([side]) => row[side] !== 0);
   const warnings = report.warnings ?? [];
   if (!sides.length) return { tone: "warn", text: "both strengths are 0", warnings };
   const text = sides.map(([side, applied]) => `${side} ${applied} of ${report.total}`).join(" · ");

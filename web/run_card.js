@@ -77,7 +77,9 @@ export function headLine(run, detail) {
     isWaiting ? "loading models" : `step ${run.step} of ${run.steps}`,
     reward === null ? "" : `reward ${reward.toFixed(4)}`,
     left === null ? "" : `${formatDuration(left)} left`,
-  ].filter(Boolean).join("  ·  ");
+  ]
+    .filter(Boolean)
+    .join("  ·  ");
 }
 
 /**
@@ -137,10 +139,18 @@ function figureRows(run, detail) {
   const { started, heldOutSpan } = detail;
   if (started?.reward) rows.push(["Reward model", started.reward]);
   if (started?.experts?.length) rows.push(["Expert", started.experts.join(", ")]);
-  if (heldOutSpan) rows.push(["Held-out reward", `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}${heldOutSpan.base === null ? "" : ` (base ${heldOutSpan.base.toFixed(4)})`}`]);
+  if (heldOutSpan)
+    rows.push([
+      "Held-out reward",
+      `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}${heldOutSpan.base === null ? "" : ` (base ${heldOutSpan.base.toFixed(4)})`}`,
+    ]);
   if (detail.secondsAStep) rows.push(["Speed", `${detail.secondsAStep < 10 ? detail.secondsAStep.toFixed(1) : Math.round(detail.secondsAStep)} s a step`]);
   if (detail.checkpoints.length) rows.push(["Checkpoint", `step ${detail.checkpoints[detail.checkpoints.length - 1]}`]);
-  if (started?.parameters) rows.push(["Trained", `${(started.parameters / 1e6).toFixed(started.parameters < 1e7 ? 2 : 0)} M parameters${started.device ? ` on ${started.device}` : ""}`]);
+  if (started?.parameters)
+    rows.push([
+      "Trained",
+      `${(started.parameters / 1e6).toFixed(started.parameters < 1e7 ? 2 : 0)} M parameters${started.device ? ` on ${started.device}` : ""}`,
+    ]);
   return rows.flatMap(([term, value]) => [el("dt", { text: term }), el("dd", { text: value })]);
 }
 
@@ -152,7 +162,10 @@ function figureRows(run, detail) {
 function actionButtons(run, actions) {
   if (!isLive(run)) return [];
   const isStopping = run.state === "stopping";
-  const stop = el("button", { class: "rl-button rl-stop", type: "button", disabled: isStopping }, [icon(isStopping ? "spin pi-spinner" : "stop-circle"), el("span", { text: isStopping ? "Saving and stopping" : "Stop" })]);
+  const stop = el("button", { class: "rl-button rl-stop", type: "button", disabled: isStopping }, [
+    icon(isStopping ? "spin pi-spinner" : "stop-circle"),
+    el("span", { text: isStopping ? "Saving and stopping" : "Stop" }),
+  ]);
   stop.addEventListener("click", () => actions.stop(run));
   return [stop];
 }
@@ -165,11 +178,16 @@ function actionButtons(run, actions) {
  */
 function sampleRows(id, latest, actions) {
   if (!latest?.files.length) return [];
-  const media = latest.files.slice(0, 4).map((file, i) => {
-    const src = actions.fileUrl(id, file);
-    const title = latest.prompts[i] ?? "";
-    return /\.(mp4|webm)$/i.test(file) ? el("video", { src, title, muted: true, loop: true, autoplay: true, playsinline: true }) : el("img", { src, title, alt: title || `Sample of step ${latest.step}` });
-  });
+  const title = latest.prompts.join("\n");
+  const isVideo = (/** @type {string} */ file) => /\.(mp4|webm)$/i.test(file);
+  // Videos first: motion is what a strip of frames hides.
+  const media = [...latest.files]
+    .sort((a, b) => Number(isVideo(b)) - Number(isVideo(a)))
+    .map((file) => {
+      const src = actions.fileUrl(id, file);
+      if (isVideo(file)) return el("video", { src, title, muted: true, loop: true, autoplay: true, playsinline: true });
+      return el("img", { src, title, alt: title || `Sample of step ${latest.step}` });
+    });
   for (const item of media) if (item instanceof HTMLVideoElement) item.muted = true; // the attribute alone does not allow autoplay
   return [el("figcaption", { class: "rl-heading", text: `Sample at step ${latest.step}` }), el("div", { class: "rl-sample-grid" }, media)];
 }
@@ -198,6 +216,7 @@ function fileRows(files, actions) {
  */
 function failureRows(run, detail, actions) {
   const error = detail.failure?.error ?? run.error ?? "The training process ended without a word.";
+  /** @type {HTMLElement[]} */
   const rows = [el("div", { class: "rl-failure-head" }, [icon("exclamation-triangle"), el("span", { text: error })])];
   if (detail.log.length) {
     const copy = el("button", { class: "rl-button", type: "button" }, [icon("copy"), el("span", { text: "Copy log" })]);

@@ -16,7 +16,9 @@ import { Series } from "./series.js";
  * @property {number} steps
  * @property {number | null} [reward] last reward
  * @property {string[]} [files] LoRA files saved
- * @property {string | null} [error]
+ * @property {string} [error]
+ * @property {string[]} [log_tail]
+ * @property {number | null} [seconds_per_step]
  */
 
 /**
@@ -86,7 +88,7 @@ export class RunStore extends EventTarget {
   async reload() {
     try {
       const answer = await this.server.getJson("/reward_lab/runs");
-      this.runs = new Map((answer.runs ?? answer).map((/** @type {RunInfo} */ run) => [run.id, run]));
+      this.runs = new Map(answer.map((/** @type {RunInfo} */ run) => [run.id, run]));
       this.error = null;
     } catch (error) {
       this.error = /** @type {Error} */ (error).message;
@@ -151,12 +153,11 @@ export class RunStore extends EventTarget {
     this.details.set(id, detail);
     try {
       const path = `/reward_lab/runs/${encodeURIComponent(id)}`;
-      const answer = await this.server.getJson(`${path}/events?start=${detail.next}`);
-      const events = answer.events ?? answer;
+      const events = await this.server.getJson(`${path}/events?start=${detail.next}`);
       for (const event of events) apply(detail, event);
-      detail.next = answer.next ?? detail.next + events.length;
+      detail.next += events.length;
       const run = this.runs.get(id);
-      if (run?.state === "failed" && !detail.log.length) detail.log = logLines(await this.server.getJson(`${path}/log`));
+      if (run?.state === "failed" && !detail.log.length) detail.log = logLines(run.log_tail?.length ? run.log_tail : await this.server.getJson(`${path}/log`));
       this.error = null;
     } catch (error) {
       this.error = /** @type {Error} */ (error).message;
@@ -188,8 +189,17 @@ export class RunStore extends EventTarget {
 /** @returns {RunDetail} */
 function newDetail() {
   return {
-    next: 0, reward: new Series(), heldOut: new Series(), loss: new Series(), samples: [], checkpoints: [], started: null,
-    heldOutSpan: null, secondsAStep: null, log: [], failure: null,
+    next: 0,
+    reward: new Series(),
+    heldOut: new Series(),
+    loss: new Series(),
+    samples: [],
+    checkpoints: [],
+    started: null,
+    heldOutSpan: null,
+    secondsAStep: null,
+    log: [],
+    failure: null,
   };
 }
 
@@ -234,12 +244,11 @@ function pushNumber(series, x, y) {
 }
 
 /**
- * @param {any} answer lines, text, or an object that holds either
+ * @param {any} answer lines, or text
  * @returns {string[]}
  */
 export function logLines(answer) {
-  const log = answer?.lines ?? answer?.log ?? answer?.text ?? answer ?? [];
-  const lines = Array.isArray(log) ? log : String(log).split("\n");
+  const lines = Array.isArray(answer) ? answer : String(answer ?? "").split("\n");
   return lines.map((line) => String(line).trimEnd()).filter((line, i, all) => line || i < all.length - 1);
 }
 
@@ -251,8 +260,9 @@ export function logLines(answer) {
  * @returns {number | null} null when unknown or over
  */
 export function remaining_s(run, detail) {
-  if (!isLive(run) || !detail?.secondsAStep || !(run.steps > run.step)) return null;
-  return (run.steps - run.step) * detail.secondsAStep;
+  const seconds = detail?.secondsAStep ?? run.seconds_per_step;
+  if (!isLive(run) || !seconds || !(run.steps > run.step)) return null;
+  return (run.steps - run.step) * seconds;
 }
 
 /**

@@ -19,7 +19,11 @@ export function strengthField({ side, value, title, onChange }) {
   const input = el("input", { class: "rl-strength-input", type: "text", inputmode: "decimal", value: format(value), "aria-label": title, spellcheck: "false" });
   const down = el("button", { class: "rl-strength-step", type: "button", tabindex: "-1", "aria-label": `Lower ${title}`, text: "‹" });
   const up = el("button", { class: "rl-strength-step", type: "button", tabindex: "-1", "aria-label": `Raise ${title}`, text: "›" });
-  const field = el("div", { class: "rl-strength", title: `${title}\nDrag sideways, click to type, arrow keys step by ${STEP}.`, data: { side } }, [down, input, up]);
+  const field = el("div", { class: "rl-strength", title: `${title}\nDrag sideways, click to type, arrow keys step by ${STEP}.`, data: { side } }, [
+    down,
+    input,
+    up,
+  ]);
   let current = value;
 
   const set = (/** @type {number} */ next, isFinal = true) => {

@@ -1,7 +1,7 @@
 """Drive the real ComfyUI front-end in headless Chromium: open a page, load graphs, press Run, read nodes.
 
 Used by the browser tests and by `workflow_builder.py`. Needs the `playwright` package and a Chromium that is installed on the machine
-(`CHROMIUM_PATH`, by default /usr/bin/chromium); it never downloads one.
+(REWARD_LAB_CHROMIUM, or one on the PATH); it never downloads one.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 CHROMIUM_FLAGS = (
@@ -25,6 +25,9 @@ CHROMIUM_FLAGS = (
 )
 """Without the background flags Chromium calls home at every start and waits for the refusals of a closed network."""
 
+START_LIMIT_S = 240.0
+"""A busy machine needs minutes for the front-end's six hundred files."""
+
 QUIET_SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingModelsWarning": False,
@@ -34,10 +37,10 @@ QUIET_SETTINGS = {
 }
 
 
-def chromium_path() -> str | None:
+def find_chromium() -> str | None:
     """Return the browser's path, or None when there is none on this machine."""
-    path = os.environ.get("CHROMIUM_PATH", "/usr/bin/chromium")
-    return path if Path(path).is_file() else None
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return os.environ.get("REWARD_LAB_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
 @contextlib.contextmanager
@@ -58,7 +61,7 @@ def open_front_end(url: str, *, width_px: int = 1600, height_px: int = 900, scal
     with sync_playwright() as playwright, tempfile.TemporaryDirectory(prefix="reward-lab-browser-") as profile:
         context = playwright.chromium.launch_persistent_context(
             profile,
-            executable_path=chromium_path(),
+            executable_path=find_chromium(),
             headless=True,
             args=list(CHROMIUM_FLAGS),
             viewport={"width": width_px, "height": height_px},
@@ -70,8 +73,9 @@ def open_front_end(url: str, *, width_px: int = 1600, height_px: int = 900, scal
             errors: list[str] = []
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.reward_lab_errors = errors
+            page.set_default_timeout(START_LIMIT_S * 1000)
             page.goto(url)
-            page.wait_for_function("() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types['RewardLabLoadLoRAs']", timeout=90_000)
+            page.wait_for_function("() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types['RewardLabLoadLoRAs']", timeout=START_LIMIT_S * 1000)
             page.wait_for_timeout(500)
             yield page
         finally:

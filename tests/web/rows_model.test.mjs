@@ -1,12 +1,27 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { changeRow, expertOf, matchReports, moveRow, newRow, parseRows, rowStatus, searchFiles, tidyStrength, totals, writeRows } from "../../web/rows_model.js";
+import {
+  changeRow,
+  expertOf,
+  matchReports,
+  moveRow,
+  newRow,
+  parseRows,
+  rowStatus,
+  searchFiles,
+  tidyStrength,
+  totals,
+  writeRows,
+} from "../../web/rows_model.js";
 
 const HIGH = "Wan2.2-Fun-A14B-InP-high-noise-HPS2.1.safetensors";
 const LOW = "Wan2.2-Fun-A14B-InP-low-noise-MPS.safetensors";
 
 test("rows survive writing and reading, with members this page does not know", () => {
-  const rows = [{ on: true, file: HIGH, high: 0.5, low: 0, note: "mine" }, { on: false, file: LOW, high: 0, low: -1.25 }];
+  const rows = [
+    { on: true, file: HIGH, high: 0.5, low: 0, note: "mine" },
+    { on: false, file: LOW, high: 0, low: -1.25 },
+  ];
   assert.deepEqual(parseRows(writeRows(rows)), { rows, error: null });
   assert.equal(writeRows([]), "[]");
   assert.deepEqual(parseRows("  "), { rows: [], error: null });
@@ -40,9 +55,18 @@ test("changing and moving rows leaves the input alone", () => {
   const rows = [newRow("a"), newRow("b"), newRow("c")];
   const before = structuredClone(rows);
   assert.equal(changeRow(rows, 1, { high: 0.9 })[1].high, 0.9);
-  assert.deepEqual(moveRow(rows, 0, 2).map((row) => row.file), ["b", "c", "a"]);
-  assert.deepEqual(moveRow(rows, 2, 0).map((row) => row.file), ["c", "a", "b"]);
-  assert.deepEqual(moveRow(rows, 1, 99).map((row) => row.file), ["a", "c", "b"]);
+  assert.deepEqual(
+    moveRow(rows, 0, 2).map((row) => row.file),
+    ["b", "c", "a"],
+  );
+  assert.deepEqual(
+    moveRow(rows, 2, 0).map((row) => row.file),
+    ["c", "a", "b"],
+  );
+  assert.deepEqual(
+    moveRow(rows, 1, 99).map((row) => row.file),
+    ["a", "c", "b"],
+  );
   assert.deepEqual(rows, before);
 });
 
@@ -59,7 +83,11 @@ test("strengths are tidy and limited", () => {
 });
 
 test("totals count only rows that act", () => {
-  const rows = [{ on: true, file: "a", high: 0.5, low: -0.25 }, { on: false, file: "b", high: 9, low: 9 }, { on: true, file: "", high: 9, low: 9 }];
+  const rows = [
+    { on: true, file: "a", high: 0.5, low: -0.25 },
+    { on: false, file: "b", high: 9, low: 9 },
+    { on: true, file: "", high: 9, low: 9 },
+  ];
   assert.deepEqual(totals(rows), { high: 0.5, low: 0.25, active: 1 });
 });
 
@@ -70,8 +98,14 @@ test("search wants every word", () => {
 
 test("reports find their rows by order, also when a file stands twice or a row is off", () => {
   const rows = [newRow(HIGH), { ...newRow(LOW), on: false }, newRow(HIGH)];
-  const reports = [{ file: HIGH, applied_high: 1, applied_low: 0, total: 3, warnings: [] }, { file: HIGH, applied_high: 2, applied_low: 0, total: 3, warnings: [] }];
-  assert.deepEqual(matchReports(rows, reports).map((report) => report?.applied_high ?? null), [1, null, 2]);
+  const reports = [
+    { file: HIGH, applied_high: 1, applied_low: 0, total: 3, warnings: [] },
+    { file: HIGH, applied_high: 2, applied_low: 0, total: 3, warnings: [] },
+  ];
+  assert.deepEqual(
+    matchReports(rows, reports).map((report) => report?.applied_high ?? null),
+    [1, null, 2],
+  );
 });
 
 test("the status is green, amber or red", () => {

@@ -35,14 +35,26 @@ test("values that a chart cannot show are left out", () => {
   series.push(1, Number.NaN);
   series.push(2, Number.POSITIVE_INFINITY);
   series.push(3, 0.5);
-  assert.deepEqual(series.points().map((point) => point.x), [3]);
+  assert.deepEqual(
+    series.points().map((point) => point.x),
+    [3],
+  );
 });
 
 test("a resumed run replaces the steps it repeats", () => {
   const series = new Series();
   for (const step of [1, 2, 3, 4]) series.push(step, 0);
   for (const step of [3, 4, 5]) series.push(step, 1);
-  assert.deepEqual(series.points().map((point) => [point.x, point.y]), [[1, 0], [2, 0], [3, 1], [4, 1], [5, 1]]);
+  assert.deepEqual(
+    series.points().map((point) => [point.x, point.y]),
+    [
+      [1, 0],
+      [2, 0],
+      [3, 1],
+      [4, 1],
+      [5, 1],
+    ],
+  );
 });
 
 test("the capacity is checked", () => {

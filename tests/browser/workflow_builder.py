@@ -1,0 +1,160 @@
+"""Make `example_workflows/` with the real front-end: build each graph in the browser, lay it out, serialise it, take its thumbnail.
+
+    python tests/browser/workflow_builder.py URL [--run] [--only TEXT] [--images docs/images]
+
+URL is a running ComfyUI with this pack. `--run` presses Run on the pocket examples first, so that the pictures show results; with `--images` those
+pictures are written there as `workflow_N.jpg` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import frontend  # noqa: E402
+from workflow_specs import Workflow, all_workflows  # noqa: E402
+
+REPO = Path(__file__).resolve().parents[2]
+FOLDER = REPO / "example_workflows"
+RUN_LIMIT_S = 900.0
+
+BUILD = """async (spec) => {
+    const { app, LiteGraph } = window;
+    await app.loadGraphData({ last_node_id: 0, last_link_id: 0, nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4 });
+    const made = {};
+    for (const [key, wanted] of Object.entries(spec.nodes)) {
+        const node = LiteGraph.createNode(wanted.kind);
+        if (!node) throw new Error(`the server has no node ${wanted.kind}`);
+        if (wanted.title) node.title = wanted.title;
+        app.graph.add(node);
+        for (const [name, value] of Object.entries(wanted.values)) {
+            const widget = name ? node.widgets.find((w) => w.name === name) : node.widgets[0];
+            if (!widget) throw new Error(`${wanted.kind} has no widget ${name}`);
+            widget.value = value;
+        }
+        made[key] = node;
+    }
+    for (const [key, wanted] of Object.entries(spec.nodes)) {
+        for (const [input, [from, output]] of Object.entries(wanted.links)) {
+            const source = made[from];
+            const out = source.outputs.findIndex((slot) => slot.name === output || slot.label === output || slot.type === output);
+            const slot = made[key].inputs.findIndex((candidate) => candidate.name === input);
+            if (out < 0 || slot < 0) throw new Error(`no link ${from}.${output} -> ${key}.${input}`);
+            source.connect(out, made[key], slot);
+        }
+    }
+    window.rewardLabMade = made;
+    return Object.fromEntries(Object.entries(made).map(([key, node]) => [key, node.id]));
+}"""
+
+LAYOUT = """(spec) => {
+    const { app, LiteGraph, rewardLabMade: made } = window;
+    const GAP = 40, TITLE = 30, PAD = 24, HEAD = 44;
+    let x = 0;
+    app.graph.groups.slice().forEach((group) => app.graph.remove(group));
+    for (const [title, keys] of spec.groups) {
+        const width = Math.max(...keys.map((key) => spec.nodes[key].width_px));
+        let y = title ? HEAD + TITLE : TITLE + 6;
+        for (const key of keys) {
+            const node = made[key], wanted = spec.nodes[key];
+            node.pos = [x + (title ? PAD : 0), y];
+            node.setSize([wanted.width_px, Math.max(node.computeSize()[1], wanted.height_px)]);
+            y += node.size[1] + GAP + TITLE;
+        }
+        if (title) {
+            const group = new LiteGraph.LGraphGroup(title);
+            group.pos = [x, 0];
+            group.size = [width + 2 * PAD, y - GAP - TITLE + PAD];
+            group.color = '#3f4f66';
+            app.graph.add(group);
+        }
+        x += width + (title ? 2 * PAD : 0) + GAP;
+    }
+    app.graph.setDirtyCanvas(true, true);
+}"""
+
+
+def build(page: Any, workflow: Workflow) -> dict[str, Any]:
+    """Build one workflow in the page and return it as the front-end serialises it."""
+    spec = asdict(workflow)
+    page.evaluate(BUILD, spec)
+    page.wait_for_timeout(700)
+    page.evaluate(LAYOUT, spec)
+    page.wait_for_timeout(700)
+    page.evaluate(LAYOUT, spec)
+    return stable(page.evaluate("() => window.app.graph.serialize()"), workflow.name)
+
+
+def stable(graph: dict[str, Any], name: str) -> dict[str, Any]:
+    """Remove what differs from one building to the next: random ids, the view, versions of packs."""
+    graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"reward-lab/{name}"))
+    graph["revision"] = 0
+    graph["extra"] = {}
+    for node in graph["nodes"]:
+        node["pos"] = [round(value) for value in node["pos"]]
+        node["size"] = [round(value) for value in node["size"]]
+        node.get("properties", {}).pop("reward_lab_run", None)
+    for group in graph.get("groups", []):
+        group["bounding"] = [round(value) for value in group["bounding"]]
+    return graph
+
+
+def picture(page: Any, target: Path, quality: int, clip: dict[str, float] | None = None) -> None:
+    """Write what the page shows as a JPEG."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(target), type="jpeg", quality=quality, **({"clip": clip} if clip else {}))
+
+
+def graph_clip(page: Any) -> dict[str, float]:
+    """Return the part of the window that the graph fills, with a margin."""
+    return page.evaluate(
+        """() => {
+            const ds = window.app.canvas.ds, rect = window.app.canvas.canvas.getBoundingClientRect();
+            const boxes = [...window.app.graph.nodes.map((n) => n.getBounding()), ...window.app.graph.groups.map((g) => [...g.pos, ...g.size])];
+            const x0 = Math.min(...boxes.map((b) => b[0])), y0 = Math.min(...boxes.map((b) => b[1]));
+            const x1 = Math.max(...boxes.map((b) => b[0] + b[2])), y1 = Math.max(...boxes.map((b) => b[1] + b[3]));
+            const at = (x, y) => [(x + ds.offset[0]) * ds.scale + rect.left, (y + ds.offset[1]) * ds.scale + rect.top];
+            const [left, top] = at(x0, y0), [right, bottom] = at(x1, y1);
+            return { x: Math.max(0, left - 16), y: Math.max(0, top - 16), width: right - left + 32, height: bottom - top + 32 };
+        }"""
+    )
+
+
+def main() -> None:
+    """Build every example; see the module's text for the arguments."""
+    parser = argparse.ArgumentParser(description="Make example_workflows/ with the real front-end.")
+    parser.add_argument("url")
+    parser.add_argument("--run", action="store_true", help="press Run on the pocket examples before their picture is taken")
+    parser.add_argument("--only", default="", help="build only examples whose name contains this")
+    parser.add_argument("--images", type=Path, help="also write the pocket pictures here, for README")
+    parser.add_argument("--scale", type=float, default=1.0, help="device pixels per CSS pixel of the pictures")
+    arguments = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    with frontend.open_front_end(arguments.url, width_px=1920, height_px=1080, scale=arguments.scale) as page:
+        for workflow in [candidate for candidate in all_workflows() if arguments.only in candidate.name]:
+            is_pocket = "14B" not in workflow.name
+            graph = build(page, workflow)
+            (FOLDER / f"{workflow.name}.json").write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            frontend.fit_view(page)
+            if arguments.run and is_pocket:
+                frontend.press_run(page)
+                page.wait_for_timeout(2000)
+                frontend.wait_for_execution(page, RUN_LIMIT_S)
+                page.wait_for_timeout(2500)
+                frontend.fit_view(page)
+            clip = graph_clip(page)
+            if arguments.images and is_pocket:
+                picture(page, arguments.images / f"workflow_{workflow.name[0]}.jpg", 80, clip)
+            picture(page, FOLDER / f"{workflow.name}.jpg", 70, clip)
+            print(f"{workflow.name}: {len(graph['nodes'])} nodes, page errors: {page.reward_lab_errors or 'none'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
