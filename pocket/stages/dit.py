@@ -26,7 +26,7 @@ CONFIG = {
 FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
 NULL_SHARE = 0.1
 BATCH = 64
-STEPS = {"high": 1500, "low": 1500}
+STEPS = {"high": 1100, "low": 1100}
 
 
 def shifted(u: torch.Tensor) -> torch.Tensor:
