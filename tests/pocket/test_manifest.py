@@ -38,7 +38,7 @@ def test_experts_are_better_on_their_own_noise(manifest) -> None:
 
 def test_reward_loras_have_the_official_layout(repo, pocket_models) -> None:
     names = [entry["name"] for entry in pocket_models if entry["folder"] == "loras"]
-    assert sorted(name.split("InP-")[1] for name in names) == [
+    assert sorted(name.split("A14B-")[1] for name in names) == [
         "high-noise-HPS2.1.safetensors", "high-noise-MPS.safetensors", "low-noise-HPS2.1.safetensors", "low-noise-MPS.safetensors",
     ]  # fmt: skip
     for name in names:
