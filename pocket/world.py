@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,20 +129,25 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.nd
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def render(scene: Scene, frames: int = FRAMES) -> np.ndarray:
+def render(scene: Scene, frames: int = FRAMES, only: Sequence[int] | None = None) -> np.ndarray:
     """Draw a scene.
+
+    Args:
+        frames: length of the whole clip.
+        only: draw these frames of it; None draws all.
 
     Returns:
         float32 [T, H, W, 3] in [0, 1].
     """
+    wanted = range(frames) if only is None else only
     y, x = np.mgrid[0:SIZE_PX, 0:SIZE_PX].astype(np.float32)
-    clip = np.empty((frames, SIZE_PX, SIZE_PX, 3), np.float32)
+    clip = np.empty((len(wanted), SIZE_PX, SIZE_PX, 3), np.float32)
     clip[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255
     for thing in scene.things:
         step_x, step_y = (SPEEDS[thing.speed] * unit for unit in MOTIONS[thing.motion])
         colour = np.asarray(COLOURS[thing.colour], np.float32) / 255
-        for index in range(frames):
-            time = index - (frames - 1) / 2
+        for index, frame in enumerate(wanted):
+            time = frame - (frames - 1) / 2
             cover = coverage(thing.shape, x - (thing.x0_px + step_x * time), y - (thing.y0_px + step_y * time), thing.radius_px)
             clip[index] += cover[..., None] * (colour - clip[index])
     return clip

@@ -26,7 +26,7 @@ CONFIG = {
     "vision_cfg": {"image_size": 64, "layers": 4, "width": 96, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-BATCH = 64
+BATCH = 48
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)  # OpenAI CLIP's pixel statistics
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -51,7 +51,7 @@ def wrong_scene(scene: world.Scene, rng: random.Random) -> world.Scene:
 
 def frame_of(scene: world.Scene, rng: random.Random) -> np.ndarray:
     """One random frame [H, W, 3] of a scene."""
-    return world.render(scene)[rng.randrange(world.FRAMES)] if rng.random() < 0.7 else world.render(scene, 1)[0]
+    return world.render(scene, only=[rng.randrange(world.FRAMES)])[0]
 
 
 def as_decoded(vae: torch.nn.Module, frames_BCHW: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
         scenes = [world.sample_scene(rng, held_out=False) for _ in range(BATCH)]
         every = scenes + [wrong_scene(scene, rng) for scene in scenes]
         frames = training_frames(vae, scenes, rng)
-        images = torch.cat([frames, spoil(frames, rng)])
+        images = torch.cat([frames, spoil(frames[: BATCH // 2], rng)])
         with torch.autocast("cpu", torch.bfloat16):
             image_features = clip.encode_image(normalised(images))
             text_features = clip.encode_text(tokenize([world.caption(scene, rng) for scene in every]))
@@ -116,6 +116,6 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
         text_to_image[:, :BATCH] = text_to_image[:, :BATCH].masked_fill(is_same[:, :BATCH], -1e4)
         return image_to_text + F.cross_entropy(text_to_image, target)
 
-    fit("hps", clip, loss_of, steps=900, peak_lr=1.5e-3, folder=scratch, seed=seed, warmup=100)
+    fit("hps", clip, loss_of, steps=600, peak_lr=1.5e-3, folder=scratch, seed=seed, warmup=100)
     tensors = {key: value.half().contiguous() for key, value in clip.state_dict().items() if key != "attn_mask"}
     save_file(tensors, weights / FILE_NAME, metadata={"format": "pt", "config": json.dumps(CONFIG)})

@@ -65,7 +65,7 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
         right, worse_frame, worse_text = scores.chunk(3)
         return F.softplus(worse_frame - right).mean() + F.softplus(worse_text - right).mean()
 
-    fit("mps", network, loss_of, steps=700, peak_lr=8e-4, folder=scratch, seed=seed, warmup=100)
+    fit("mps", network, loss_of, steps=400, peak_lr=8e-4, folder=scratch, seed=seed, warmup=100)
     tensors = {key: value.half().contiguous() for key, value in mps.export_state_dict(network).items()}
     assert layouts.identify(tensors)
     save_file(tensors, weights / FILE_NAME, metadata={"format": "pt", "config": json.dumps(CONFIG)})

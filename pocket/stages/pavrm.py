@@ -88,6 +88,6 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
             logit = model((1 - level) * x0 + level * torch.randn_like(x0), sigma, encode_text(captions))
         return F.binary_cross_entropy_with_logits(logit.float(), labels)
 
-    fit("pavrm", model, loss_of, steps=1000, peak_lr=8e-4, folder=scratch, seed=seed, warmup=50)
+    fit("pavrm", model, loss_of, steps=600, peak_lr=8e-4, folder=scratch, seed=seed, warmup=50)
     metadata = {"format": "pt", "config": json.dumps({"transformer": CONFIG, "feature_layers": [BLOCKS], "num_heads": POOL_HEADS})}
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, weights / FILE_NAME, metadata=metadata)
