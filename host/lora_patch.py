@@ -90,14 +90,14 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow]) -> Appl
     models = {"high": model_high, "low": model_low}
     shapes = {expert: {key: tuple(value.shape) for key, value in model.model_state_dict().items()} for expert, model in models.items()}
     loras = [read_lora(paths.model_path("loras", row.file)) if row.on else None for row in rows]
-    fitted = [_fit_row(row, lora, shapes) for row, lora in zip(rows, loras)]
+    fitted = [_fit_row(row, lora, shapes) for row, lora in zip(rows, loras, strict=True)]
     clones = {expert: model.clone() for expert, model in models.items()}
-    for row, fits in zip(rows, fitted):
+    for row, fits in zip(rows, fitted, strict=True):
         for expert, fitting in fits.items():
             done = clones[expert].add_patches(fitting.patches, strength_patch=row.strength(expert))
             if len(done) != len(fitting.patches):
                 raise RuntimeError(f"{row.file}: the host took {len(done)} of {len(fitting.patches)} layers on the {expert}-noise expert.")
-    reports = [_report(row, lora, fits) for row, lora, fits in zip(rows, loras, fitted)]
+    reports = [_report(row, lora, fits) for row, lora, fits in zip(rows, loras, fitted, strict=True)]
     general = _general_warnings(models, rows)
     lines = [report.text() for report in reports] + [f"warning: {warning}" for warning in general]
     return AppliedRows(

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import execution
+import nodes
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
+
+from ..testlab.sweep import ancestors
 
 PASSED_ON = ("client_id", "preview_method", "extra_pnginfo", "comfy_usage_source")
 
@@ -63,6 +66,12 @@ def put(checked: CheckedPrompt) -> str:
     extra_data = {**checked.extra_data, "create_time": int(time.time() * 1000)}
     server.prompt_queue.put((number, checked.prompt_id, checked.prompt, extra_data, checked.outputs, {}))
     return checked.prompt_id
+
+
+def outputs_behind(prompt: Mapping[str, Any], node_id: str) -> list[str]:
+    """Return a node and the output nodes that depend on it, such as a Save Video behind it."""
+    behind = [other for other in prompt if other != node_id and node_id in ancestors(prompt, other)]
+    return [node_id, *(other for other in behind if getattr(nodes.NODE_CLASS_MAPPINGS.get(prompt[other]["class_type"]), "OUTPUT_NODE", False))]
 
 
 def waiting_ids() -> set[str]:

@@ -127,7 +127,7 @@ async def _queue_cells(
 ) -> GridStep:
     """Queue cells and the grid behind them. Everything is validated before the first is queued."""
     checked = [(cell, await queue.check(cell.prompt, [plan.cell_node])) for cell in fresh]
-    again = await queue.check(workflow, [grid_node])
+    again = await queue.check(workflow, queue.outputs_behind(workflow, grid_node))
     for cell, prompt in checked:
         attempts = manifest["queued"].get(cell.key, {}).get("attempts", 0) + 1
         manifest["queued"][cell.key] = {"index": cell.index, "values": list(cell.values), "prompt_id": prompt.prompt_id, "attempts": attempts}

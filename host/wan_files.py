@@ -126,5 +126,6 @@ def _check_same_size(headers: dict[str, WeightHeader], found: dict[str, Path]) -
         widths[expert] = shapes[0][0] if shapes else None
     if None not in widths.values() and widths["high"] != widths["low"]:
         raise ValueError(
-            f"The experts differ in width: {found['high'].name} has {widths['high']}, {found['low'].name} has {widths['low']}. Choose two files of the same model."
+            f"The experts differ in width: {found['high'].name} has {widths['high']}, {found['low'].name} has {widths['low']}. "
+            "Choose two files of the same model."
         )

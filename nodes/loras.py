@@ -17,7 +17,8 @@ class LoadLoRAs(io.ComfyNode):
             node_id="RewardLabLoadLoRAs",
             display_name="Load Reward LoRAs",
             category="Reward Lab/loras",
-            description="Applies any number of LoRAs to the two Wan2.2 experts, each with its own strength for the high-noise and the low-noise expert, and reports how many keys were applied.",
+            description="Applies any number of LoRAs to the two Wan2.2 experts, each with its own strength for the high-noise and the low-noise "
+            "expert, and reports how many keys were applied.",
             search_aliases=["lora loader", "power lora loader", "reward lora", "wan lora", "HPS", "MPS"],
             inputs=[
                 io.Model.Input("model_high", tooltip="The high-noise expert."),
@@ -27,7 +28,8 @@ class LoadLoRAs(io.ComfyNode):
                     multiline=True,
                     default="[]",
                     placeholder='[{"on": true, "file": "x-high-noise-HPS2.1.safetensors", "high": 0.5, "low": 0.0}]',
-                    tooltip="One row per LoRA: switch, file, strength on the high-noise expert, strength on the low-noise expert. 0.5 is the strength in the reward LoRA authors' examples; it is not tuned.",
+                    tooltip="One row per LoRA: switch, file, strength on the high-noise expert, strength on the low-noise expert. 0.5 is the strength in "
+                    "the reward LoRA authors' examples; it is not tuned.",
                 ),
             ],
             outputs=[

@@ -31,7 +31,8 @@ class Prompts(io.ComfyNode):
                 io.String.Input(
                     "file",
                     default="",
-                    tooltip="Optional TXT, CSV (column 'text' or 'prompt', optional 'weight') or JSON file: a name in ComfyUI's input folder or an absolute path.",
+                    tooltip="Optional TXT, CSV (column 'text' or 'prompt', optional 'weight') or JSON file: a name in ComfyUI's "
+                    "input folder or an absolute path.",
                 ),
             ],
             outputs=[

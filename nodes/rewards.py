@@ -18,7 +18,8 @@ class RewardModelNode(io.ComfyNode):
             node_id="RewardLabRewardModel",
             display_name="Load Reward Model",
             category="Reward Lab/reward",
-            description="Chooses a reward model (HPSv2.1 or MPS) and its weights from models/reward_models. Used by Score Video, TestLab Cell and Train Reward LoRA.",
+            description="Chooses a reward model (HPSv2.1 or MPS) and its weights from models/reward_models. Used by Score "
+            "Video, TestLab Cell and Train Reward LoRA.",
             search_aliases=["hps", "hpsv2", "mps", "human preference score", "aesthetic"],
             inputs=[
                 io.Combo.Input(
@@ -59,7 +60,8 @@ class ScoreVideo(io.ComfyNode):
             node_id="RewardLabScoreVideo",
             display_name="Score Video",
             category="Reward Lab/reward",
-            description="Scores a video with a reward model: the mean, a curve over the frames with the best and the worst frame marked, and all numbers as JSON.",
+            description="Scores a video with a reward model: the mean, a curve over the frames with the best and the worst "
+            "frame marked, and all numbers as JSON.",
             search_aliases=["score", "reward", "hps score", "video quality"],
             inputs=[
                 io.Image.Input("images", tooltip="The frames of one video."),

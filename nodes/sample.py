@@ -17,7 +17,8 @@ class SampleWan22(io.ComfyNode):
             node_id="RewardLabSampleWan22",
             display_name="Sample Wan2.2 (two experts)",
             category="Reward Lab/sampling",
-            description="Samples with both Wan2.2 experts. The step at which the low-noise expert takes over is found from the sigma schedule and the boundary, so steps, shift and scheduler can be changed freely.",
+            description="Samples with both Wan2.2 experts. The step at which the low-noise expert takes over is found from the sigma schedule and the "
+            "boundary, so steps, shift and scheduler can be changed freely.",
             search_aliases=["ksampler", "wan sampler", "moe ksampler", "two experts", "boundary"],
             inputs=[
                 io.Model.Input("model_high", tooltip="The high-noise expert."),

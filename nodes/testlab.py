@@ -18,7 +18,8 @@ class TestLabCell(io.ComfyNode):
             node_id="RewardLabTestLabCell",
             display_name="TestLab Cell",
             category="Reward Lab/testlab",
-            description="Put it at the end of your workflow. During a sweep it records frames, scores and the values that were applied; otherwise it only passes the frames on.",
+            description="Put it at the end of your workflow. During a sweep it records frames, scores and the values that were "
+            "applied; otherwise it only passes the frames on.",
             search_aliases=["xy plot", "sweep", "grid cell", "compare"],
             inputs=[
                 io.Image.Input("images", lazy=True, tooltip="The finished frames of your workflow."),
@@ -67,7 +68,8 @@ class TestLabGrid(io.ComfyNode):
             node_id="RewardLabTestLabGrid",
             display_name="TestLab Grid",
             category="Reward Lab/testlab",
-            description="Sweeps widgets of this workflow: queues one prompt per cell, then shows all videos in a labelled grid. A stopped sweep goes on where it was; a longer one adds only what is missing.",
+            description="Sweeps widgets of this workflow: queues one prompt per cell, then shows all videos in a labelled grid. A stopped sweep goes on "
+            "where it was; a longer one adds only what is missing.",
             search_aliases=["xy plot", "sweep", "grid", "compare", "test lab"],
             inputs=[
                 io.String.Input(
@@ -78,7 +80,8 @@ class TestLabGrid(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="Load Reward LoRAs.rows[0].high = 0, 0.5, 1\nSample Wan2.2 (two experts).seed = 1, 2",
-                    tooltip='One axis a line: node title or id, a dot, the widget, an optional path into JSON, an equals sign, values separated by commas (text with a comma in "quotes"). First axis: columns. Second: rows.',
+                    tooltip="One axis a line: node title or id, a dot, the widget, an optional path into JSON, an equals sign, values separated by "
+                    'commas (text with a comma in "quotes"). First axis: columns. Second: rows.',
                 ),
             ],
             outputs=[

@@ -18,7 +18,8 @@ class TrainLoRA(io.ComfyNode):
             node_id="RewardLabTrainLoRA",
             display_name="Train Reward LoRA",
             category="Reward Lab/training",
-            description="Trains a LoRA by reward backpropagation in a background process. The queue stays free; follow the run in the Reward Lab sidebar tab, stop it there, and use Run Result to fetch the LoRA.",
+            description="Trains a LoRA by reward backpropagation in a background process. The queue stays free; follow the run in the Reward Lab sidebar "
+            "tab, stop it there, and use Run Result to fetch the LoRA.",
             search_aliases=["train lora", "reward training", "draft", "reward backpropagation"],
             inputs=[
                 WanFiles.Input("wan_files", tooltip="The model files, from Load Wan2.2 Models."),
@@ -35,7 +36,8 @@ class TrainLoRA(io.ComfyNode):
                     "preset",
                     options=list(training.PRESETS),
                     default="reward-lab",
-                    tooltip="reward-lab: this pack's defaults. videox-fun: the published recipe of the official reward LoRAs. The widgets below override either.",
+                    tooltip="reward-lab: this pack's defaults. videox-fun: the published recipe of the official reward LoRAs. "
+                    "The widgets below override either.",
                 ),
                 io.Int.Input("steps", default=100, min=1, max=1_000_000, tooltip="Optimiser steps."),
                 io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. Official reward LoRAs: 128."),

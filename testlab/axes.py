@@ -80,7 +80,7 @@ def parse_axes(text: str, workflow: Workflow) -> list[Axis]:
     if len(axes) > MAX_AXES:
         raise ValueError(f"The sweep has {len(axes)} axes; at most {MAX_AXES} are possible. Remove some.")
     targets = [(axis.node_id, axis.widget, axis.path) for axis in axes]
-    for axis, target in zip(axes, targets):
+    for axis, target in zip(axes, targets, strict=True):
         if targets.count(target) > 1:
             raise ValueError(f"Two axes change {axis.label}. Put their values into one line.")
     return axes

@@ -139,15 +139,13 @@ def _table(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping
         values = [show_value(entry["value"]) for entry in found.applied] if found else [show_value(value) for value in cell.values]
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         if found is None:
-            lines.append(
-                f'<tr class="missing"><td>{cell.index}</td>{cells}<td></td><td></td><td></td><td>{html.escape(failures.get(cell.key, "not recorded"))}</td></tr>'
-            )
+            problem = html.escape(failures.get(cell.key, "not recorded"))
+            lines.append(f'<tr class="missing"><td>{cell.index}</td>{cells}<td></td><td></td><td></td><td>{problem}</td></tr>')
             continue
         reward = "" if found.reward is None else f"{found.reward:.4f}"
         style = ' class="best"' if cell.key == best else ""
-        lines.append(
-            f"<tr{style}><td>{cell.index}</td>{cells}<td>{reward}</td><td>{_sparkline(found)}</td><td>{found.frames}</td><td>{'best' if style else ''}</td></tr>"
-        )
+        note = "best" if style else ""
+        lines.append(f"<tr{style}><td>{cell.index}</td>{cells}<td>{reward}</td><td>{_sparkline(found)}</td><td>{found.frames}</td><td>{note}</td></tr>")
     return "\n".join(lines)
 
 
@@ -160,7 +158,8 @@ def _sparkline(cell: RecordedCell) -> str:
     points = " ".join(
         f"{2 + 116 * i / (len(values) - 1):.1f},{22 - 20 * ((value - low) / (high - low) if high > low else 0.5):.1f}" for i, value in enumerate(values)
     )
-    return f'<svg width="120" height="24" role="img" aria-label="{low:.4f} to {high:.4f}"><title>{low:.4f} to {high:.4f}</title><polyline points="{points}"/></svg>'
+    words = f"{low:.4f} to {high:.4f}"
+    return f'<svg width="120" height="24" role="img" aria-label="{words}"><title>{words}</title><polyline points="{points}"/></svg>'
 
 
 def _summary(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping[str, str]) -> str:

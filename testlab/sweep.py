@@ -104,9 +104,9 @@ def plan(name: str, axes: Sequence[Axis], workflow: Workflow, stamp: Callable[[A
     cells = []
     for index, place in enumerate(itertools.product(*(range(len(axis.values)) for axis in reversed(axes)))):
         place = place[::-1]
-        values = tuple(axis.values[position] for axis, position in zip(axes, place))
+        values = tuple(axis.values[position] for axis, position in zip(axes, place, strict=True))
         prompt: dict[str, Any] = {node_id: dict(workflow[node_id]) for node_id in needed}
-        for axis, value in zip(axes, values):
+        for axis, value in zip(axes, values, strict=True):
             prompt = with_value(prompt, axis, value)
         key = cell_key(prompt, cell_node, stamp)
         cells.append(Cell(index=index, place=place, values=values, key=key, prompt=_with_applied(prompt, cell_node, name, key, axes)))

@@ -262,5 +262,6 @@ def _refuse_full_disk(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes * 1.1 + 50e6 > free_bytes:
         raise ValueError(
-            f"Rendering the grid needs {needed_bytes / 1e9:.2f} GB for a moment; {folder} has {free_bytes / 1e9:.2f} GB free. Make room, then press Run: recorded cells stay."
+            f"Rendering the grid needs {needed_bytes / 1e9:.2f} GB for a moment; {folder} has {free_bytes / 1e9:.2f} GB free. "
+            "Make room, then press Run: recorded cells stay."
         )

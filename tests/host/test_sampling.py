@@ -29,14 +29,24 @@ def conditioning(seed: int) -> list:
 
 def run(model_high, model_low, **changes):
     latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
-    settings = dict(seed=3, steps=6, shift=5.0, guidance_high=3.0, guidance_low=3.0, boundary=0.875, sampler_name="euler", scheduler="simple")
+    settings = {
+        "seed": 3,
+        "steps": 6,
+        "shift": 5.0,
+        "guidance_high": 3.0,
+        "guidance_low": 3.0,
+        "boundary": 0.875,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+    }
     latent = changes.pop("latent", latent)
     return SampleWan22.execute(model_high, model_low, conditioning(1), conditioning(2), latent, **{**settings, **changes}).args
 
 
 def ksampler(model, sampler_name="euler", **changes):
     latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
-    settings = dict(seed=3, steps=6, cfg=3.0, sampler_name=sampler_name, scheduler="simple", positive=conditioning(1), negative=conditioning(2), latent=latent)
+    settings = {"seed": 3, "steps": 6, "cfg": 3.0, "sampler_name": sampler_name, "scheduler": "simple"}
+    settings.update(positive=conditioning(1), negative=conditioning(2), latent=latent)
     return host_nodes.common_ksampler(sampling._with_shift(model, 5.0), **{**settings, **changes})[0]["samples"]
 
 

@@ -1,0 +1,54 @@
+"""Every node as the page sees it: ids, tooltips, limits."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.host
+
+NODES = {
+    "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
+    "RewardLabLoadLoRAs": ["model_high", "model_low", "rows"],
+    "RewardLabSampleWan22": [
+        *("model_high", "model_low", "positive", "negative", "latent", "seed", "steps", "shift"),
+        *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
+    ],
+    "RewardLabRewardModel": ["kind", "file", "resize", "antialias"],
+    "RewardLabScoreVideo": ["images", "reward_model", "prompt"],
+    "RewardLabPrompts": ["text", "file"],
+    "RewardLabTrainLoRA": [
+        *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
+        *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),
+    ],
+    "RewardLabRunResult": ["run", "wait"],
+    "RewardLabTestLabCell": ["images", "sweep", "prompt", "reward_model", "frame_rate", "applied"],
+    "RewardLabTestLabGrid": ["sweep", "axes"],
+}
+
+
+@pytest.fixture(scope="module")
+def info(server) -> dict:
+    """The host's description of every node."""
+    return server.client().get("/object_info")
+
+
+def test_every_node_is_registered(info: dict) -> None:
+    assert {name for name in info if name.startswith("RewardLab")} == set(NODES)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_schema(info: dict, node_id: str) -> None:
+    node = info[node_id]
+    inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    order = [name for group in ("required", "optional") for name in node["input_order"].get(group, [])]
+    assert sorted(order) == sorted(NODES[node_id])
+    assert node["category"].startswith("Reward Lab/") and node["description"] and node["display_name"] != node_id
+    for name, (kind, options) in ((name, entry) for name, entry in inputs.items()):
+        assert options.get("tooltip"), f"{node_id}.{name} has no tooltip"
+        if kind in ("INT", "FLOAT"):
+            assert {"min", "max", "default"} <= set(options), f"{node_id}.{name} has no limits"
+    assert all(node["output_tooltips"])
+
+
+def test_the_extension_of_somebody_else_still_works(client) -> None:
+    assert client.run({"1": {"class_type": "OtherPackEcho", "inputs": {"text": "hello"}}})["1"]["text"] == ["hello"]
