@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,8 @@ def run_test(options) -> int:
         status = call([str(setup.python), "-m", "ruff", "check", str(ROOT)])
         if status:
             print("ruff found faults (above); the tests run all the same.", flush=True)
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) and not os.environ.get("REWARD_LAB_CHROMIUM"):
+        print("No Chromium found: browser tests cannot run. Install it (Debian, Ubuntu: sudo apt install chromium) or set REWARD_LAB_CHROMIUM.", flush=True)
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environ |= {"COMFYUI_PATH": str(setup.host.path), "REWARD_LAB_PYTHON": str(setup.python)}
     command = [str(setup.python), "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]

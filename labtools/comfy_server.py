@@ -17,7 +17,8 @@ from pathlib import Path
 from .client import Client
 from .errors import LabError
 
-START_LIMIT_S = 180.0
+# About 6 s on an idle machine; a cold disk and busy cores can make it minutes.
+START_LIMIT_S = 300.0
 STOP_LIMIT_S = 10.0
 
 
