@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,11 +61,16 @@ def launch(setup, options, module: str, arguments: list[str]) -> int:
 def call(command: list[str], environ=None) -> int:
     """Run a program in the foreground. Ctrl-C reaches it directly (same terminal); this process waits until it has ended in order."""
     process = subprocess.Popen(command, env=environ)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -219,6 +225,11 @@ COMMANDS = {
 }
 
 
+def end_in_order(number, frame) -> None:
+    """Handler of SIGTERM: unwinds the stack, so that what was started is stopped."""
+    raise SystemExit(128 + number)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,6 +251,8 @@ def main(argv: list[str]) -> int:
     from labtools.errors import LabError
 
     options = parse(argv)
+    # An ending by SIGTERM must run the same clean-up as one by Ctrl-C; else the server would stay behind.
+    signal.signal(signal.SIGTERM, end_in_order)
     try:
         return COMMANDS[options.command][0](options)
     except LabError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(argv)
+    # Either way of ending it asks the worker, which has a session of its own, to stop.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _train(options.config, options.output)
     except LabError as error:

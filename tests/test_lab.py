@@ -124,8 +124,9 @@ def test_a_second_run_is_ready_in_seconds(comfyui: Path) -> None:
 
 
 @pytest.mark.host
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_serve_prints_its_address_and_stops_in_order(comfyui: Path, pocket_models: list[dict], tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_serve_prints_its_address_and_stops_in_order(comfyui: Path, pocket_models: list[dict], tmp_path: Path, number: int, status: int) -> None:
     command = [sys.executable, str(LAB), "serve", "--port", "0", "--base", str(tmp_path / "base")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
@@ -138,8 +139,8 @@ def test_serve_prints_its_address_and_stops_in_order(comfyui: Path, pocket_model
     with urllib.request.urlopen(f"{url}/models/diffusion_models", timeout=10) as response:
         listed = response.read().decode()
     assert all(entry["name"] in listed for entry in pocket_models if entry["folder"] == "diffusion_models")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, rest
+    assert process.returncode == status, rest
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
