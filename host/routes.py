@@ -119,7 +119,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     root = folder.resolve()
     parts = name.split("/")
-    is_plain = all(part and not part.startswith(".") and "\\" not in part and ":" not in part and "\0" not in part for part in parts)
+    is_plain = len(parts) <= 8 and all(0 < len(part) <= 200 and not part.startswith(".") and not set(part) & set("\\:\0") for part in parts)
     path = root.joinpath(*parts).resolve() if is_plain else root
     if not is_plain or not path.is_relative_to(root) or not path.is_file():
         raise ValueError(f"{name[:200]!r} is not here.")

@@ -20,7 +20,7 @@ from ..lora_train.config import TrainConfig
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
 from ..runs.store import RunInfo, RunStore
-from . import events, paths, preflight, scoring
+from . import courtesy, events, paths, preflight, scoring
 from .lora_keys import normalise, split_key
 
 PRESETS = ("reward-lab", "videox-fun", "pocket")
@@ -29,6 +29,7 @@ POLL_S = 0.25
 LOG_LINES = 15
 
 _processes: dict[str, subprocess.Popen] = {}
+_followed: list[threading.Thread] = []
 _start_lock = threading.Lock()
 
 
@@ -105,10 +106,25 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     with _start_lock:
         worker = process.start(runs.folder(run_id), Path(folder_paths.base_path))
         _processes[run_id] = worker
-    process.watch(runs.folder(run_id), worker, lambda event: _tell_page(run_id, event))
+    _follow(runs, run_id, worker)
     return StartedRun(
         run_id=run_id, message=f"Run {run_id} started: {config.steps} steps, {config.expert} noise. Follow it in the Reward Lab tab of the sidebar."
     )
+
+
+def follow_living_runs() -> None:
+    """Follow runs that another server started and that still train; called once when this one starts."""
+    runs = store()
+    for info in runs.list():
+        if info.state in ("running", "stopping"):
+            _follow(runs, info.id, None, skip=len(runs.events(info.id)))
+
+
+def _follow(runs: RunStore, run_id: str, worker: subprocess.Popen | None, skip: int = 0) -> None:
+    """Push a run's events to the page until it ends, and let it pause while prompts are executed."""
+    followed = process.watch(runs.folder(run_id), worker, lambda event: _tell_page(run_id, event), skip=skip)
+    _followed.append(followed)
+    courtesy.start(runs.root, lambda: any(thread.is_alive() for thread in _followed))
 
 
 def stop_run(run_id: str) -> RunInfo:
@@ -191,11 +207,12 @@ def _wait(runs: RunStore, run_id: str) -> RunInfo:
     """Wait for the end of a run, showing its progress."""
     info = runs.get(run_id)
     progress = comfy.utils.ProgressBar(max(1, info.steps))
-    while info.state in ACTIVE_STATES:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        progress.update_absolute(info.step, max(1, info.steps))
-        time.sleep(POLL_S)
-        info = runs.get(run_id)
+    with courtesy.waiting_for_run():
+        while info.state in ACTIVE_STATES:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update_absolute(info.step, max(1, info.steps))
+            time.sleep(POLL_S)
+            info = runs.get(run_id)
     return info
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host import paths, routes
+from ..host import paths, routes, training
 from .loras import LoadLoRAs
 from .models import WanModels
 from .prompts import Prompts
@@ -31,9 +31,10 @@ class RewardLabExtension(ComfyExtension):
     """What the host asks for nodes; registers the pack's model folder and routes once."""
 
     async def on_load(self) -> None:
-        """Register the `reward_models` folder and the `/reward_lab/` routes."""
+        """Register the `reward_models` folder and the `/reward_lab/` routes, and follow runs that outlived the last server."""
         paths.register_model_folders()
         routes.register()
+        training.follow_living_runs()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return every node class of the pack."""

@@ -1,0 +1,134 @@
+"""What the training nodes make of their inputs and of a run's files; the worker itself is tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("comfy.sd", reason="needs ComfyUI on the path")
+
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from reward_lab.host import prompt_files, training  # noqa: E402
+from reward_lab.nodes.prompts import Prompts  # noqa: E402
+from reward_lab.reward_models.spec import RewardModelSpec  # noqa: E402
+
+pytestmark = pytest.mark.host
+
+WAN_FILES = {
+    "high": "/m/high.safetensors",
+    "low": "/m/low.safetensors",
+    "text_encoder": "/m/t5.safetensors",
+    "vae": "/m/vae.safetensors",
+    "weight_dtype": "default",
+}
+SETTINGS = {
+    "name": "mine",
+    "expert": "low",
+    "preset": "reward-lab",
+    "steps": 7,
+    "rank": 4,
+    "alpha": 2.0,
+    "learning_rate": 1e-3,
+    "batch": 2,
+    "width": 64,
+    "height": 64,
+    "frames": 17,
+    "sampling_steps": 12,
+    "guidance": 3.0,
+    "seed": 5,
+    "advanced": "{}",
+}
+
+
+def config(**changes):
+    spec = RewardModelSpec(kind="hpsv2.1", path="/m/hps.pt", options={"antialias": True})
+    return training.make_config(WAN_FILES, [{"text": "a cat", "weight": 2.0}], spec, {**SETTINGS, **changes})
+
+
+def test_widgets_reach_the_config() -> None:
+    made = config(advanced='{"objective": {"kl_weight": 0.5}, "checkpoint_every": 3}')
+    assert (made.steps, made.lora.rank, made.lora.alpha, made.optimiser.lr, made.batch, made.seed) == (7, 4, 2.0, 1e-3, 2, 5)
+    assert (made.video.width_px, made.video.frames, made.sampling.steps, made.sampling.guidance) == (64, 17, 12, 3.0)
+    assert (made.objective.kl_weight, made.checkpoint_every, made.prompts[0].weight, made.models.vae) == (0.5, 3, 2.0, "/m/vae.safetensors")
+    assert made.objective.mode == "x0" and config(preset="videox-fun").objective.mode == "chain"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"advanced": "{"}, {"advanced": "[1]"}, {"advanced": '{"objectiv": {}}'}, {"frames": 16}, {"name": "../x"}, {"preset": "x"}]
+)
+def test_bad_settings_are_refused(changes: dict) -> None:
+    with pytest.raises(ValueError):
+        config(**changes)
+
+
+def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_fixtures: Path) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    runs = training.store()
+    run_id = runs.create(config())
+    folder = runs.folder(run_id)
+    with pytest.raises(ValueError, match="has written no LoRA yet"):
+        training.run_result(run_id, False)
+    step = {"event": "step", "time": 1.0, "steps": 2, "grad_norm": 1.0, "sigma": 0.5, "seconds": 1.0, "expert": "low"}
+    lora = shared_fixtures / "videoxfun_lora" / "Wan2.2-Fun-A14B-InP-low-noise-HPS2.1.safetensors"
+    events = [{**step, "step": 1, "reward": 0.2, "loss": -0.2}, {**step, "step": 2, "reward": 0.3, "loss": None}]
+    events.append({"event": "finished", "time": 2.0, "step": 2, "files": [str(lora)], "reason": "completed"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    result = training.run_result(run_id, True)
+    assert result.loss_map["reward"] == [0.2, 0.3] and result.loss_map["loss"][0] == -0.2 and result.file_name == str(lora)
+    assert result.chart.shape[-1] == 3 and "finished, step 2 of 2" in result.message
+    assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in result.lora and "diffusion_model.time_projection.1.alpha" in result.lora
+    assert len(result.lora) == len(load_file(lora))
+    (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "out of memory", "log_tail": [], "step": 1}) + "\n")
+    (folder / "log.txt").write_text("one\nlast words\n")
+    with pytest.raises(RuntimeError, match="out of memory\n.*\n*last words"):
+        training.run_result(run_id, True)
+    with pytest.raises(ValueError, match="no run id"):
+        training.run_result("../x", False)
+
+
+def test_lora_fits_the_hosts_own_loader(shared_fixtures: Path) -> None:
+    import comfy.lora
+    import comfy.sd
+
+    folder = shared_fixtures / "videoxfun_lora"
+    model = comfy.sd.load_diffusion_model(str(folder / "base_low.safetensors"), model_options={"dtype": torch.float32})
+    lora = training.host_lora(folder / "Wan2.2-Fun-A14B-InP-low-noise-HPS2.1.safetensors")
+    patches = comfy.lora.load_lora(lora, comfy.lora.model_lora_keys_unet(model.model, {}))
+    assert len(patches) == 30
+
+
+def test_prompts_from_text_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "set.txt").write_bytes("\ufeffa dog\r\n\r\na cat\r\n".encode())
+    prompts, count = Prompts.execute("a cat\n", "set.txt").args
+    assert (prompts, count) == ([{"text": "a cat", "weight": 2.0}, {"text": "a dog", "weight": 1.0}], 2)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "long.txt").write_text("a" * 10_000_000)
+    for file, message in (
+        ("empty.txt", "empty|no prompt|nothing"),
+        ("long.txt", "characters"),
+        ("absent.txt", "does not exist"),
+        ("../x.txt", "leaves the input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Prompts.execute("", file)
+    with pytest.raises(ValueError, match="There are no prompts"):
+        Prompts.execute(" \n", "")
+    before = prompt_files.fingerprint("", "set.txt")
+    (tmp_path / "set.txt").write_text("another")
+    assert prompt_files.fingerprint("", "set.txt") != before
+
+
+def test_non_finite_numbers_do_not_break_the_chart(tmp_path: Path) -> None:
+    from reward_lab.host import scoring
+
+    assert scoring.plot_run([float("nan")] * 3, [], "x").shape[0] == 1
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert training.host_lora(tmp_path / "x.safetensors") == {}
