@@ -72,11 +72,13 @@ def require_port(port: int, listen: str = "127.0.0.1") -> int:
     """Check that a port can be listened on; 0 picks a free one.
 
     Raises:
-        LabError: the port is in use, or not allowed.
+        LabError: the port is in use, not allowed, or no port at all.
     """
     if port == 0:
         return free_port()
-    with socket.socket() as listener:
+    if not 0 < port < 65536:
+        raise LabError(f"{port} is no TCP port.", remedy="Give a number from 1 to 65535, or 0 to let lab.py pick a free one.")
+    with socket.socket(socket.AF_INET6 if ":" in listen else socket.AF_INET) as listener:
         if os.name != "nt":
             # Lets a port in TIME_WAIT pass, as the server itself does; a live listener still refuses.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -132,13 +134,20 @@ def start_server(
     with log.open("wb") as sink:
         # A group of its own, so that Ctrl-C reaches lab.py alone, which then stops the server in order.
         process = subprocess.Popen([*command, *extra], cwd=comfyui, env=environ, stdout=sink, stderr=subprocess.STDOUT, **_group_options())
-    server = Server(process=process, url=f"http://{'127.0.0.1' if listen == '0.0.0.0' else listen}:{port}", base=base, log=log)
+    server = Server(process=process, url=f"http://{_local_name(listen)}:{port}", base=base, log=log)
     try:
         _wait_until_ready(server, limit_s)
     except BaseException:
         server.stop()
         raise
     return server
+
+
+def _local_name(listen: str) -> str:
+    """The name under which this machine reaches a server that listens on `listen`."""
+    if listen in ("0.0.0.0", "::"):
+        return "127.0.0.1" if listen == "0.0.0.0" else "[::1]"
+    return f"[{listen}]" if ":" in listen else listen
 
 
 def log_tail(log: Path, lines: int = 25) -> str:

@@ -70,6 +70,13 @@ def test_a_taken_port_is_told_at_once() -> None:
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(("port", "message"), [("70000", "70000 is no TCP port"), ("-1", "-1 is no TCP port")])
+def test_a_number_that_is_no_port(port: str, message: str) -> None:
+    done = run_lab("serve", f"--port={port}")
+    assert (done.returncode, message in done.stderr) == (1, True)
+    assert "Traceback" not in done.stderr
+
+
 def test_no_network_on_a_fresh_machine(tmp_path: Path) -> None:
     environ = {
         "HOME": str(tmp_path),
