@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import quality
+from . import build, quality
 from .build import SCRATCH, SEED, WEIGHTS
 from .stages import dit, hps, loras, mps, pavrm, text, vae
 
@@ -64,7 +64,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--scratch", type=Path, default=SCRATCH)
     parser.add_argument("--manifest", type=Path, default=MANIFEST)
+    parser.add_argument("--build", action="store_true", help="first make what is missing, from the seed (hours on a CPU); see pocket/build.py")
     options = parser.parse_args(argv)
+    if options.build:
+        build.main(["--weights", str(options.weights), "--scratch", str(options.scratch)])
     begun = time.monotonic()
     old = json.loads(options.manifest.read_text(encoding="utf-8")) if options.manifest.exists() else {}
     quality_figures = {**old.get("quality", {}), **measure(options.weights, options.scratch)}

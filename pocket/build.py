@@ -1,5 +1,4 @@
-"""Makes every pocket model from a seed, on CPU, stage by stage: `python lab.py bench pocket --build` or
-`python labtools/launch.py pocket.build` with COMFYUI_PATH and REWARD_LAB_CPU=1 set.
+"""Makes every pocket model from a seed, on CPU, stage by stage: `python lab.py bench pocket --build`.
 
 A stage whose weight files exist is skipped; a stage that was interrupted resumes from its last checkpoint in the scratch
 folder. `--redo STAGE` throws one stage's result away first. The reward LoRAs are made by the project's own trainer.
