@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import collections
 import pickle
+import tarfile
 import types
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +76,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda *args: _rebuild_parameter(*args)
         # Storage classes never get here: torch.load's wrapper around this class handles them itself.
-        return type("Inert", (Inert,), {"origin": f"{module}.{name}"})
+        # A module name that does not exist keeps torch's older reader from comparing source code (and from writing a patch file about it).
+        return type("Inert", (Inert,), {"origin": f"{module}.{name}", "__module__": "reward_lab.nowhere"})
 
 
 def _load(file: Any, **kwargs: Any) -> Any:
@@ -83,6 +86,25 @@ def _load(file: Any, **kwargs: Any) -> Any:
 
 # torch.load takes a module with these three names.
 _RESTRICTED = types.SimpleNamespace(__name__="reward_lab_restricted_pickle", Unpickler=_Unpickler, load=_load, UnpicklingError=pickle.UnpicklingError)
+
+
+# What a damaged or hostile file can raise inside pickle, zipfile, tarfile and torch (found by mutating files at random).
+_READ_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -104,9 +126,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in names):
             raise ValueError(f"{path} is a TorchScript program, which would have to be run to be read; give a checkpoint (state dict) instead.")
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Couldn't retrieve source code")
             loaded = torch.load(path, map_location="cpu", pickle_module=_RESTRICTED, weights_only=False, mmap=True if is_zip else None)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+    except _READ_ERRORS as error:
         raise ValueError(f"{path} cannot be read as a torch checkpoint ({type(error).__name__}: {error}); it is damaged or not one.") from error
     tensors = _tensors(loaded)
     if not tensors:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from reward_lab.reward_models import clip, preprocess
+from reward_lab.reward_models import clip, hpsv2, preprocess
 from reward_lab.reward_models.loader import load_reward_model
 
 FILES = ("hps_tiny.pt", "hps_tiny.safetensors")
@@ -16,9 +16,21 @@ COSINE = 1e-5
 
 @pytest.fixture(scope="module")
 def load(scorers):
-    """Load the tiny HPS with options."""
+    """The tiny HPS with options; each file is read once."""
+    folder, networks = scorers.folder / "hps", {}
+
+    def get(file="hps_tiny.pt", dtype=torch.float32, **options):
+        if (file, dtype) not in networks:
+            networks[file, dtype] = load_reward_model("hpsv2.1", folder / file, config=folder / "config.json", dtype=dtype).network
+        return hpsv2.HPSv2Reward(networks[file, dtype], **options)
+
+    return get
+
+
+def test_the_loader_hands_options_on(scorers):
     folder = scorers.folder / "hps"
-    return lambda file="hps_tiny.pt", **options: load_reward_model("hpsv2.1", folder / file, config=folder / "config.json", **options)
+    model = load_reward_model("hpsv2.1", folder / "hps_tiny.pt", config=folder / "config.json", resize="crop", antialias=False)
+    assert (model.resize, model.use_antialias) == ("crop", False)
 
 
 def table(model, pictures, prompts) -> torch.Tensor:
@@ -32,7 +44,7 @@ def test_scores_of_every_picture_and_prompt(scorers, load, file):
     pictures = scorers.pictures.values()
     for options, field in (
         ({}, "score_antialias_on"),
-        ({"antialias": False}, "score_antialias_off"),
+        ({"use_antialias": False}, "score_antialias_off"),
         ({"resize": "squash"}, "score_squash_antialias_on"),
     ):
         got = table(load(file, **options), pictures, scorers.hps["prompts"])
@@ -86,7 +98,7 @@ def test_preprocessing(scorers):
 def test_gradient_with_respect_to_the_picture(scorers, load, gradient_check, index):
     expected = scorers.hps["gradient"][index]
     picture = scorers.pictures[expected["file"]].clone().requires_grad_()
-    output = load(antialias=expected["antialias"]).score(picture[None, None], [scorers.hps["prompts"][expected["prompt_index"]]])
+    output = load(use_antialias=expected["antialias"]).score(picture[None, None], [scorers.hps["prompts"][expected["prompt_index"]]])
     output.per_video.sum().backward()
     assert output.per_video.item() == pytest.approx(expected["score"], abs=COSINE)
     gradient_check(picture.grad, expected)

@@ -14,9 +14,24 @@ RAW, COSINE = 2e-4, 1e-5
 
 @pytest.fixture(scope="module")
 def load(scorers):
-    """Load the tiny MPS with options."""
+    """The tiny MPS with options; each file is read once."""
+    folder, networks = scorers.folder / "mps", {}
+
+    def get(file="mps_tiny_whole.pth", dtype=torch.float32, **options):
+        if (file, dtype) not in networks:
+            networks[file, dtype] = load_reward_model("mps", folder / file, config=folder / "config.json", dtype=dtype).network
+        return mps.MPSReward(networks[file, dtype], **options)
+
+    return get
+
+
+def test_the_loader_hands_options_on(scorers):
     folder = scorers.folder / "mps"
-    return lambda file="mps_tiny_whole.pth", **options: load_reward_model("mps", folder / file, config=folder / "config.json", **options)
+    options = {"resize": "squash", "condition": "quality", "threshold": 0.3, "normalise": "batch", "scale": "cosine"}
+    model = load_reward_model("mps", folder / "mps_tiny.safetensors", config=folder / "config.json", antialias=False, **options)
+    assert {name: getattr(model, name) for name in options} == {**options, "condition": mps.CONDITIONS["quality"]}
+    assert not model.use_antialias
+    assert model.is_experimental
 
 
 def table(model, pictures, prompts) -> torch.Tensor:

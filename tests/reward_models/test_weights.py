@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import random
 import zipfile
 
 import pytest
@@ -39,11 +40,14 @@ def test_safetensors_under_a_torch_extension(tmp_path):
     assert_state(read.state)
 
 
-def test_whole_module_gives_its_state_dict(tmp_path):
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_whole_module_gives_its_state_dict(tmp_path, is_zip, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     module.register_buffer("hidden", torch.ones(1), persistent=False)
-    torch.save(module, tmp_path / "whole.pth")
+    torch.save(module, tmp_path / "whole.pth", _use_new_zipfile_serialization=is_zip)
     read = weights.read_weights(tmp_path / "whole.pth").state
+    assert os.listdir() == ["whole.pth"]
     assert set(read) == set(module.state_dict())
     assert all(torch.equal(read[key], value) for key, value in module.state_dict().items())
     assert not any(value.requires_grad for value in read.values())
@@ -99,6 +103,28 @@ def test_a_pickle_cannot_change_the_functions_it_is_given(tmp_path):
     with pytest.raises(ValueError, match="no named tensors|cannot be read"):
         pickles.read_pickle(tmp_path / "attack.pt")
     assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+
+def test_mutated_files_are_read_or_refused_but_never_break_out(tmp_path):
+    """Any byte may be wrong: the reader returns tensors or raises ValueError, nothing else."""
+    rng = random.Random(0)
+    torch.save({"state_dict": STATE, "module": torch.nn.Linear(2, 2)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    refused = 0
+    for _ in range(150):
+        with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
+            for name, content in members.items():
+                data = bytearray(content)
+                if name.endswith("data.pkl"):
+                    for _ in range(rng.randint(1, 3)):
+                        data[rng.randrange(len(data))] = rng.randrange(256)
+                archive.writestr(name, bytes(data))
+        try:
+            weights.read_weights(tmp_path / "bad.pt")
+        except ValueError:
+            refused += 1
+    assert refused > 50
 
 
 def test_a_module_that_contains_itself_ends(tmp_path):
