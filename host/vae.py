@@ -41,8 +41,8 @@ class WanDecoder:
             selection: which latent frames, a range with step 1 inside 0..F; None takes all.
 
         Returns:
-            frames_BFCHW, [B, T, 3, 8H, 8W] fp32 in [0, 1], as reward models take them. Latent frame 0 gives one pixel frame, every later one four. Pixels outside of the range are
-            clamped, as the host and VideoX-Fun do, so they get no gradient.
+            frames_BFCHW, [B, T, 3, 8H, 8W] fp32 in [0, 1], as reward models take them. Latent frame 0 gives one pixel frame, every later one
+            four. Pixels outside of the range are clamped, as the host and VideoX-Fun do, so they get no gradient.
 
         Raises:
             ValueError: `selection` is empty or outside of the latent.

@@ -98,7 +98,7 @@ def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) 
         return Progress()
     with safe_open(found[-1], framework="pt") as file:
         metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
     if metadata["digest"] != config.digest():
         raise ValueError(f"{found[-1]} was made with other settings, so it cannot be resumed with these; restore config.json or start a new run")
     for trainee in trainees:

@@ -142,6 +142,8 @@ class Objective:
         random offset), random (distinct ones) or list (`step_list`).
     truncate: cut the gradient through a selected step's input (DRTune); only matters for mode `chain` with more than one step.
     decode, decode_count: which latent frames are decoded (consecutive; `random` draws the first of them anew each time).
+    decode_history: how many earlier latent frames are decoded with them for context, since the VAE is causal; -1 takes all of them, which is
+        exact; 1 is cheaper and close.
     score_frames: at most so many of the decoded frames, evenly spread, are scored; 0 scores all.
     kl_weight: weight of mean((v_lora - v_base)^2) / (2 sigma^2) over the selected steps; 0 skips the reference pass.
     reward_scale: loss = -reward_scale * reward + kl_weight * kl.
@@ -154,6 +156,7 @@ class Objective:
     truncate: bool = True
     decode: str = "first"
     decode_count: int = 1
+    decode_history: int = -1
     score_frames: int = 0
     kl_weight: float = 0.0
     reward_scale: float = 1.0
@@ -164,6 +167,7 @@ class Objective:
         _choice("objective.decode", self.decode, DECODES)
         _whole("objective.grad_steps", self.grad_steps, 1)
         _whole("objective.decode_count", self.decode_count, 1)
+        _whole("objective.decode_history", self.decode_history, -1)
         _whole("objective.score_frames", self.score_frames, 0)
         _number("objective.kl_weight", self.kl_weight, least=0)
         _number("objective.reward_scale", self.reward_scale, above=0)
@@ -226,15 +230,20 @@ class Optimiser:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Prompts that are never trained on; scored every `every` steps with fixed seeds (0: never)."""
+    """Prompts that are never trained on; scored every `every` steps with fixed seeds (0: never).
+
+    latents: only so many latent frames from the start are decoded and scored; 0 takes the whole video.
+    """
 
     every: int = 0
     prompts: tuple[str, ...] = ()
     seeds: int = 1
     batch: int = 0
+    latents: int = 0
 
     def __post_init__(self) -> None:
         _whole("held_out.every", self.every, 0)
+        _whole("held_out.latents", self.latents, 0)
         _whole("held_out.seeds", self.seeds, 1)
         _whole("held_out.batch", self.batch, 0)
         _require(all(text.strip() for text in self.prompts), "held_out.prompts holds an empty prompt; remove it")

@@ -39,7 +39,7 @@ def evaluate(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee])
     items = [(prompt, seed) for prompt in config.held_out.prompts for seed in range(config.held_out.seeds)]
     rewards: list[float] = []
     spent = parts.experts.count.total
-    for prompts, frames_BFCHW in _videos(config, parts, trainees, items):
+    for prompts, frames_BFCHW in _videos(config, parts, trainees, items, config.held_out.latents):
         rewards += score_in_chunks(parts.reward, frames_BFCHW, prompts, FRAMES_PER_CHUNK).per_video.tolist()
     parts.experts.count.total = spent  # looking is not training
     mean = sum(rewards) / len(rewards)
@@ -72,7 +72,7 @@ def all_prompts(config: TrainConfig) -> list[str]:
 
 @torch.no_grad()
 def _videos(
-    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]
+    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]], latents: int = 0
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
     batch = config.held_out.batch or config.batch
     shape = config.video.latent_shape(1)
@@ -84,4 +84,4 @@ def _videos(
             noise = [torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "held out", text, seed))) for text, seed in part]
             prompts = [text for text, _ in part]
             latent = parts.experts.roll(torch.cat(noise).to(parts.device), config.sampling.sigmas(), parts.contexts.batch(prompts))
-            yield prompts, parts.decoder.decode(latent)
+            yield prompts, parts.decoder.decode(latent, range(min(latents or latent.shape[2], latent.shape[2])))

@@ -243,7 +243,9 @@ def _through_x0(config: TrainConfig, parts: Parts, trainee: Trainee, draw: Draw,
 def reward_gradient(config: TrainConfig, parts: Parts, latent_BCFHW: torch.Tensor, draw: Draw) -> tuple[float, torch.Tensor]:
     """Mean reward of the decoded latents and d(-reward_scale * mean reward)/d(latent); the decoder's graph ends here."""
     leaf = latent_BCFHW.detach().requires_grad_()
-    frames_BFCHW = parts.decoder.decode(leaf, draw.latents)
+    history = config.objective.decode_history
+    start = max(0, draw.latents.start - history) if history >= 0 else 0
+    frames_BFCHW = parts.decoder.decode(leaf[:, :, start:], range(draw.latents.start - start, draw.latents.stop - start))
     frames_BFCHW = frames_BFCHW[:, list(choose_frames(frames_BFCHW.shape[1], config.objective.score_frames))]
     output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.prompts, FRAMES_PER_CHUNK)
     share = -config.objective.reward_scale / len(draw.prompts)

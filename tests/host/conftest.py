@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-TRANSFORMER = {"dim": 48, "num_heads": 4, "ffn_dim": 64, "num_layers": 2, "freq_dim": 32, "text_dim": 32, "text_len": 16, "in_dim": 16, "out_dim": 16, "model_type": "t2v"}
-SENTENCES = [f"a {colour} {shape} moves {way} over {ground}" for colour in ("red", "green", "blue") for shape in ("square", "circle") for way in ("left", "right") for ground in ("white", "black")]
+TRANSFORMER = {
+    "dim": 48, "num_heads": 4, "ffn_dim": 64, "num_layers": 2, "freq_dim": 32, "text_dim": 32, "text_len": 16, "in_dim": 16, "out_dim": 16, "model_type": "t2v",
+}  # fmt: skip
+_WORDS = (("red", "green", "blue"), ("square", "circle"), ("left", "right"), ("white", "black"))
+SENTENCES = ["a {} {} moves {} over {}".format(*words) for words in itertools.product(*_WORDS)]
 
 
 def _randomise(module, seed):
@@ -28,7 +32,7 @@ def _vocabulary() -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=60, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2
+        sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=60, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2
     )
     return model.getvalue()
 
@@ -41,9 +45,10 @@ def _text_encoder(path: Path) -> None:
 
     vocabulary = _vocabulary()
     config = {
-        "d_ff": 48, "d_kv": 8, "d_model": 32, "decoder_start_token_id": 0, "dropout_rate": 0.0, "eos_token_id": 1, "dense_act_fn": "gelu_pytorch_tanh", "initializer_factor": 1.0,
-        "is_encoder_decoder": True, "is_gated_act": True, "layer_norm_epsilon": 1e-6, "model_type": "umt5", "num_decoder_layers": 1, "num_heads": 4, "num_layers": 1,
-        "output_past": True, "pad_token_id": 0, "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "vocab_size": 96,
+        "d_ff": 48, "d_kv": 8, "d_model": 32, "decoder_start_token_id": 0, "dropout_rate": 0.0, "eos_token_id": 1, "dense_act_fn": "gelu_pytorch_tanh",
+        "initializer_factor": 1.0, "is_encoder_decoder": True, "is_gated_act": True, "layer_norm_epsilon": 1e-6, "model_type": "umt5",
+        "num_decoder_layers": 1, "num_heads": 4, "num_layers": 1, "output_past": True, "pad_token_id": 0, "relative_attention_num_buckets": 32,
+        "tie_word_embeddings": False, "vocab_size": 96,
     }  # fmt: skip
     tensors = _randomise(comfy.text_encoders.t5.T5(config, torch.float32, "cpu", comfy.ops.disable_weight_init), 7)
     tensors["spiece_model"] = torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -22,9 +23,10 @@ TIMEOUT_S = 240
 @pytest.fixture
 def settings(tiny_models, shared_fixtures):
     """Settings of a run of seconds, with the HPS-format reward model of the fixtures."""
+    scorer = shared_fixtures / "scorers" / "hps"
     return {
         "models": tiny_models,
-        "reward": {"kind": "hpsv2.1", "path": str(shared_fixtures / "scorers" / "hps" / "hps_tiny.safetensors"), "options": {"config": str(shared_fixtures / "scorers" / "hps" / "config.json")}},
+        "reward": {"kind": "hpsv2.1", "path": str(scorer / "hps_tiny.safetensors"), "options": {"config": str(scorer / "config.json")}},
         "prompts": [{"text": "a red square moves left over white"}, {"text": "a blue circle moves right over black"}],
         "video": {"width_px": 32, "height_px": 32, "frames": 5},
         "sampling": {"steps": 4, "guidance": 2.0},
@@ -130,7 +132,7 @@ def test_stop_file_and_sigterm_end_in_order(launch, settings):
 
 def test_refuses_before_any_work(launch, settings, tmp_path):
     truncated = tmp_path / "truncated_high_noise.safetensors"
-    truncated.write_bytes(open(settings["models"]["high"], "rb").read()[:-100])
+    truncated.write_bytes(Path(settings["models"]["high"]).read_bytes()[:-100])
     models = settings["models"]
     cases = [
         (models | {"high": str(truncated)}, "truncated.*download it again"),

@@ -21,7 +21,7 @@ from reward_lab.lora_train.trainee import new_trainee
 OBJECTIVES = [
     {"mode": "chain", "strategy": "tail", "grad_steps": 1},
     {"mode": "chain", "strategy": "tail", "grad_steps": 2, "truncate": False},
-    {"mode": "chain", "strategy": "random", "grad_steps": 2, "truncate": True, "decode": "last", "kl_weight": 0.5},
+    {"mode": "chain", "strategy": "random", "grad_steps": 2, "truncate": True, "decode": "last", "decode_history": 0, "kl_weight": 0.5},
     {"mode": "chain", "strategy": "uniform", "grad_steps": 2, "truncate": False, "decode": "all", "kl_weight": 0.2, "reward_scale": 3.0},
     {"mode": "x0", "strategy": "random", "grad_steps": 2, "decode": "random", "kl_weight": 0.3},
     {"mode": "x0", "strategy": "last", "decode": "all", "score_frames": 2},
@@ -48,7 +48,8 @@ def _naive_loss(config, parts, trainee, draw, sigmas):
         return without + guidance * (given - without)
 
     def reward_of(z):
-        frames = parts.decoder.decode(z, draw.latents)
+        start = max(0, draw.latents.start - objective.decode_history) if objective.decode_history >= 0 else 0
+        frames = parts.decoder.decode(z[:, :, start:], range(draw.latents.start - start, draw.latents.stop - start))
         frames = frames[:, list(choose_frames(frames.shape[1], objective.score_frames))]
         return parts.reward.score(frames, draw.prompts).per_video.mean()
 
@@ -109,14 +110,14 @@ def _check_finite_differences(config, parts, trainee, draw, sigmas, found):
     for sign in (1, -1):
         parameter.data.copy_(before + sign * 1e-3 * direction)
         points.append(parameter.detach().double().clone())
-        with _only_at(trainee, parts, draw, sigmas, before, parameter):
+        with OnlyAt(trainee, parts, draw, sigmas, before, parameter):
             values.append(float(_naive_loss(config, parts, trainee, draw, sigmas).detach()))
     parameter.data.copy_(before)
     predicted = float((gradient.double() * (points[0] - points[1])).sum())
     assert math.isclose(values[0] - values[1], predicted, rel_tol=1e-4, abs_tol=1e-12)
 
 
-class _only_at:
+class OnlyAt:
     """Within: earlier steps of the trained expert run with the unmoved parameter, as constants of the loss."""
 
     def __init__(self, trainee, parts, draw, sigmas, before, parameter):

@@ -83,7 +83,11 @@ def test_folder_in_use_and_unknown_run(store, run_id):
 
 def test_lock_holds_one_owner_and_goes_with_it(store, run_id):
     folder = store.folder(run_id)
-    code = f"import sys,time; sys.path.insert(0,{str(process.WORKER.parent.parent)!r}); from runs import lock; from pathlib import Path\nwith lock.hold(Path({str(folder)!r})):\n print('held',flush=True); time.sleep(60)"
+    root = process.WORKER.parent.parent
+    code = (
+        f"import sys, time, pathlib; sys.path.insert(0, {str(root)!r}); from runs import lock\n"
+        f"with lock.hold(pathlib.Path({str(folder)!r})):\n print('held', flush=True); time.sleep(60)"
+    )
     # The lock itself needs nothing of the pack, so a bare process can take it.
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline().strip() == "held"
@@ -119,7 +123,10 @@ class TestProcess:
 
     def test_crash_gives_a_failed_event_with_the_log(self, store, run_id, monkeypatch, tmp_path):
         line = '{"event":"started","time":1,"steps":7}'
-        script = f"import sys, pathlib\nopen(pathlib.Path(sys.argv[1]) / 'metrics.jsonl', 'w').write('{line}' + chr(10))\nprint('first line')\nraise SystemError('broken card')"
+        script = (
+            f"import sys, pathlib\n(pathlib.Path(sys.argv[1]) / 'metrics.jsonl').write_text('{line}' + chr(10))\n"
+            "print('first line')\nraise SystemError('broken card')"
+        )
         worker = self._start(store, run_id, monkeypatch, tmp_path, script)
         seen = []
         process.watch(store.folder(run_id), worker, seen.append).join(30)
