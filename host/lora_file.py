@@ -149,6 +149,8 @@ def _misfit(layer: str, parts: Mapping[str, str], lora: LoraFile, weight_shapes:
     if (down is None) != (up is None):
         return f"layer {layer} has a {'down' if up is None else 'up'} weight only"
     if down is not None and up is not None:
+        if min(down.ndim, up.ndim) < 2 or 0 in (*down.shape, *up.shape):
+            return f"layer {layer} has weights of shape {tuple(down.shape)} and {tuple(up.shape)}, which are no matrices"
         made_for = (up.shape[0], down[0].numel())
         here = (weight[0], int(torch.Size(weight[1:]).numel()))
         if made_for != here:

@@ -102,6 +102,11 @@ def sample_two_experts(model_high: Any, model_low: Any, positive: Any, negative:
     samples = comfy.sample.fix_empty_latent_channels(
         model_high, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     )
+    channels = model_high.get_model_object("latent_format").latent_channels
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise ValueError(
+            f"The latent has shape {tuple(samples.shape)}; these models need [batch, {channels}, frames, height, width]. Use an empty Wan video latent."
+        )
     noise = comfy.sample.prepare_noise(samples, settings.seed, latent.get("batch_index"))
     sampler = comfy.samplers.sampler_object(settings.sampler_name)
     show_step = latent_preview.prepare_callback(model_high if switch else model_low, step_count)

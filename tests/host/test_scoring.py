@@ -1,0 +1,70 @@
+"""The scoring nodes: the reward model's own numbers, the curve, and input that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("comfy.model_management", reason="needs ComfyUI on the path")
+
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+
+from reward_lab.host import paths, scoring  # noqa: E402
+from reward_lab.nodes.rewards import RewardModelNode, ScoreVideo  # noqa: E402
+from reward_lab.reward_models import loader  # noqa: E402
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def spec(shared_fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tiny HPS model, chosen through the node."""
+    shutil.copy(shared_fixtures / "scorers" / "hps" / "hps_tiny.safetensors", tmp_path / "tiny.safetensors")
+    shutil.copy(shared_fixtures / "scorers" / "hps" / "config.json", tmp_path / "tiny.json")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, paths.REWARD_MODEL_FOLDER, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    return RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "default", True).args[0]
+
+
+def test_kinds_are_those_of_the_loader() -> None:
+    assert set(scoring.REWARD_KINDS) <= set(loader.KINDS)
+
+
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+def test_scores_are_the_models_own(spec, in_inference_mode: bool) -> None:
+    images = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(in_inference_mode):
+        output = ScoreVideo.execute(images, spec, "a red square")
+    reward, plot, text = output.args
+    expected = spec.load().score(images.movedim(-1, 1)[None], ["a red square"])
+    values = json.loads(text)
+    assert values["per_frame"] == pytest.approx(expected.per_frame[0].tolist(), abs=1e-5)
+    assert reward == pytest.approx(float(expected.per_video[0]), abs=1e-5)
+    assert values["per_frame"][values["best_frame"]] == max(values["per_frame"]) and plot.shape[-1] == 3
+    assert len(output.ui["images"]) == 1 and "best frame" in output.ui["text"][0]
+
+
+def test_model_is_loaded_once_until_its_file_changes(spec) -> None:
+    device = torch.device("cpu")
+    first = scoring._loaded(spec, device)
+    assert scoring._loaded(spec, device) is first
+    path = Path(spec.path)
+    path.write_bytes(path.read_bytes() + b"")
+    path.touch()
+    assert scoring._loaded(spec, device) is not first
+
+
+def test_what_cannot_be_scored_is_refused(spec) -> None:
+    with pytest.raises(ValueError, match="no frames"):
+        ScoreVideo.execute(torch.zeros(0, 8, 8, 3), spec, "a cat")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        ScoreVideo.execute(torch.zeros(1, 8, 8, 3), spec, " ")
+    with pytest.raises(ValueError, match="not among the reward_models files"):
+        RewardModelNode.execute("hpsv2.1", "absent.pt", "default", True)
+    with pytest.raises(ValueError, match="resize is 'round'"):
+        RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "round", True)
