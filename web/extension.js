@@ -9,10 +9,14 @@ import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
 const ROWS_NODE = "RewardLabLoadLoRAs";
-const RUN_NODES = ["RewardLabTrainLoRA", "RewardLabRunResult"];
+const RUN_NODE = "RewardLabTrainLoRA";
+const CELL_NODE = "RewardLabTestLabCell";
+const GRID_NODE = "RewardLabTestLabGrid";
 const TEXT_NODES = ["RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
 /** Room for a LoRA's name beside two strengths. */
 const ROWS_WIDTH_PX = 580;
+/** Height of the axes' text, about six lines. */
+const AXES_MAX_PX = 130;
 /** Name of the property that keeps a node's run over a reload of the page. */
 const RUN_PROPERTY = "reward_lab_run";
 
@@ -49,6 +53,24 @@ function addView(node, name, element, height_px, onRemove) {
 }
 
 /**
+ * @param {any} node
+ * @param {string} name
+ */
+function widgetOf(node, name) {
+  return node.widgets?.find((/** @type {any} */ widget) => widget.name === name);
+}
+
+/**
+ * Hide a widget in both ways of drawing nodes; its value stays part of the workflow.
+ *
+ * @param {any} widget
+ */
+function hide(widget) {
+  widget.hidden = true;
+  widget.options.hidden = true;
+}
+
+/**
  * Let a node be as high as its widgets need; never smaller than the user made it.
  *
  * @param {any} node
@@ -64,10 +86,9 @@ function fit(node) {
  * @returns {NodeView | null}
  */
 function addRows(node) {
-  const widget = node.widgets?.find((/** @type {any} */ candidate) => candidate.name === "rows");
+  const widget = widgetOf(node, "rows");
   if (!widget) return null;
-  widget.hidden = true;
-  widget.options.hidden = true;
+  hide(widget);
   let height = 0;
   let isConfigured = false;
   const view = createRowsView({
@@ -191,9 +212,13 @@ host.registerExtension({
 
   nodeCreated(/** @type {any} */ node) {
     const kind = node.constructor?.comfyClass ?? node.comfyClass;
+    const applied = kind === CELL_NODE ? widgetOf(node, "applied") : null;
+    if (applied) hide(applied); // the sweep fills it in
+    const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;
+    if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
     const views = [
       kind === ROWS_NODE ? addRows(node) : null,
-      RUN_NODES.includes(kind) ? addRun(node) : null,
+      kind === RUN_NODE ? addRun(node) : null,
       TEXT_NODES.includes(kind) ? addText(node) : null,
     ].filter((view) => view !== null);
     if (!views.length) return;

@@ -44,11 +44,20 @@ def find_chromium() -> str | None:
 
 
 @contextlib.contextmanager
-def open_front_end(url: str, *, width_px: int = 1600, height_px: int = 900, scale: float = 1.0, settings: dict[str, Any] | None = None) -> Iterator[Any]:
+def open_front_end(
+    url: str,
+    *,
+    chromium: str | None = None,
+    width_px: int = 1600,
+    height_px: int = 900,
+    scale: float = 1.0,
+    settings: dict[str, Any] | None = None,
+) -> Iterator[Any]:
     """Open the front-end in a fresh browser profile and wait until its graph is there.
 
     Args:
         url: address of a running ComfyUI server.
+        chromium: path of the browser; by default the one `find_chromium` finds.
         width_px, height_px: size of the window in CSS pixels.
         scale: device pixels per CSS pixel.
         settings: ComfyUI settings to store on the server first, on top of `QUIET_SETTINGS`.
@@ -61,7 +70,7 @@ def open_front_end(url: str, *, width_px: int = 1600, height_px: int = 900, scal
     with sync_playwright() as playwright, tempfile.TemporaryDirectory(prefix="reward-lab-browser-") as profile:
         context = playwright.chromium.launch_persistent_context(
             profile,
-            executable_path=find_chromium(),
+            executable_path=chromium or find_chromium(),
             headless=True,
             args=list(CHROMIUM_FLAGS),
             viewport={"width": width_px, "height": height_px},
@@ -75,7 +84,10 @@ def open_front_end(url: str, *, width_px: int = 1600, height_px: int = 900, scal
             page.reward_lab_errors = errors
             page.set_default_timeout(START_LIMIT_S * 1000)
             page.goto(url)
-            page.wait_for_function("() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types['RewardLabLoadLoRAs']", timeout=START_LIMIT_S * 1000)
+            page.wait_for_function(
+                "() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types['RewardLabLoadLoRAs']",
+                timeout=START_LIMIT_S * 1000,
+            )
             page.wait_for_timeout(500)
             yield page
         finally:
@@ -107,7 +119,9 @@ def wait_for_execution(page: Any, timeout_s: float) -> None:
 
 def node_widget(page: Any, node_type: str, widget: str) -> Any:
     """Return the value of a widget of the first node of a type."""
-    return page.evaluate("([type, name]) => window.app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value", [node_type, widget])
+    return page.evaluate(
+        "([type, name]) => window.app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value", [node_type, widget]
+    )
 
 
 def fit_view(page: Any, margin_px: int = 30) -> None:
@@ -117,8 +131,9 @@ def fit_view(page: Any, margin_px: int = 30) -> None:
             const boxes = [...window.app.graph.nodes.map((n) => n.getBounding()), ...window.app.graph.groups.map((g) => [...g.pos, ...g.size])];
             const x0 = Math.min(...boxes.map((b) => b[0])), y0 = Math.min(...boxes.map((b) => b[1]));
             const x1 = Math.max(...boxes.map((b) => b[0] + b[2])), y1 = Math.max(...boxes.map((b) => b[1] + b[3]));
-            const left = 60 + margin, top = 96 + margin;
-            const w = window.innerWidth - left - margin, h = window.innerHeight - top - margin;
+            // The front-end's own bars lie over the canvas on the left, at the top and in the lower right corner.
+            const left = 60 + margin, top = 96 + margin, bottom = 50 + margin;
+            const w = window.innerWidth - left - margin, h = window.innerHeight - top - bottom;
             const scale = Math.min(w / (x1 - x0), h / (y1 - y0), 1.2);
             const ds = window.app.canvas.ds;
             ds.scale = scale;

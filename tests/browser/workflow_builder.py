@@ -39,6 +39,7 @@ BUILD = """async (spec) => {
             if (!widget) throw new Error(`${wanted.kind} has no widget ${name}`);
             widget.value = value;
         }
+        node.onConfigure?.({});
         made[key] = node;
     }
     for (const [key, wanted] of Object.entries(spec.nodes)) {
@@ -56,29 +57,36 @@ BUILD = """async (spec) => {
 
 LAYOUT = """(spec) => {
     const { app, LiteGraph, rewardLabMade: made } = window;
-    const GAP = 40, TITLE = 30, PAD = 24, HEAD = 44;
+    const GAP = 40, TITLE = 30, PAD = 20, HEAD = 40;
     let x = 0;
     app.graph.groups.slice().forEach((group) => app.graph.remove(group));
-    for (const [title, keys] of spec.groups) {
-        const width = Math.max(...keys.map((key) => spec.nodes[key].width_px));
-        let y = title ? HEAD + TITLE : TITLE + 6;
-        for (const key of keys) {
-            const node = made[key], wanted = spec.nodes[key];
-            node.pos = [x + (title ? PAD : 0), y];
-            node.setSize([wanted.width_px, Math.max(node.computeSize()[1], wanted.height_px)]);
-            y += node.size[1] + GAP + TITLE;
+    for (const column of spec.columns) {
+        const width = Math.max(...column.flatMap(([, keys]) => keys).map((key) => spec.nodes[key].width_px)) + 2 * PAD;
+        let top = 0;
+        for (const [title, keys] of column) {
+            let y = top + (title ? HEAD + TITLE : TITLE);
+            for (const key of keys) {
+                const node = made[key], wanted = spec.nodes[key];
+                node.pos = [x + (title ? PAD : 0), y];
+                node.setSize([width - (title ? 2 * PAD : 0), Math.max(node.computeSize()[1], wanted.height_px)]);
+                y += node.size[1] + GAP + TITLE;
+            }
+            const bottom = y - GAP - TITLE + (title ? PAD : 0);
+            if (title) {
+                const group = new LiteGraph.LGraphGroup(title);
+                group.pos = [x, top];
+                group.size = [width, bottom - top];
+                group.color = '#5f83b5';
+                app.graph.add(group);
+            }
+            top = bottom + GAP;
         }
-        if (title) {
-            const group = new LiteGraph.LGraphGroup(title);
-            group.pos = [x, 0];
-            group.size = [width + 2 * PAD, y - GAP - TITLE + PAD];
-            group.color = '#3f4f66';
-            app.graph.add(group);
-        }
-        x += width + (title ? 2 * PAD : 0) + GAP;
+        x += width + GAP;
     }
     app.graph.setDirtyCanvas(true, true);
 }"""
+
+SERIALISE = "() => window.app.graph.serialize()"
 
 
 def build(page: Any, workflow: Workflow) -> dict[str, Any]:
@@ -89,7 +97,10 @@ def build(page: Any, workflow: Workflow) -> dict[str, Any]:
     page.evaluate(LAYOUT, spec)
     page.wait_for_timeout(700)
     page.evaluate(LAYOUT, spec)
-    return stable(page.evaluate("() => window.app.graph.serialize()"), workflow.name)
+    # Once through loading, as a user does: what is written is what comes back.
+    frontend.load_graph(page, page.evaluate(SERIALISE))
+    page.wait_for_timeout(700)
+    return stable(page.evaluate(SERIALISE), workflow.name)
 
 
 def stable(graph: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the example workflows consist of: nodes, values, links and how they are grouped. `workflow_builder.py` turns these into files.
 
-A node is `Node(kind, values, links)`; a link names another node's key and its output. Each group is one column on the canvas, top to bottom.
+A node is `Node(kind, values, links)`; a link names another node's key and its output. Groups stand in columns on the canvas.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Workflow:
-    """One example. `groups`: title -> node keys, one column each; a column with an empty title has no frame."""
+    """One example. `columns`: groups from top to bottom, each a title and node keys; a group without a title has no frame."""
 
     name: str
     nodes: dict[str, Node]
-    groups: list[tuple[str, list[str]]]
+    columns: list[list[tuple[str, list[str]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,9 @@ Steam rises from a bowl of noodle soup while chopsticks lift the noodles, macro 
 A hot-air balloon drifts over autumn hills, seen from a drone that circles it.
 A child in a yellow raincoat jumps into a puddle, water splashes towards the camera."""
 
-REAL_NEGATIVE = "overexposed, static, blurry details, subtitles, worst quality, low quality, JPEG artifacts, ugly, deformed limbs, fused fingers, cluttered background"
+REAL_NEGATIVE = (
+    "overexposed, static, blurry details, subtitles, worst quality, low quality, JPEG artifacts, ugly, deformed limbs, fused fingers, cluttered background"
+)
 
 POCKET = ModelSet(
     suffix="",
@@ -94,8 +96,22 @@ POCKET = ModelSet(
     prompt="a red square moves left fast over a white background",
     negative="",
     train_prompts=POCKET_PROMPTS,
-    train={"preset": "reward-lab", "expert": "low", "steps": 30, "rank": 16, "alpha": 8.0, "learning_rate": 0.001, "batch": 4, "width": 64, "height": 64, "frames": 17,
-           "sampling_steps": 12, "guidance": 3.0, "seed": 0, "advanced": json.dumps({"objective": {"decode": "all", "decode_count": 5, "score_frames": 5}})},
+    train={
+        "preset": "pocket",
+        "expert": "low",
+        "steps": 30,
+        "rank": 16,
+        "alpha": 8.0,
+        "learning_rate": 0.001,
+        "batch": 4,
+        "width": 64,
+        "height": 64,
+        "frames": 17,
+        "sampling_steps": 12,
+        "guidance": 3.0,
+        "seed": 0,
+        "advanced": "{}",
+    },
     models_note="""### Pocket models
 These are tiny Wan2.2 models that come with the pack: same architecture, same file formats, 64×64 pixels, a world of coloured shapes. They run on any
 computer in seconds. `python lab.py serve` puts them into the model folders.
@@ -119,8 +135,22 @@ REAL = ModelSet(
     prompt=REAL_PROMPTS.splitlines()[0],
     negative=REAL_NEGATIVE,
     train_prompts=REAL_PROMPTS,
-    train={"preset": "videox-fun", "expert": "low", "steps": 300, "rank": 32, "alpha": 16.0, "learning_rate": 5e-5, "batch": 1, "width": 256, "height": 256, "frames": 81,
-           "sampling_steps": 40, "guidance": 6.0, "seed": 42, "advanced": "{}"},
+    train={
+        "preset": "reward-lab",
+        "expert": "low",
+        "steps": 300,
+        "rank": 32,
+        "alpha": 16.0,
+        "learning_rate": 5e-5,
+        "batch": 1,
+        "width": 256,
+        "height": 256,
+        "frames": 81,
+        "sampling_steps": 20,
+        "guidance": 3.5,
+        "seed": 42,
+        "advanced": "{}",
+    },
     models_note="""### Files to download
 **models/diffusion_models**
 - wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors
@@ -150,8 +180,9 @@ Hugging Face, *xswu/HPSv2*."""
 
 
 def _note(models: ModelSet, extra_real: str, text: str) -> Node:
+    height_px = 520 if models.suffix else 300
     body = models.models_note + ("\n" + extra_real if models.suffix else "") + "\n\n" + text
-    return Node(kind="MarkdownNote", title="Read me", width_px=380, height_px=430 if models.suffix else 350, values={"": body})
+    return Node(kind="MarkdownNote", title="Read me", width_px=380, height_px=height_px, values={"": body})
 
 
 def _models(models: ModelSet) -> Node:
@@ -183,35 +214,62 @@ def _generation(models: ModelSet) -> dict[str, Node]:
         "sample": Node(
             kind="RewardLabSampleWan22",
             width_px=580,
-            values={"seed": 1, "control_after_generate": "fixed", "steps": models.steps, "shift": models.shift, "guidance_high": models.guidance[0], "guidance_low": models.guidance[1],
-                    "boundary": 0.875, "sampler_name": "euler", "scheduler": "simple"},
-            links={"model_high": ("loras", "model_high"), "model_low": ("loras", "model_low"), "positive": ("positive", "CONDITIONING"), "negative": ("negative", "CONDITIONING"),
-                   "latent": ("latent", "LATENT")},
+            values={
+                "seed": 1,
+                "control_after_generate": "fixed",
+                "steps": models.steps,
+                "shift": models.shift,
+                "guidance_high": models.guidance[0],
+                "guidance_low": models.guidance[1],
+                "boundary": 0.875,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+            },
+            links={
+                "model_high": ("loras", "model_high"),
+                "model_low": ("loras", "model_low"),
+                "positive": ("positive", "CONDITIONING"),
+                "negative": ("negative", "CONDITIONING"),
+                "latent": ("latent", "LATENT"),
+            },
         ),
-        "decode": Node(kind="VAEDecode", width_px=380, links={"samples": ("sample", "latent"), "vae": ("models", "vae")}),
+        "decode": Node(kind="VAEDecode", width_px=420, links={"samples": ("sample", "latent"), "vae": ("models", "vae")}),
     }
 
 
 def load_and_sample(models: ModelSet) -> Workflow:
     """Load both experts, apply the reward LoRAs, sample, score."""
     nodes = {
-        "note": _note(models, LORA_NOTE + "\n" + REWARD_NOTE, "Press **Run**. The rows of *Load Reward LoRAs* then show how many layers were applied, *Score Video* how much the reward model likes the result. "
-                      "Set a strength to 0 and run again to compare."),
+        "note": _note(
+            models,
+            LORA_NOTE + "\n" + REWARD_NOTE,
+            "Press **Run**. The rows of *Load Reward LoRAs* then show how many layers were applied, *Score Video* how much the reward model likes the result. "
+            "Set a strength to 0 and run again to compare.",
+        ),
         **_generation(models),
-        "score": Node(kind="RewardLabScoreVideo", width_px=420, height_px=560, links={"images": ("decode", "IMAGE"), "reward_model": ("reward", "reward_model"), "prompt": ("prompt", "STRING")}),
+        "score": Node(
+            kind="RewardLabScoreVideo",
+            width_px=420,
+            height_px=400,
+            links={"images": ("decode", "IMAGE"), "reward_model": ("reward", "reward_model"), "prompt": ("prompt", "STRING")},
+        ),
     }
     if models.suffix:
-        nodes["video"] = Node(kind="CreateVideo", width_px=380, values={"fps": models.frame_rate}, links={"images": ("decode", "IMAGE")})
-        nodes["save"] = Node(kind="SaveVideo", width_px=380, height_px=420, values={"filename_prefix": "video/reward_lab"}, links={"video": ("video", "VIDEO")})
-        result = ["decode", "video", "save"]
+        nodes["video"] = Node(kind="CreateVideo", width_px=420, values={"fps": models.frame_rate}, links={"images": ("decode", "IMAGE")})
+        nodes["save"] = Node(kind="SaveVideo", width_px=420, height_px=420, values={"filename_prefix": "video/reward_lab"}, links={"video": ("video", "VIDEO")})
+        result = ["decode", "video", "save", "score"]
     else:
         # Lossless: at 64 pixels a video codec would smear what the LoRA changed.
         values = {"filename_prefix": "reward_lab_pocket", "fps": models.frame_rate, "lossless": True, "quality": 90, "method": "default"}
-        nodes["save"] = Node(kind="SaveAnimatedWEBP", title="Save the video", width_px=380, height_px=470, values=values, links={"images": ("decode", "IMAGE")})
-        result = ["decode", "save"]
-    groups = [("", ["note"]), ("1  Models", ["models", "reward"]), ("2  What to make", ["prompt", "positive", "negative", "latent"]), ("3  LoRAs and sampling", ["loras", "sample"]),
-              ("4  Video", result), ("5  Score", ["score"])]
-    return Workflow(name=f"1 load and sample{models.suffix}", nodes=nodes, groups=groups)
+        nodes["save"] = Node(kind="SaveAnimatedWEBP", title="Save the video", width_px=420, height_px=430, values=values, links={"images": ("decode", "IMAGE")})
+        result = ["decode", "save", "score"]
+    columns = [
+        [("1  Models", ["models", "reward"]), ("", ["note"])],
+        [("2  What to make", ["prompt", "positive", "negative", "latent"])],
+        [("3  LoRAs and sampling", ["loras", "sample"])],
+        [("4  Result", result)],
+    ]
+    return Workflow(name=f"1 load and sample{models.suffix}", nodes=nodes, columns=columns)
 
 
 def testlab_strengths(models: ModelSet) -> Workflow:
@@ -219,36 +277,61 @@ def testlab_strengths(models: ModelSet) -> Workflow:
     axes = "Load Reward LoRAs.rows[0].high = 0, 0.5, 1\nLoad Reward LoRAs.rows[1].low = 0, 0.5, 1"
     sweep = "wan22_strengths" if models.suffix else "pocket_strengths"
     nodes = {
-        "note": _note(models, LORA_NOTE + "\n" + REWARD_NOTE, "Press **Run**. *TestLab Grid* queues one video per cell (columns: HPS on the high-noise expert, rows: HPS on the low-noise expert) and, "
-                      "when all are there, shows them in one grid with their scores. Stop when you like; the next Run goes on." + ("\n\nNine videos of 81 frames take hours on one card: start with 2×2 and fewer steps." if models.suffix else "")),
+        "note": _note(
+            models,
+            LORA_NOTE + "\n" + REWARD_NOTE,
+            "Press **Run**. *TestLab Grid* queues one video per cell (columns: HPS on the high-noise expert, rows: HPS on the low-noise expert) and, "
+            "when all are there, shows them in one grid with their scores. Stop when you like; the next Run goes on."
+            + ("\n\nNine videos of 81 frames take hours on one card: start with 2×2 and fewer steps." if models.suffix else ""),
+        ),
         **_generation(models),
-        "cell": Node(kind="RewardLabTestLabCell", width_px=380, values={"sweep": sweep, "frame_rate": models.frame_rate, "applied": ""},
-                     links={"images": ("decode", "IMAGE"), "reward_model": ("reward", "reward_model"), "prompt": ("prompt", "STRING")}),
+        "cell": Node(
+            kind="RewardLabTestLabCell",
+            width_px=380,
+            values={"sweep": sweep, "frame_rate": models.frame_rate, "applied": ""},
+            links={"images": ("decode", "IMAGE"), "reward_model": ("reward", "reward_model"), "prompt": ("prompt", "STRING")},
+        ),
         "grid": Node(kind="RewardLabTestLabGrid", width_px=640, height_px=720, values={"sweep": sweep, "axes": axes}),
     }
-    groups = [("", ["note"]), ("1  Models", ["models", "reward"]), ("2  What to make", ["prompt", "positive", "negative", "latent"]), ("3  Your workflow", ["loras", "sample"]),
-              ("4  Record", ["decode", "cell"]), ("5  Compare", ["grid"])]
-    return Workflow(name=f"2 testlab strengths{models.suffix}", nodes=nodes, groups=groups)
+    columns = [
+        [("1  Models", ["models", "reward"]), ("", ["note"])],
+        [("2  What to make", ["prompt", "positive", "negative", "latent"])],
+        [("3  Your workflow", ["loras", "sample"])],
+        [("4  Record and compare", ["decode", "cell", "grid"])],
+    ]
+    return Workflow(name=f"2 testlab strengths{models.suffix}", nodes=nodes, columns=columns)
 
 
 def train_reward_lora(models: ModelSet) -> Workflow:
     """Train a reward LoRA in the background."""
     name = "my_reward_lora" if models.suffix else "pocket_reward_lora"
-    text = ("Press **Run**. Training starts in a process of its own. Follow it here or in the **Reward Lab** tab of the sidebar, where you can also stop it; stopping saves a LoRA that can be used.\n\n")
-    text += "*Run Result* waits for the end and shows the chart. Remove it and the queue stays free while training goes on.\n\nEvery Run starts a new training."
+    text = (
+        "Press **Run**. Training starts in a process of its own. Follow it on the node or in the **Reward Lab** tab of the sidebar, "
+        "where you can also stop it; stopping saves a LoRA that can be used. Every Run starts a new training.\n\n"
+        "*Run Result* waits for the end and shows the chart. Remove it, and the queue stays free while training goes on."
+    )
     if models.suffix:
-        text += "\n\nWith `wait` off, run *Run Result* later. 14B training needs a card with a lot of memory: see the help page of *Train Reward LoRA*."
+        text += "\n\nTraining 14B takes hours and a card with a lot of memory: read the help page of *Train Reward LoRA* first."
     nodes = {
         "note": _note(models, REWARD_NOTE, text),
         "models": _models(models),
         "reward": Node(kind="RewardLabRewardModel", width_px=380, values={"kind": "hpsv2.1", "file": models.reward, "resize": "default", "antialias": True}),
-        "prompts": Node(kind="RewardLabPrompts", width_px=480, height_px=330, values={"text": models.train_prompts, "file": ""}),
-        "train": Node(kind="RewardLabTrainLoRA", width_px=460, values={"name": name, "control_after_generate": "fixed", **models.train},
-                      links={"wan_files": ("models", "wan_files"), "prompts": ("prompts", "prompts"), "reward_model": ("reward", "reward_model")}),
+        "prompts": Node(kind="RewardLabPrompts", width_px=480, height_px=360, values={"text": models.train_prompts, "file": ""}),
+        "train": Node(
+            kind="RewardLabTrainLoRA",
+            width_px=460,
+            values={"name": name, "control_after_generate": "fixed", **models.train},
+            links={"wan_files": ("models", "wan_files"), "prompts": ("prompts", "prompts"), "reward_model": ("reward", "reward_model")},
+        ),
     }
-    nodes["result"] = Node(kind="RewardLabRunResult", width_px=520, height_px=600, values={"wait": True}, links={"run": ("train", "run")})
-    groups = [("", ["note"]), ("1  Models and reward", ["models", "reward"]), ("2  Prompts", ["prompts"]), ("3  Train", ["train"]), ("4  Result", ["result"])]
-    return Workflow(name=f"3 train a reward lora{models.suffix}", nodes=nodes, groups=groups)
+    nodes["result"] = Node(kind="RewardLabRunResult", width_px=560, height_px=520, values={"wait": True}, links={"run": ("train", "run")})
+    columns = [
+        [("1  Models and reward", ["models", "reward"]), ("", ["note"])],
+        [("2  Prompts", ["prompts"])],
+        [("3  Train", ["train"])],
+        [("4  Result", ["result"])],
+    ]
+    return Workflow(name=f"3 train a reward lora{models.suffix}", nodes=nodes, columns=columns)
 
 
 def all_workflows() -> list[Workflow]:

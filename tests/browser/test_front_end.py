@@ -1,0 +1,185 @@
+"""The pack in the real front-end, in headless Chromium: templates, rows, the sidebar, and a workflow that is run with the Run button."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward_lab.lora_train.events import Failed, Started, Step, to_line
+from reward_lab.tests.browser import frontend
+
+pytestmark = [pytest.mark.host, pytest.mark.browser]
+
+EXAMPLES = ("1 load and sample", "2 testlab strengths", "3 train a reward lora")
+HIGH, LOW = "Some-high-noise-HPS2.1.safetensors", "folder/Some-low-noise-MPS.safetensors"
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium_path: str) -> Iterator[Any]:
+    """One page for all tests of this file: opening the front-end is the slow part."""
+    pytest.importorskip("playwright")
+    with frontend.open_front_end(server.url, chromium=chromium_path, width_px=1600, height_px=950) as opened:
+        yield opened
+        assert opened.reward_lab_errors == []
+
+
+@pytest.fixture
+def rows_node(page) -> Any:
+    """A fresh graph with one `Load Reward LoRAs` of two rows; the server's list of files is replaced."""
+    page.route("**/reward_lab/loras", lambda route: route.fulfill(json=[HIGH, LOW, "Other.safetensors"]))
+    rows = [{"on": True, "file": HIGH, "high": 0.5, "low": 0}, {"on": True, "file": LOW, "high": 0, "low": 0.5}]
+    page.evaluate(
+        """(rows) => {
+            window.app.graph.clear();
+            const node = window.LiteGraph.createNode('RewardLabLoadLoRAs');
+            node.pos = [500, 150];
+            window.app.graph.add(node);
+            node.configure({ ...node.serialize(), widgets_values: [rows] });
+        }""",
+        json.dumps(rows),
+    )
+    frontend.fit_view(page)
+    page.wait_for_selector(".rl-row >> nth=1")
+    yield page
+    page.unroute("**/reward_lab/loras")
+
+
+def rows_of(page: Any) -> list[dict[str, Any]]:
+    return json.loads(frontend.node_widget(page, "RewardLabLoadLoRAs", "rows"))
+
+
+def test_examples_are_templates_of_the_front_end(server, client) -> None:
+    listed = client.get("/api/workflow_templates")
+    module, names = next((module, names) for module, names in listed.items() if EXAMPLES[0] in names)
+    for name in EXAMPLES:
+        for stem in (name, f"{name} (Wan2.2 14B)"):
+            assert stem in names
+            path = f"/api/workflow_templates/{module}/{urllib.parse.quote(stem)}"
+            assert client.get(f"{path}.json")["nodes"]
+            assert client.fetch(f"{path}.jpg")[:3] == b"\xff\xd8\xff"
+
+
+def test_template_browser_shows_the_examples(page) -> None:
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.locator("[role=dialog]").first
+    dialog.wait_for()
+    dialog.get_by_text("Extensions", exact=False).first.click()
+    dialog.get_by_text(EXAMPLES[0], exact=False).first.wait_for()
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+
+
+def test_rows_show_and_edit_the_widget(rows_node) -> None:
+    page = rows_node
+    page.locator(".rl-toggle").nth(1).click()
+    assert [row["on"] for row in rows_of(page)] == [True, False]
+    page.get_by_label("Raise Strength on the high-noise expert").first.click()
+    assert rows_of(page)[0]["high"] == 0.55
+    field = page.get_by_label("Strength on the low-noise expert", exact=True).first
+    field.click()
+    page.keyboard.type("0.25")
+    page.keyboard.press("Enter")
+    assert rows_of(page)[0]["low"] == 0.25
+    page.get_by_label("Remove").nth(1).click()
+    assert [row["file"] for row in rows_of(page)] == [HIGH]
+
+
+def test_a_strength_is_dragged(rows_node) -> None:
+    page = rows_node
+    box = page.get_by_label("Strength on the high-noise expert", exact=True).first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 61, y, steps=6)
+    page.mouse.up()
+    assert rows_of(page)[0]["high"] == pytest.approx(1.0)
+
+
+def test_a_file_is_searched_and_added(rows_node) -> None:
+    page = rows_node
+    page.get_by_role("button", name="Add LoRA").click()
+    page.get_by_label("Search files").fill("low mps")
+    assert page.locator(".rl-picker-option").count() == 1
+    page.keyboard.press("Enter")
+    assert rows_of(page)[2] == {"on": True, "file": LOW, "high": 0, "low": 0.5}
+
+
+def test_rows_are_reordered_by_dragging(rows_node) -> None:
+    page = rows_node
+    first, second = (page.locator(".rl-handle").nth(i).bounding_box() for i in (0, 1))
+    page.mouse.move(first["x"] + 5, first["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(second["x"] + 5, second["y"] + 14, steps=5)
+    page.mouse.up()
+    assert [row["file"] for row in rows_of(page)] == [LOW, HIGH]
+
+
+def test_reports_appear_on_the_rows(rows_node) -> None:
+    page = rows_node
+    page.evaluate(
+        """([high, low]) => window.app.graph.nodes[0].onExecuted({ reward_lab_rows: [
+            { file: high, applied_high: 40, applied_low: 0, total: 40, warnings: [] },
+            { file: low, applied_high: 0, applied_low: 12, total: 40, warnings: ['28 keys are not in this model'] }] })""",
+        [HIGH, LOW],
+    )
+    page.wait_for_selector(".rl-status >> nth=1")
+    assert page.locator(".rl-status").all_inner_texts() == ["applied high 40 of 40", "applied low 12 of 40"]
+    assert [page.locator(".rl-status").nth(i).get_attribute("data-tone") for i in (0, 1)] == ["good", "warn"]
+    assert page.locator(".rl-row-warning").inner_text() == "28 keys are not in this model"
+
+
+def test_text_that_is_not_rows_is_told_and_left_alone(rows_node) -> None:
+    page = rows_node
+    page.evaluate("() => { const n = window.app.graph.nodes[0]; n.configure({ ...n.serialize(), widgets_values: ['[{'] }); }")
+    page.get_by_text("The rows are not JSON").wait_for()
+    assert frontend.node_widget(page, "RewardLabLoadLoRAs", "rows") == "[{"
+
+
+def write_run(base: Path, run_id: str, events: list[Any]) -> None:
+    folder = base / "output" / "reward_lab" / "runs" / run_id
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"name": run_id, "steps": 20, "expert": "low", "reward": {"kind": "hpsv2.1"}}), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(to_line(event) + "\n" for event in events), encoding="utf-8")
+    (folder / "log.txt").write_text("step 9\nstep 10\nRuntimeError: out of memory\n", encoding="utf-8")
+
+
+def test_the_sidebar_shows_runs_and_the_log_of_a_crash(server, page) -> None:
+    step = Step(time=1.0, step=1, steps=20, reward=0.25, loss=0.75, grad_norm=1.0, sigma=0.02, seconds=1.0, expert="low")
+    steps = [dataclasses.replace(step, step=i, reward=0.25 + i / 1000, held_out=0.25 if i % 5 == 0 else None) for i in range(1, 11)]
+    failed = Failed(time=3.0, step=10, error="RuntimeError: out of memory", log_tail=["step 10", "RuntimeError: out of memory"])
+    write_run(server.base, "crashed_run", [Started(time=0.0, steps=20, experts=["low"], reward="hpsv2.1"), *steps, failed])
+    page.evaluate("() => window.app.graph.clear()")
+    page.evaluate("() => { const s = window.app.extensionManager.sidebarTab; if (s.activeSidebarTabId !== 'reward-lab') s.toggleSidebarTab('reward-lab'); }")
+    page.wait_for_selector("[data-reward-lab=panel]")
+    page.get_by_label("Refresh").click()
+    card = page.locator("[data-run=crashed_run]")
+    card.wait_for()
+    assert card.locator(".rl-badge").inner_text() == "failed"
+    if "rl-open" not in card.get_attribute("class"):
+        card.locator(".rl-run-head").click()
+    card.locator(".rl-log").wait_for()
+    assert "out of memory" in card.locator(".rl-failure-head").inner_text()
+    assert "step 10" in card.locator(".rl-log").inner_text()
+    assert "step 10 of 20" in card.locator(".rl-run-line").inner_text()
+    is_drawn = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0)"
+    page.wait_for_function(f"() => {{ const c = document.querySelector('[data-run=crashed_run] canvas'); return c?.width && ({is_drawn})(c); }}")
+
+
+@pytest.mark.workflow
+def test_run_button_runs_the_first_example(repo, pocket_server, page) -> None:
+    frontend.load_graph(page, json.loads((repo / "example_workflows" / f"{EXAMPLES[0]}.json").read_text(encoding="utf-8")))
+    frontend.fit_view(page)
+    frontend.press_run(page)
+    page.wait_for_selector(".rl-status >> nth=1", timeout=300_000)
+    assert all(tone == "good" for tone in page.locator(".rl-status").evaluate_all("(all) => all.map((one) => one.dataset.tone)"))
+    shows_score = "() => window.app.nodeOutputs && window.app.graph.nodes.find((n) => n.type === 'RewardLabScoreVideo')?.imgs?.length > 0"
+    page.wait_for_function(shows_score, timeout=300_000)
+    texts = page.locator(".rl-text").all_inner_texts()
+    assert any("switch" in text.lower() for text in texts), texts
+    assert any("0." in text for text in texts), texts
