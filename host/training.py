@@ -19,13 +19,14 @@ import torch
 from ..lora_train.config import TrainConfig
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
-from ..runs.store import RunInfo, RunStore
+from ..runs.store import CONFIG, RunInfo, RunStore
 from . import courtesy, events, paths, preflight, scoring
 from .lora_keys import normalise, split_key
 
 PRESETS = ("reward-lab", "videox-fun", "pocket")
 ACTIVE_STATES = ("created", "running", "stopping")
 POLL_S = 0.25
+STARTING_S = 300.0  # a run that has not begun after this time never will
 LOG_LINES = 15
 
 _processes: dict[str, subprocess.Popen] = {}
@@ -92,6 +93,9 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
 def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: RewardModelSpec, settings: Mapping[str, Any]) -> StartedRun:
     """Check everything, make the run folder, start the worker and return.
 
+    A run with the very same settings that trains or has finished is given back instead: pressing Run once more, to fetch a result, must not
+    train again.
+
     Raises:
         ValueError: See `make_config`; a file is missing or broken; not enough disk.
     """
@@ -99,6 +103,11 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     runs = store()
     runs.root.mkdir(parents=True, exist_ok=True)
     preflight.check(config, runs.root)
+    same = _same_run(runs, config)
+    if same is not None:
+        return StartedRun(
+            run_id=same.id, message=f"Run {same.id} has these settings ({same.state}, step {same.step}). Change the seed or the name to train another."
+        )
     run_id = runs.create(config)
     # The worker needs the card; the host loads its models again when it needs them.
     comfy.model_management.unload_all_models()
@@ -118,6 +127,19 @@ def follow_living_runs() -> None:
     for info in runs.list():
         if info.state in ("running", "stopping"):
             _follow(runs, info.id, None, skip=len(runs.events(info.id)))
+
+
+def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
+    """Return a run of these settings that is active or finished, made after the files that it was trained on."""
+    wanted = config.to_dict()
+    inputs = [*wanted["models"].values(), wanted["reward"]["path"]]
+    newest_input = max(Path(file).stat().st_mtime for file in inputs)
+    for info in runs.list():
+        is_active = info.state in ("running", "stopping") or (info.state == "created" and time.time() - info.created < STARTING_S)
+        is_usable = is_active or (info.state == "finished" and info.files and all(Path(file).is_file() for file in info.files))
+        if is_usable and info.created > newest_input and json.loads((runs.folder(info.id) / CONFIG).read_text(encoding="utf-8")) == wanted:
+            return info
+    return None
 
 
 def _follow(runs: RunStore, run_id: str, worker: subprocess.Popen | None, skip: int = 0) -> None:
@@ -246,5 +268,9 @@ def _laid_over(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _numbers(steps: list[dict[str, Any]], name: str) -> list[float]:
-    """Return one series of a run; JSON has no NaN, so a missing number stands for it."""
-    return [float(step[name]) if step.get(name) is not None else float("nan") for step in steps]
+    """Return one series of a run; a number that was not finite is missing in JSON, and the one before it stands in: charts cannot draw NaN."""
+    values: list[float] = []
+    for step in steps:
+        value = step.get(name)
+        values.append(float(value) if value is not None else values[-1] if values else 0.0)
+    return values

@@ -19,7 +19,8 @@ class TrainLoRA(io.ComfyNode):
             display_name="Train Reward LoRA",
             category="Reward Lab/training",
             description="Trains a LoRA by reward backpropagation in a background process. The queue stays free; follow the run in the Reward Lab sidebar "
-            "tab, stop it there, and use Run Result to fetch the LoRA.",
+            "tab, stop it there, and use Run Result to fetch the LoRA. Settings that have been trained already are not "
+            "trained again: change the seed or the name.",
             search_aliases=["train lora", "reward training", "draft", "reward backpropagation"],
             inputs=[
                 WanFiles.Input("wan_files", tooltip="The model files, from Load Wan2.2 Models."),
@@ -65,7 +66,12 @@ class TrainLoRA(io.ComfyNode):
                 io.Int.Input("sampling_steps", default=40, min=1, max=1000, tooltip="Sampling steps of each training video."),
                 io.Float.Input("guidance", default=6.0, min=1.0, max=100.0, step=0.1, tooltip="Guidance scale (CFG) while sampling the training videos."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0x7FFFFFFF, control_after_generate=True, tooltip="Seed of noise, prompt order and LoRA initialisation."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0x7FFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of noise, prompt order and LoRA initialisation.",
                 ),
                 io.String.Input(
                     "advanced",
@@ -82,7 +88,7 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs) -> float:
-        """Never equal: pressing Run starts a new training run."""
+        """Never equal: whether these settings have been trained is looked up in the run folders."""
         return float("nan")
 
     @classmethod

@@ -82,7 +82,7 @@ def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     result = training.run_result(run_id, True)
     assert result.loss_map["reward"] == [0.2, 0.3] and result.loss_map["loss"][0] == -0.2 and result.file_name == str(lora)
-    assert result.chart.shape[-1] == 3 and "finished, step 2 of 2" in result.message
+    assert result.chart.shape[-1] == 3 and "finished, step 2 of 7" in result.message
     assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in result.lora and "diffusion_model.time_projection.1.alpha" in result.lora
     assert len(result.lora) == len(load_file(lora))
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "out of memory", "log_tail": [], "step": 1}) + "\n")
@@ -91,6 +91,28 @@ def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared
         training.run_result(run_id, True)
     with pytest.raises(ValueError, match="no run id"):
         training.run_result("../x", False)
+
+
+def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    monkeypatch.setattr(training.preflight, "check", lambda *_: None)
+    started = []
+    monkeypatch.setattr(training.process, "start", lambda folder, *_: started.append(folder))
+    monkeypatch.setattr(training, "_follow", lambda *_, **__: None)
+    files = {**{role: str(tmp_path / role) for role in ("high", "low", "text_encoder", "vae", "hps")}, "weight_dtype": "default"}
+    for role in ("high", "low", "text_encoder", "vae", "hps"):
+        (tmp_path / role).write_bytes(b"x")
+    spec = RewardModelSpec(kind="hpsv2.1", path=files["hps"])
+
+    def start(**changes) -> str:
+        return training.start_run(files, [{"text": "a cat"}], spec, {**SETTINGS, **changes}).run_id
+
+    first = start()
+    assert start() == first and len(started) == 1, "it is starting"
+    assert start(seed=6) != first and len(started) == 2
+    folder = training.store().folder(first)
+    (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "x", "log_tail": [], "step": 1}) + "\n")
+    assert start() != first, "a failed run is no result"
 
 
 def test_lora_fits_the_hosts_own_loader(shared_fixtures: Path) -> None:
