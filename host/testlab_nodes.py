@@ -143,6 +143,10 @@ async def _queue_cells(
         queue.put(prompt)
     queue.put(again)
     message = f"Queued {len(fresh)} of {len(plan.cells)} cells ({done} recorded before, {waiting} already waiting). The grid follows when they are done."
+    stored = cells.recorded_keys(folder)
+    if stored and not stored & {cell.key for cell in plan.cells}:
+        # The usual cause: the page draws a new seed after every press of Run.
+        message += f" {len(stored)} recorded cells are of another workflow; if only a seed changed, set its control to 'fixed'."
     queue.show_text(grid_node, message)
     return GridStep(message=message)
 

@@ -26,7 +26,14 @@ class SampleWan22(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video should show."),
                 io.Conditioning.Input("negative", tooltip="What the video should not show. Used where guidance is above 1."),
                 io.Latent.Input("latent", tooltip="An empty Wan latent, for example from Empty HunyuanVideo 1.0 Latent."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Seed of the starting noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the starting noise.",
+                ),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of both experts together."),
                 io.Float.Input(
                     "shift",

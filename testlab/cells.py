@@ -128,6 +128,12 @@ def load(sweep_folder: Path, key: str) -> RecordedCell | None:
         return None  # a damaged cell is as good as none: it is made again
 
 
+def recorded_keys(sweep_folder: Path) -> set[str]:
+    """Return the keys of all cells that a sweep has ever recorded."""
+    folder = sweep_folder / "cells"
+    return {path.name for path in folder.iterdir() if _KEY.fullmatch(path.name) and (path / CELL_FILE).is_file()} if folder.is_dir() else set()
+
+
 def read_frames(path: Path) -> Iterator[np.ndarray]:
     """Yield the frames of a video file, one at a time.
 

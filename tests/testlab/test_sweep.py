@@ -160,6 +160,7 @@ def test_grid_shows_every_cell_at_its_place(tmp_path: Path) -> None:
         assert np.abs(seen - expected).max() < 12, (cell.index, seen, expected)
     assert video_grid.column_label(made, 1, recorded) == "rows[0].high = 0.5"
     assert video_grid.row_labels(made, 1, recorded) == ["seed = 2"]
+    assert cells.recorded_keys(tmp_path) == set(recorded) and cells.recorded_keys(tmp_path / "none") == set()
     assert not list(tmp_path.glob(".render-*")) and grid.preview.stat().st_size > 0
 
 
