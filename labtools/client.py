@@ -29,17 +29,17 @@ class Client:
         # The server is this machine's own: a proxy of the environment must not come between.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def fetch(self, path: str, *, data: bytes | None = None, headers: dict[str, str] | None = None, method: str | None = None, limit_s: float = 30.0) -> bytes:
+    def fetch(self, path: str, *, data: bytes | None = None, headers: dict[str, str] | None = None, method: str | None = None, limit_s: float = 120.0) -> bytes:
         """One request; returns the body. Raises urllib.error.HTTPError for a status of 400 and above."""
         request = urllib.request.Request(self.url + path, data=data, headers=headers or {}, method=method)
         with self._opener.open(request, timeout=limit_s) as response:
             return response.read()
 
-    def get(self, path: str, *, limit_s: float = 30.0):
+    def get(self, path: str, *, limit_s: float = 120.0):
         """GET a JSON document."""
         return json.loads(self.fetch(path, limit_s=limit_s))
 
-    def post(self, path: str, content: object = None, *, limit_s: float = 30.0):
+    def post(self, path: str, content: object = None, *, limit_s: float = 120.0):
         """POST a JSON document; returns the answer's, or None where it is empty."""
         body = self.fetch(path, data=json.dumps(content).encode(), headers=JSON_TYPE, method="POST", limit_s=limit_s)
         return json.loads(body) if body.strip() else None

@@ -17,8 +17,8 @@ from pathlib import Path
 from .client import Client
 from .errors import LabError
 
-# About 6 s on an idle machine; a cold disk and busy cores can make it minutes.
-START_LIMIT_S = 300.0
+# About 6 s on an idle machine; a cold disk and busy cores can make it minutes (6 were seen). An early end is noticed at once.
+START_LIMIT_S = 600.0
 STOP_LIMIT_S = 10.0
 
 
