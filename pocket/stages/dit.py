@@ -25,8 +25,8 @@ CONFIG = {
 }  # fmt: skip
 FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
 NULL_SHARE = 0.1
-BATCH = 64
-STEPS = {"high": 1100, "low": 1100}
+# Two phases: large batches find colours and places, many small ones after them find motion; (name, batch, steps, peak learning rate).
+PHASES = (("", 64, 1100, 1.5e-3), ("-fine", 16, 3600, 8e-4))
 
 
 def shifted(u: torch.Tensor) -> torch.Tensor:
@@ -66,16 +66,20 @@ def build(weights: Path, scratch: Path, seed: int, expert: str) -> None:
     hosted.initialise(dit, seed)
     torch.nn.init.zeros_(dit.head.head.weight)
 
-    def loss_of(step: int, rng: random.Random) -> torch.Tensor:
-        chosen = [rng.randrange(len(scenes)) for _ in range(BATCH)]
+    def loss_of(batch: int, rng: random.Random) -> torch.Tensor:
+        chosen = [rng.randrange(len(scenes)) for _ in range(batch)]
         x0 = x0_all[chosen]
         context = encode_text(captions([scenes[i] for i in chosen], rng, NULL_SHARE))
-        sigma = sample_sigma(expert, BATCH)
+        sigma = sample_sigma(expert, batch)
         noise = torch.randn_like(x0)
         level = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = dit((1 - level) * x0 + level * noise, sigma * 1000, context)
         return (velocity.float() - (noise - x0)).square().mean()
 
-    fit(f"dit-{expert}", dit, loss_of, steps=STEPS[expert], peak_lr=1.5e-3, folder=scratch, seed=seed, warmup=100)
+    for index, (phase, batch, steps, peak_lr) in enumerate(PHASES):
+        fit(
+            f"dit-{expert}{phase}", dit, lambda step, rng, batch=batch: loss_of(batch, rng),
+            steps=steps, peak_lr=peak_lr, folder=scratch, seed=seed + 100 * index, warmup=100,
+        )  # fmt: skip
     save_expert(dit, weights / FILE_NAMES[expert], CONFIG)
