@@ -154,6 +154,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from .vae import load_decoder
     from .wan import load_backbone
 
+    spec = RewardModelSpec(kind=config.reward.kind, path=config.reward.path, options=config.reward.options)
     prompts = all_prompts(config)
     encoder = PromptEncoder(load_text_encoder(config.models.text_encoder))
     contexts = dict(zip(prompts, encoder.encode(prompts), strict=True))
@@ -166,7 +167,6 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
     }
     decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
-    spec = RewardModelSpec(kind=config.reward.kind, path=config.reward.path, options=config.reward.options)
     reward = spec.load(device)
     logger.info("loaded both experts, the VAE and the reward model %s", config.reward.kind)
 
