@@ -17,7 +17,7 @@ from reward_lab.runs import lock, process
 from reward_lab.runs.store import RunStore
 
 pytestmark = pytest.mark.host
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 @pytest.fixture
