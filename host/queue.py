@@ -24,12 +24,13 @@ PASSED_ON = ("client_id", "preview_method", "extra_pnginfo", "comfy_usage_source
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedPrompt:
-    """A prompt that the host accepts. `outputs` are the output nodes that will run."""
+    """A prompt that the host accepts. `outputs` are the output nodes that will run; `sensitive` is what the host keeps out of its history."""
 
     prompt_id: str
     prompt: Mapping[str, Any]
     outputs: list[str]
     extra_data: dict[str, Any] = field(default_factory=dict)
+    sensitive: dict[str, Any] = field(default_factory=dict)
 
 
 def current_prompt_id() -> str | None:
@@ -55,7 +56,8 @@ async def check(prompt: Mapping[str, Any], targets: Sequence[str]) -> CheckedPro
     is_valid, error, outputs, node_errors = await execution.validate_prompt(prompt_id, prompt, list(targets))
     if not is_valid or set(outputs) != set(targets):
         raise ValueError(_refusal(prompt, error, node_errors))
-    return CheckedPrompt(prompt_id=prompt_id, prompt=prompt, outputs=outputs, extra_data=_sender())
+    extra_data, sensitive = _sender()
+    return CheckedPrompt(prompt_id=prompt_id, prompt=prompt, outputs=outputs, extra_data=extra_data, sensitive=sensitive)
 
 
 def put(checked: CheckedPrompt) -> str:
@@ -64,7 +66,7 @@ def put(checked: CheckedPrompt) -> str:
     number = server.number
     server.number += 1
     extra_data = {**checked.extra_data, "create_time": int(time.time() * 1000)}
-    server.prompt_queue.put((number, checked.prompt_id, checked.prompt, extra_data, checked.outputs, {}))
+    server.prompt_queue.put((number, checked.prompt_id, checked.prompt, extra_data, checked.outputs, dict(checked.sensitive)))
     return checked.prompt_id
 
 
@@ -105,14 +107,14 @@ def blocked(count: int) -> tuple[ExecutionBlocker, ...]:
     return tuple(ExecutionBlocker(None) for _ in range(count))
 
 
-def _sender() -> dict[str, Any]:
-    """Return what the executed prompt says about its sender."""
+def _sender() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the executed prompt says about its sender, and what it keeps out of the history (keys for API nodes)."""
     own_id = current_prompt_id()
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     for item in running:
         if item[1] == own_id:
-            return {name: item[3][name] for name in PASSED_ON if name in item[3]}
-    return {}
+            return {name: item[3][name] for name in PASSED_ON if name in item[3]}, dict(item[5])
+    return {}, {}
 
 
 def _refusal(prompt: Mapping[str, Any], error: Any, node_errors: Mapping[str, Any]) -> str:

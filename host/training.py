@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import threading
 import time
@@ -22,6 +23,8 @@ from ..runs import process
 from ..runs.store import CONFIG, RunInfo, RunStore
 from . import courtesy, events, paths, preflight, scoring
 from .lora_keys import normalise, split_key
+
+logger = logging.getLogger("reward_lab")
 
 PRESETS = ("reward-lab", "videox-fun", "pocket")
 ACTIVE_STATES = ("created", "running", "stopping")
@@ -113,7 +116,8 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     with _start_lock:
-        worker = process.start(runs.folder(run_id), Path(folder_paths.base_path))
+        # Not folder_paths.base_path, which --base-directory moves away from the source.
+        worker = process.start(runs.folder(run_id), Path(folder_paths.__file__).resolve().parent)
         _processes[run_id] = worker
     _follow(runs, run_id, worker)
     return StartedRun(
@@ -122,11 +126,17 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
 
 
 def follow_living_runs() -> None:
-    """Follow runs that another server started and that still train; called once when this one starts."""
+    """Follow runs that another server started and that still train; called once when this one starts.
+
+    A run folder that cannot be read is logged and left alone: it must not keep the nodes from being registered.
+    """
     runs = store()
-    for info in runs.list():
-        if info.state in ("running", "stopping"):
-            _follow(runs, info.id, None, skip=len(runs.events(info.id)))
+    try:
+        for info in runs.list():
+            if info.state in ("running", "stopping"):
+                _follow(runs, info.id, None, skip=len(runs.events(info.id)))
+    except (OSError, ValueError, KeyError):
+        logger.exception("the runs in %s cannot be read", runs.root)
 
 
 def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
