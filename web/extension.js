@@ -137,7 +137,8 @@ function addText(node) {
     onOutput(output) {
       if (!output.text) return;
       const text = [output.text].flat().join("\n");
-      view.show(text);
+      const report = output.reward_lab_sweep?.[0]?.report;
+      view.show(text, report ? { label: "Open report", url: host.fileUrl(report) } : null);
       lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
       widget.hidden = false;
       fit(node);

@@ -7,20 +7,27 @@ import { headLine } from "./run_card.js";
 /** @typedef {import("./run_store.js").RunStore} RunStore */
 
 /**
- * Text that a node returned.
+ * Text that a node returned, with a link to a page where it has one.
  *
- * @returns {{ element: HTMLElement, show(text: string): void }}
+ * @returns {{ element: HTMLElement, show(text: string, page?: { label: string, url: string } | null): void }}
  */
 export function createTextView() {
   const body = el("div", { class: "rl-text", tabindex: "0" });
-  const element = el("div", { class: "rl-root rl-text-root" }, [body]);
+  const link = el("a", { class: "rl-button rl-small", target: "_blank", rel: "noopener", hidden: true });
+  const element = el("div", { class: "rl-root rl-text-root" }, [body, link]);
   shieldFromCanvas(element);
   body.addEventListener("wheel", (event) => {
     if (body.scrollHeight > body.clientHeight) event.stopPropagation();
   });
   return {
     element,
-    show: (text) => setText(body, text),
+    show(text, page = null) {
+      setText(body, text);
+      link.hidden = !page;
+      if (!page) return;
+      link.href = page.url;
+      link.replaceChildren(icon("external-link"), el("span", { text: page.label }));
+    },
   };
 }
 

@@ -110,7 +110,7 @@ function cardActions(store, host, redraw) {
     async stop(run) {
       const isSure = await host.confirm(
         "Stop this training run?",
-        `${run.name || run.id} is at step ${run.step} of ${run.steps}. It finishes its current step, writes a checkpoint and a LoRA that can be used, and ends.`,
+        `${run.name || run.id} is at step ${run.step} of ${run.steps}. It finishes its step, writes a checkpoint and a LoRA that can be used, and ends.`,
       );
       if (!isSure) return;
       try {

@@ -12,8 +12,8 @@
 /**
  * @typedef {object} RowReport what the node reports per applied row
  * @property {string} file
- * @property {number} applied_high
- * @property {number} applied_low
+ * @property {number | null} applied_high null where the row does not act on that expert
+ * @property {number | null} applied_low
  * @property {number} total
  * @property {string[]} warnings
  */
@@ -180,14 +180,12 @@ export function matchReports(rows, reports) {
  * @returns {RowStatus}
  */
 export function rowStatus(row, report) {
-  const sides = /** @type {const} */ ([
-    ["high", report.applied_high],
-    ["low", report.applied_low],
-  ]).filter(([side]) => row[side] !== 0);
+  const counts = { high: report.applied_high, low: report.applied_low };
+  const sides = /** @type {const} */ (["high", "low"]).flatMap((side) => (row[side] !== 0 && counts[side] !== null ? [{ side, applied: counts[side] }] : []));
   const warnings = report.warnings ?? [];
   if (!sides.length) return { tone: "warn", text: "both strengths are 0", warnings };
-  const text = sides.map(([side, applied]) => `${side} ${applied} of ${report.total}`).join(" · ");
-  const isBad = sides.some(([, applied]) => applied === 0);
-  const isPart = sides.some(([, applied]) => applied < report.total) || warnings.length > 0;
+  const text = sides.map(({ side, applied }) => `${side} ${applied} of ${report.total}`).join(" · ");
+  const isBad = sides.some(({ applied }) => applied === 0);
+  const isPart = sides.some(({ applied }) => applied < report.total) || warnings.length > 0;
   return { tone: isBad ? "bad" : isPart ? "warn" : "good", text: `applied ${text}`, warnings };
 }

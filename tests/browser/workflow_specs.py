@@ -307,7 +307,8 @@ def train_reward_lora(models: ModelSet) -> Workflow:
     name = "my_reward_lora" if models.suffix else "pocket_reward_lora"
     text = (
         "Press **Run**. Training starts in a process of its own. Follow it on the node or in the **Reward Lab** tab of the sidebar, "
-        "where you can also stop it; stopping saves a LoRA that can be used. Every Run starts a new training.\n\n"
+        "where you can also stop it; stopping saves a LoRA that can be used. "
+        "Settings that have been trained already are not trained again: change the seed or the name.\n\n"
         "*Run Result* waits for the end and shows the chart. Remove it, and the queue stays free while training goes on."
     )
     if models.suffix:
