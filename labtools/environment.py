@@ -217,8 +217,15 @@ def _run(command: list[str], environ: dict[str, str], *, verbose: bool) -> tuple
     """Run an installer; returns its exit status and everything it printed."""
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if verbose:
-            print("    " + line, end="", flush=True)
-    return process.wait(), "".join(lines)
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if verbose:
+                print("    " + line, end="", flush=True)
+        return process.wait(), "".join(lines)
+    finally:
+        # Interrupted: an installer that goes on alone would meet the one of the next attempt.
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        process.stdout.close()
