@@ -217,11 +217,9 @@ host.registerExtension({
     if (applied) hide(applied); // the sweep fills it in
     const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;
     if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
-    const views = [
-      kind === ROWS_NODE ? addRows(node) : null,
-      kind === RUN_NODE ? addRun(node) : null,
-      TEXT_NODES.includes(kind) ? addText(node) : null,
-    ].filter((view) => view !== null);
+    const views = [kind === ROWS_NODE ? addRows(node) : null, kind === RUN_NODE ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter(
+      (view) => view !== null,
+    );
     if (!views.length) return;
     viewsOf.set(node, views);
     const executed = node.onExecuted;
