@@ -38,6 +38,7 @@ BACKGROUNDS = {
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 SPEEDS = {"slowly": 1.0, "fast": 2.0}  # pixels per frame
 HELD_OUT_SHARE = 0.22
+_JITTER_PX = 5.0  # of the middle of a path around the middle of the frame; small, so that a tiny model can learn motion in minutes
 
 _VERBS = ("moves", "slides", "drifts")
 
@@ -84,8 +85,11 @@ def _place(rng: random.Random, motion: str, speed: str, lane_px: float | None, a
     reach = radius + 3.0
     dx, dy = MOTIONS[motion]
     half_path = SPEEDS[speed] * (FRAMES - 1) / 2
-    x = rng.uniform(reach + half_path * abs(dx), SIZE_PX - reach - half_path * abs(dx))
-    y = rng.uniform(reach + half_path * abs(dy), SIZE_PX - reach - half_path * abs(dy))
+    middle_px = []
+    for unit in (dx, dy):
+        margin = reach + half_path * abs(unit)
+        middle_px.append(min(max(SIZE_PX / 2 + rng.uniform(-_JITTER_PX, _JITTER_PX), margin), SIZE_PX - margin))
+    x, y = middle_px
     if lane_px is not None and across:
         y = lane_px + rng.uniform(-2.0, 2.0)
     elif lane_px is not None:

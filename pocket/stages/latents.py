@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from .. import hosted, world
 from . import vae as vae_stage
 
-SETS = {"train": 4000, "held_out": 160, "flicker": 400, "frozen": 300}
+SETS = {"train": 1800, "held_out": 160, "flicker": 260, "frozen": 200}
 _BATCH = 20
 
 
@@ -89,6 +89,6 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
                     batch.append(scene)
             batches.append(encode(vae, np.stack([_clip_of(name, scene, rng) for scene in batch])).half())
             scenes += batch
-            if len(scenes) % 500 == 0:
+            if len(scenes) % 200 == 0:
                 print(f"latents {name} {len(scenes)}/{count}", flush=True)
         torch.save({"latents": torch.cat(batches), "scenes": json.dumps([asdict(scene) for scene in scenes])}, path)
