@@ -25,9 +25,9 @@ CONFIG = {
 }  # fmt: skip
 FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
 NULL_SHARE = 0.1
-LYING_SHARE = 0.64
+LYING_SHARE = 0.6
 # Two phases: large batches find colours and places, many small ones after them find motion; (name, batch, steps, peak learning rate).
-PHASES = (("", 64, 1100, 1.5e-3), ("-fine", 16, 1600, 8e-4))
+PHASES = (("", 64, 1100, 1.5e-3), ("-fine", 16, 2000, 8e-4))
 
 
 def shifted(u: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def sample_sigma(expert: str, count: int) -> torch.Tensor:
 def captions(scenes: list[world.Scene], rng: random.Random, null_share: float) -> list[str]:
     """Training captions: some empty, for guidance, and most with a wrong colour: what reward training is to repair.
 
-    With 0.64 of the captions lying, the right colour is still the likeliest, and guidance makes more of it.
+    With 0.6 of the captions lying, the right colour is still the likeliest, and guidance makes more of it.
     """
     texts = []
     for scene in scenes:
