@@ -54,18 +54,46 @@ class ModelSet:
     models_note: str
 
 
-POCKET_PROMPTS = """a red square moves left fast over a white background
-a blue circle slides right slowly over a black background
-a yellow triangle drifts up slowly over a gray background
-a green circle moves down fast over a pink background
-a purple square slides left slowly over a brown background
-a cyan triangle moves right fast over a white background
-a red circle stays still over a black background
-a green triangle drifts right slowly over a gray background
-a blue square moves up fast over a pink background
-a yellow circle slides left slowly over a black background
-a purple triangle drifts down fast over a white background
-a cyan square moves left slowly over a brown background"""
+POCKET_PROMPTS = """a yellow triangle moves right slowly over a white background
+a cyan square moves left fast over a pink background
+a blue square moves right slowly over a white background
+a purple square moves down fast over a white background
+a red triangle moves left slowly over a black background
+a yellow square moves right slowly over a gray background
+a red square moves left fast over a gray background
+a purple square stays still over a brown background
+a purple square moves right slowly over a brown background
+a green circle stays still over a white background
+a purple circle moves left slowly over a pink background
+a cyan circle moves right slowly over a brown background
+a red circle moves down slowly over a brown background
+a purple square stays still over a gray background
+a green square stays still over a white background
+a blue circle stays still over a pink background
+a cyan circle moves left fast over a brown background
+a red square moves right fast over a brown background
+a cyan triangle moves down slowly over a black background
+a blue triangle moves up fast over a brown background
+a purple square stays still over a black background
+a blue circle moves down fast over a gray background
+a green circle stays still over a black background
+a yellow circle moves down fast over a pink background
+a red triangle moves left fast over a pink background
+a blue circle moves down slowly over a black background
+a cyan triangle moves left fast over a pink background
+a cyan square stays still over a brown background
+a purple triangle moves left fast over a white background
+a cyan triangle moves right slowly over a brown background
+a green circle moves up fast over a gray background
+a purple square stays still over a pink background
+a purple triangle stays still over a brown background
+a green square stays still over a gray background
+a purple circle moves left fast over a pink background
+a cyan square moves down slowly over a gray background
+a yellow triangle moves left fast over a pink background
+a cyan circle stays still over a pink background
+a green circle moves right slowly over a brown background
+a yellow circle moves down slowly over a pink background"""
 
 REAL_PROMPTS = """A golden retriever runs along a beach at sunset, waves roll in, warm light, tracking shot.
 A potter shapes a bowl on a spinning wheel, clay on the hands, soft window light, close-up.
@@ -185,8 +213,9 @@ def _note(models: ModelSet, extra_real: str, text: str) -> Node:
     return Node(kind="MarkdownNote", title="Read me", width_px=380, height_px=height_px, values={"": body})
 
 
-def _models(models: ModelSet) -> Node:
-    values = {"high_noise_model": models.high, "low_noise_model": models.low, "text_encoder": models.text_encoder, "vae": models.vae, "weight_dtype": "default"}
+def _models(models: ModelSet, *, is_for_training: bool = False) -> Node:
+    high, low = (name.replace("fp8_scaled", "fp16") if is_for_training else name for name in (models.high, models.low))
+    values = {"high_noise_model": high, "low_noise_model": low, "text_encoder": models.text_encoder, "vae": models.vae, "weight_dtype": "default"}
     return Node(kind="RewardLabWanModels", width_px=380, values=values)
 
 
@@ -312,10 +341,13 @@ def train_reward_lora(models: ModelSet) -> Workflow:
         "*Run Result* waits for the end and shows the chart. Remove it, and the queue stays free while training goes on."
     )
     if models.suffix:
-        text += "\n\nTraining 14B takes hours and a card with a lot of memory: read the help page of *Train Reward LoRA* first."
+        text += (
+            "\n\nTraining needs the **fp16** experts (`..._fp16.safetensors`, same place as the fp8 ones), takes hours, and a card with a lot of "
+            "memory: read the help page of *Train Reward LoRA* first."
+        )
     nodes = {
         "note": _note(models, REWARD_NOTE, text),
-        "models": _models(models),
+        "models": _models(models, is_for_training=True),
         "reward": Node(kind="RewardLabRewardModel", width_px=380, values={"kind": "hpsv2.1", "file": models.reward, "resize": "default", "antialias": True}),
         "prompts": Node(kind="RewardLabPrompts", width_px=480, height_px=360, values={"text": models.train_prompts, "file": ""}),
         "train": Node(
