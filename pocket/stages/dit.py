@@ -25,9 +25,11 @@ CONFIG = {
 }  # fmt: skip
 FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
 NULL_SHARE = 0.1
-LYING_SHARE = 0.6
-# Two phases: large batches find colours and places, many small ones after them find motion; (name, batch, steps, peak learning rate).
-PHASES = (("", 64, 1100, 1.5e-3), ("-fine", 16, 2000, 8e-4))
+LYING_SHARE = 0.35
+# Large batches find colours and places, many small ones after them find motion, which the high-noise expert decides; (name, batch, steps, peak
+# learning rate).
+PHASES = {"low": (("", 64, 1100, 1.5e-3), ("-fine", 16, 2000, 8e-4))}
+PHASES["high"] = (*PHASES["low"], ("-last", 16, 2200, 8e-4))
 
 
 def shifted(u: torch.Tensor) -> torch.Tensor:
@@ -42,9 +44,9 @@ def sample_sigma(expert: str, count: int) -> torch.Tensor:
 
 
 def captions(scenes: list[world.Scene], rng: random.Random, null_share: float) -> list[str]:
-    """Training captions: some empty, for guidance, and most with a wrong colour: what reward training is to repair.
+    """Training captions: some empty, for guidance, and a share with a wrong colour: what reward training is to repair.
 
-    With 0.6 of the captions lying, the right colour is still the likeliest, and guidance makes more of it.
+    The right colour stays the likeliest, and guidance makes more of it.
     """
     texts = []
     for scene in scenes:
@@ -91,7 +93,7 @@ def build(weights: Path, scratch: Path, seed: int, expert: str) -> None:
             velocity = dit((1 - level) * x0 + level * noise, sigma * 1000, context)
         return (velocity.float() - (noise - x0)).square().mean()
 
-    for index, (phase, batch, steps, peak_lr) in enumerate(PHASES):
+    for index, (phase, batch, steps, peak_lr) in enumerate(PHASES[expert]):
         fit(
             f"dit-{expert}{phase}", dit, lambda step, rng, batch=batch: loss_of(batch, rng),
             steps=steps, peak_lr=peak_lr, folder=scratch, seed=seed + 100 * index, warmup=100,
