@@ -14,10 +14,12 @@ def test_works_with_the_core_node_and_fills_up_with_zeros(tiny_models):
     from reward_lab.host.text import PromptEncoder, load_text_encoder
 
     clip = load_text_encoder(tiny_models["text_encoder"])
-    prompt = "a red square moves left over white"
+    prompt = "a red"
     ((cond, _),) = nodes.CLIPTextEncode().encode(clip, prompt)[0]
     (ours, empty) = PromptEncoder(clip).encode([prompt, ""])
     assert cond.shape == (1, 16, 32) and torch.equal(cond[0].float(), ours) and torch.isfinite(ours).all()
+    # A longer prompt is not cut.
+    assert PromptEncoder(clip).encode(["a red square moves left over white"])[0].shape[0] > 16
     # An empty prompt is the end token alone.
     assert empty[0].abs().sum() > 0 and empty[1:].abs().sum() == 0
 
