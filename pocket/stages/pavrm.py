@@ -1,7 +1,8 @@
 """Trains the pocket PAVRM: a truncated Wan trunk that reads noisy latents, query-attention pooling and a score head.
 
 Good: a clip whose motion is what the caption says. Bad: frozen, flickering, or moving another way than the caption says.
-Loss: binary cross-entropy on the logit, noise levels uniform in sigma: the shift-5 schedule would spend most steps where nothing can be seen.
+Loss: binary cross-entropy on the logit and Bradley-Terry on pairs, noise levels uniform in sigma:
+the shift-5 schedule would spend most steps where nothing can be seen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE_NAME = "pocket_PAVRM.safetensors"
 BLOCKS = 3
 POOL_HEADS = 8
 CONFIG = {**dit.CONFIG, "num_layers": BLOCKS}
-BATCH = 24
+PAIRS = 12
 
 
 def wrong_way(scene: world.Scene, rng: random.Random) -> world.Scene:
@@ -41,12 +42,19 @@ class Pavrm(torch.nn.Module):
         self.query_attention = pavrm.QueryAttention(CONFIG["dim"], POOL_HEADS)
         self.mlp = pavrm.ScoreHead(CONFIG["dim"])
 
-    def forward(self, latent_BCFHW: torch.Tensor, sigma_B: torch.Tensor, context_BPD: torch.Tensor) -> torch.Tensor:
+    def features(self, latent_BCFHW: torch.Tensor, sigma_B: torch.Tensor, context_BPD: torch.Tensor) -> torch.Tensor:
+        """What the last kept block gives, [B, L, D]."""
         features = []
         hook = self.trunk.blocks[-1].register_forward_hook(lambda module, args, output: features.append(output))
         self.trunk(latent_BCFHW, sigma_B * 1000, context_BPD)
         hook.remove()
-        return self.mlp(self.query_attention(features[0].float())).flatten()
+        return features[0]
+
+    def logit(self, features_BLD: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.query_attention(features_BLD.float())).flatten()
+
+    def forward(self, latent_BCFHW: torch.Tensor, sigma_B: torch.Tensor, context_BPD: torch.Tensor) -> torch.Tensor:
+        return self.logit(self.features(latent_BCFHW, sigma_B, context_BPD))
 
 
 def load(weights: Path) -> Pavrm:
@@ -55,18 +63,38 @@ def load(weights: Path) -> Pavrm:
     return model.eval().requires_grad_(False)
 
 
-def examples(sets: dict, rng: random.Random, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-    """A balanced draw: latents [B, 16, F, h, w], captions, labels [B] (1 = good motion)."""
-    rows, texts, labels = [], [], []
-    for index in range(count):
-        kind = "train" if index % 2 == 0 else rng.choice(("flicker", "frozen", "wrong_way", "wrong_way"))
-        pool, scenes = sets["train" if kind == "wrong_way" else kind]
-        chosen = rng.randrange(len(scenes))
-        scene = wrong_way(scenes[chosen], rng) if kind == "wrong_way" else scenes[chosen]
-        rows.append(pool[chosen])
-        texts.append(world.caption(scene, rng))
-        labels.append(float(kind == "train"))
-    return torch.stack(rows), texts, torch.tensor(labels)
+def pairs(sets: dict, rng: random.Random, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """Good examples first, then a bad partner of each: the same latent under a wrong caption, or a flickering or frozen one.
+
+    Sharing the latent between partners leaves nothing to remember but the motion.
+
+    Returns:
+        Latents [2 * count, 16, F, h, w], captions, and the motion class of every latent [2 * count] (-1: two things, or not to be used).
+    """
+    rows, texts, motions = [], [], []
+    good, scenes = sets["train"]
+    chosen = [rng.randrange(len(scenes)) for _ in range(count)]
+    for index in chosen:
+        rows.append(good[index])
+        texts.append(world.caption(scenes[index], rng))
+        motions.append(motion_class(scenes[index]))
+    for index in chosen:
+        kind = rng.choice(("flicker", "frozen", "wrong_way", "wrong_way", "wrong_way"))
+        if kind == "wrong_way":
+            rows.append(good[index])
+            texts.append(world.caption(wrong_way(scenes[index], rng), rng))
+        else:
+            pool, pool_scenes = sets[kind]
+            other = rng.randrange(len(pool_scenes))
+            rows.append(pool[other])
+            texts.append(world.caption(pool_scenes[other], rng))
+        motions.append(-1)
+    return torch.stack(rows), texts, torch.tensor(motions)
+
+
+def motion_class(scene: world.Scene) -> int:
+    """Index of the motion of a scene with one thing, else -1."""
+    return list(world.MOTIONS).index(scene.things[0].motion) if len(scene.things) == 1 else -1
 
 
 def build(weights: Path, scratch: Path, seed: int) -> None:
@@ -80,14 +108,24 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
     encode_text = text.Encoder(weights)
     sets = {name: latents.load(scratch, name) for name in ("train", "flicker", "frozen")}
 
-    def loss_of(step: int, rng: random.Random) -> torch.Tensor:
-        x0, captions, labels = examples(sets, rng, BATCH)
-        sigma = torch.rand(BATCH)
-        level = sigma.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            logit = model((1 - level) * x0 + level * torch.randn_like(x0), sigma, encode_text(captions))
-        return F.binary_cross_entropy_with_logits(logit.float(), labels)
+    # During training only: naming the motion from the mean feature teaches the trunk to see it.
+    motion_head = torch.nn.Linear(CONFIG["dim"], len(world.MOTIONS))
 
-    fit("pavrm", model, loss_of, steps=1500, peak_lr=6e-4, folder=scratch, seed=seed, warmup=50)
+    def loss_of(step: int, rng: random.Random) -> torch.Tensor:
+        x0, captions, motions = pairs(sets, rng, PAIRS)
+        sigma = torch.rand(PAIRS).repeat(2)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noise = torch.randn_like(x0[:PAIRS]).repeat(2, 1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.features((1 - level) * x0 + level * noise, sigma, encode_text(captions))
+            named = motion_head(features.mean(1)).float()
+        logit = model.logit(features)
+        labels = torch.cat([torch.ones(PAIRS), torch.zeros(PAIRS)])
+        naming = F.cross_entropy(named, motions, ignore_index=-1)
+        better = F.softplus(logit[PAIRS:] - logit[:PAIRS]).mean()  # Bradley-Terry
+        return F.binary_cross_entropy_with_logits(logit, labels) + better + naming
+
+    modules = torch.nn.ModuleDict({"model": model, "motion_head": motion_head})
+    fit("pavrm", modules, loss_of, steps=2800, peak_lr=6e-4, folder=scratch, seed=seed, warmup=50)
     metadata = {"format": "pt", "config": json.dumps({"transformer": CONFIG, "feature_layers": [BLOCKS], "num_heads": POOL_HEADS})}
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, weights / FILE_NAME, metadata=metadata)
