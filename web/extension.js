@@ -213,6 +213,9 @@ host.registerExtension({
 
   nodeCreated(/** @type {any} */ node) {
     const kind = node.constructor?.comfyClass ?? node.comfyClass;
+    // A seed that starts as `fixed` makes the front-end call its control widget `fixed` as well.
+    const control = widgetOf(node, "seed")?.linkedWidgets?.[0];
+    if (control && kind?.startsWith("RewardLab")) control.label = "control after generate";
     const applied = kind === CELL_NODE ? widgetOf(node, "applied") : null;
     if (applied) hide(applied); // the sweep fills it in
     const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;

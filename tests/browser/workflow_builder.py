@@ -35,7 +35,9 @@ BUILD = """async (spec) => {
         if (wanted.title) node.title = wanted.title;
         app.graph.add(node);
         for (const [name, value] of Object.entries(wanted.values)) {
-            const widget = name ? node.widgets.find((w) => w.name === name) : node.widgets[0];
+            // The widget that redraws a seed bears different names; it is the one linked to the seed.
+            const control = name === 'control_after_generate' ? node.widgets.find((w) => w.name === 'seed')?.linkedWidgets?.[0] : null;
+            const widget = control ?? (name ? node.widgets.find((w) => w.name === name) : node.widgets[0]);
             if (!widget) throw new Error(`${wanted.kind} has no widget ${name}`);
             widget.value = value;
         }
