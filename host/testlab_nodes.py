@@ -118,7 +118,7 @@ async def advance(sweep_name: str, axes_text: str, workflow: Mapping[str, Any], 
     failures = {key: queue.failure_of(manifest["queued"].get(key, {}).get("prompt_id", "")) for key in missing}
     if not recorded:
         first = next(iter(failures.values()), "")
-        raise ValueError(f"All {len(plan.cells)} cells of sweep {name!r} failed. The first: {first}. Repair it and press Run again.")
+        raise ValueError(f"All {len(plan.cells)} cells of sweep {name!r} failed. Repair what the first one says and press Run again: {first}")
     return _render(plan, folder, recorded, failures, grid_node)
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -132,6 +132,18 @@ def recorded_keys(sweep_folder: Path) -> set[str]:
     """Return the keys of all cells that a sweep has ever recorded."""
     folder = sweep_folder / "cells"
     return {path.name for path in folder.iterdir() if _KEY.fullmatch(path.name) and (path / CELL_FILE).is_file()} if folder.is_dir() else set()
+
+
+def best_keys(recorded: Iterable[RecordedCell]) -> set[str]:
+    """Return the keys of the cells with the highest reward among those scored against the same prompt by the same model.
+
+    Rewards of different prompts cannot be compared, so every prompt has a best cell of its own; a prompt with one cell has none.
+    """
+    groups: dict[tuple[str, str], list[RecordedCell]] = {}
+    for cell in recorded:
+        if cell.reward is not None:
+            groups.setdefault((cell.prompt, str(cell.scores.get("reward_model"))), []).append(cell)
+    return {max(group, key=lambda cell: cell.reward or 0.0).key for group in groups.values() if len(group) > 1}
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:

@@ -70,8 +70,7 @@ def write_report(sweep: Sweep, sweep_folder: Path, recorded: Mapping[str, Record
     """
     present = {cell.key: cell_store.cell_folder(sweep_folder, cell.key) / cell_store.VIDEO_FILE for cell in sweep.cells if cell.key in recorded}
     inline = sum(path.stat().st_size for path in present.values()) <= MAX_INLINE_BYTES
-    rewards = {key: cell.reward for key, cell in recorded.items() if cell.reward is not None and key in present}
-    best = max(rewards, key=rewards.__getitem__) if len(rewards) > 1 else None
+    best = cell_store.best_keys(recorded[key] for key in present)
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(
         title=html.escape(sweep.name),
@@ -96,7 +95,7 @@ def write_report(sweep: Sweep, sweep_folder: Path, recorded: Mapping[str, Record
 
 
 def _cards(
-    sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping[str, str], videos: Mapping[str, Path], inline: bool, best: str | None
+    sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping[str, str], videos: Mapping[str, Path], inline: bool, best: set[str]
 ) -> Iterator[str]:
     """Yield the grid: header, then row labels and videos."""
     if sweep.rows > 1:
@@ -108,7 +107,7 @@ def _cards(
             lines = "<br>".join(html.escape(line) for line in row_labels(sweep, cell.index // sweep.columns, recorded))
             yield f'<div class="row">{lines}</div>'
         if cell.key in recorded:
-            yield _card(cell, recorded[cell.key], videos[cell.key], inline, cell.key == best)
+            yield _card(cell, recorded[cell.key], videos[cell.key], inline, cell.key in best)
         else:
             yield f'<figure class="card missing"><p>{html.escape(failures.get(cell.key, "not recorded"))}</p></figure>'
 
@@ -130,7 +129,7 @@ def _card(cell: Cell, recorded: RecordedCell, video: Path, inline: bool, is_best
     )
 
 
-def _table(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping[str, str], best: str | None) -> str:
+def _table(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping[str, str], best: set[str]) -> str:
     """Return the table of all cells."""
     head = "".join(f"<th>{html.escape(axis.short_label)}</th>" for axis in sweep.axes)
     lines = [f"<tr><th>cell</th>{head}<th>reward</th><th>over frames</th><th>frames</th><th>note</th></tr>"]
@@ -143,7 +142,7 @@ def _table(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping
             lines.append(f'<tr class="missing"><td>{cell.index}</td>{cells}<td></td><td></td><td></td><td>{problem}</td></tr>')
             continue
         reward = "" if found.reward is None else f"{found.reward:.4f}"
-        style = ' class="best"' if cell.key == best else ""
+        style = ' class="best"' if cell.key in best else ""
         note = "best" if style else ""
         lines.append(f"<tr{style}><td>{cell.index}</td>{cells}<td>{reward}</td><td>{_sparkline(found)}</td><td>{found.frames}</td><td>{note}</td></tr>")
     return "\n".join(lines)

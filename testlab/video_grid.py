@@ -177,8 +177,7 @@ def draw_labels(sweep: Sweep, layout: Layout, recorded: Mapping[str, RecordedCel
         lines = [line for label in row_labels(sweep, row, recorded) for line in wrap(label, size, layout.left - 16, 3)]
         for number, line in enumerate(lines):
             draw.text((12, y + (number - (len(lines) - 1) / 2) * size * 1.25), line, font=font(size), fill=TEXT, anchor="lm")
-    rewards = [recorded[cell.key].reward for cell in sweep.cells if cell.key in recorded and recorded[cell.key].reward is not None]
-    best = max(rewards) if len(rewards) > 1 else None
+    best = cell_store.best_keys(recorded[cell.key] for cell in sweep.cells if cell.key in recorded)
     for cell in sweep.cells:
         _draw_cell(draw, layout, cell, recorded.get(cell.key), failures.get(cell.key, "not recorded"), best)
     return np.asarray(picture)
@@ -195,7 +194,7 @@ def _applied_label(sweep: Sweep, keys: Sequence[str], axis: int, recorded: Mappi
     return f"{applied[0]['widget']} = {shown}"
 
 
-def _draw_cell(draw: ImageDraw.ImageDraw, layout: Layout, cell: Cell, recorded: RecordedCell | None, problem: str, best: float | None) -> None:
+def _draw_cell(draw: ImageDraw.ImageDraw, layout: Layout, cell: Cell, recorded: RecordedCell | None, problem: str, best: set[str]) -> None:
     """Draw the panel of one tile, its score, or why it is missing."""
     x, y = layout.corner(cell.index)
     size = max(11, layout.font_px - 4)
@@ -206,7 +205,7 @@ def _draw_cell(draw: ImageDraw.ImageDraw, layout: Layout, cell: Cell, recorded: 
         return
     if recorded.reward is None:
         return
-    is_best = best is not None and recorded.reward == best
+    is_best = recorded.key in best
     label = f"{recorded.scores.get('reward_model', 'reward')} {recorded.reward:.4f}" + (" best" if is_best else "")
     middle = y + layout.tile_height + layout.footer / 2
     draw.text((x + layout.tile_width / 2, middle), shorten(label, size, layout.tile_width - 8), font=font(size), fill=BEST if is_best else MUTED, anchor="mm")

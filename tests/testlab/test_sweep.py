@@ -164,6 +164,21 @@ def test_grid_shows_every_cell_at_its_place(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".render-*")) and grid.preview.stat().st_size > 0
 
 
+def test_best_cell_is_one_of_its_prompt(tmp_path: Path) -> None:
+    made = {}
+    for key, prompt, reward in (
+        ("a" * 8, "cat", 0.3),
+        ("b" * 8, "cat", 0.2),
+        ("c" * 8, "dog", 0.1),
+        ("d" * 8, "dog", -0.1),
+        ("e" * 8, "fox", 0.9),
+        ("f" * 8, "", None),
+    ):
+        scores = {} if reward is None else {"reward_model": "hpsv2.1", "reward": reward}
+        made[key] = cells.record(tmp_path, key, frames(0, 1), applied=[], prompt=prompt, frame_rate=8.0, scores=scores)
+    assert cells.best_keys(made.values()) == {"a" * 8, "c" * 8}
+
+
 def test_labels_come_from_applied_values(tmp_path: Path) -> None:
     made = make("6.seed = 1, 2")
     recorded = record_all(tmp_path, made)
