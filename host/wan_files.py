@@ -105,15 +105,13 @@ def _checked_header(role: str, path: Path) -> WeightHeader:
 
 
 def _check_slots(guesses: dict[str, ExpertGuess], found: dict[str, Path]) -> None:
-    """Refuse experts in the wrong slot: when metadata says so, or when both names do; warn when one name does."""
+    """Refuse an expert whose metadata or name says that it belongs into the other slot; warn when both slots hold the same file."""
     wrong = [slot for slot, guess in guesses.items() if guess.expert not in (None, slot)]
     for slot in wrong:
         message = f"{found[slot].name} is the {guesses[slot].expert}-noise expert by its {guesses[slot].source}, but it was chosen for {slot} noise"
         if len(wrong) == 2:
             raise ValueError(f"The experts are swapped: {message}. Exchange the two files.")
-        if guesses[slot].source == "metadata":
-            raise ValueError(f"{message}. Choose the {slot}-noise expert.")
-        logger.warning("%s", message)
+        raise ValueError(f"{message}. Choose the {slot}-noise expert; if the file's name is wrong, rename it.")
     if found["high"] == found["low"]:
         logger.warning("both experts are the same file, %s", found["high"].name)
 

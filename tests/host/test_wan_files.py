@@ -49,7 +49,10 @@ def test_swapped_experts(folder: Path, caplog: pytest.LogCaptureFixture) -> None
     write_expert(folder / "mine.safetensors", metadata={"expert": "high"})
     with pytest.raises(ValueError, match="high-noise expert by its metadata"):
         resolve(low="mine")
-    resolve(low="wan_high_noise")
+    with pytest.raises(ValueError, match="high-noise expert by its file name"):
+        resolve(low="wan_high_noise")
+    write_expert(folder / "nameless.safetensors")
+    resolve(high="nameless", low="nameless")
     assert "both experts are the same file" in caplog.text
 
 
