@@ -15,6 +15,8 @@ const GRID_NODE = "RewardLabTestLabGrid";
 const TEXT_NODES = ["RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
 /** Room for a LoRA's name beside two strengths. */
 const ROWS_WIDTH_PX = 580;
+/** A node this much higher than its rows still counts as fitted. */
+const SNUG_PX = 4;
 /** Height of the axes' text, about six lines. */
 const AXES_MAX_PX = 130;
 /** Name of the property that keeps a node's run over a reload of the page. */
@@ -101,8 +103,10 @@ function addRows(node) {
     onError: (message) => host.toast("error", "The LoRA files could not be listed", message),
     onResize: (height_px) => {
       if (height_px === height) return;
-      // Follow what the rows gain or lose, so that a removed row leaves no hole and the user's own height stays.
-      if (height || !isConfigured) node.setSize([node.size[0], height ? node.size[1] + height_px - height : node.computeSize()[1]]);
+      const [width, needed] = node.computeSize();
+      const isSnug = height > 0 ? node.size[1] <= needed - (height_px - height) + SNUG_PX : !isConfigured;
+      // A node that was as high as its rows stays so; one that the user made higher keeps its height while the rows fit in.
+      if (isSnug) node.setSize([Math.max(node.size[0], width), needed]);
       height = height_px;
       fit(node);
     },

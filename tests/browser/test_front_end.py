@@ -69,8 +69,8 @@ def test_template_browser_shows_the_examples(page) -> None:
     page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.locator("[role=dialog]").first
     dialog.wait_for()
-    dialog.get_by_text("Extensions", exact=False).first.click()
-    dialog.get_by_text(EXAMPLES[0], exact=False).first.wait_for()
+    dialog.get_by_placeholder("Search").first.fill(EXAMPLES[2])
+    dialog.get_by_text(EXAMPLES[2], exact=False).first.wait_for()
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
 

@@ -237,12 +237,14 @@ def _generation(models: ModelSet) -> dict[str, Node]:
         "loras": Node(
             kind="RewardLabLoadLoRAs",
             width_px=580,
+            height_px=250,  # room for what the rows report
             values={"rows": _rows(models)},
             links={"model_high": ("models", "model_high"), "model_low": ("models", "model_low")},
         ),
         "sample": Node(
             kind="RewardLabSampleWan22",
             width_px=580,
+            height_px=370,
             values={
                 "seed": 1,
                 "control_after_generate": "fixed",
