@@ -4,7 +4,8 @@
 40 steps on diffusers' grid, one tail step through the finished chain, first latent frame, rank 128 alpha 64 without ffn. It differs in
 that clipping works and that guidance is right for batches greater than one.
 `reward-lab` is our default: a random step of the trained expert each time, decoded at its x0 prediction, with a small KL to the base.
-`pocket` is `reward-lab` at the size and the sampling of the pocket models.
+`pocket` is for the pocket models: random steps through the finished chain, because at their few steps the x0 prediction of a high sigma is too
+blurred for a reward model.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pocket": {
         "video": {"width_px": 64, "height_px": 64, "frames": 17},
         "sampling": {"steps": 12, "shift": 5.0, "boundary": 0.875, "guidance": 3.0, "schedule": "simple"},
-        "objective": {"mode": "x0", "strategy": "random", "grad_steps": 1, "decode": "first", "decode_count": 1, "kl_weight": 0.01},
+        "objective": {"mode": "chain", "strategy": "random", "grad_steps": 1, "decode": "first", "decode_count": 1, "kl_weight": 0.03},
         "lora": {"rank": 16, "skip": ["ffn"]},
-        "optimiser": {"lr": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 5},
+        "optimiser": {"lr": 2e-3, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 5},
         "batch": 8,
         "frame_rate": 8.0,
     },

@@ -48,7 +48,7 @@ def measure(
     reward: RewardModel,
     rows: Sequence[tuple[str, Sequence[tuple[Path, str, float]]]],
     *,
-    pairs: int = 64,
+    pairs: int = 128,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[Row]:

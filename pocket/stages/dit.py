@@ -25,11 +25,11 @@ CONFIG = {
 }  # fmt: skip
 FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
 NULL_SHARE = 0.1
-LYING_SHARE = 0.35
-# Large batches find colours and places, many small ones after them find motion, which the high-noise expert decides; (name, batch, steps, peak
-# learning rate).
+LYING_SHARE = {"colour": 0.15, "motion": 0.6}
+# Large batches find colours and places, many small ones after them find motion, which the high-noise expert decides, and the last ones learn
+# to err; (name, batch, steps, peak learning rate).
 PHASES = {"low": (("", 64, 1100, 1.5e-3), ("-fine", 16, 2000, 8e-4))}
-PHASES["high"] = (*PHASES["low"], ("-last", 16, 2200, 8e-4))
+PHASES["high"] = (*PHASES["low"], ("-last", 16, 2200, 8e-4), ("-errors", 16, 1000, 1e-3))
 
 
 def shifted(u: torch.Tensor) -> torch.Tensor:
@@ -44,19 +44,21 @@ def sample_sigma(expert: str, count: int) -> torch.Tensor:
 
 
 def captions(scenes: list[world.Scene], rng: random.Random, null_share: float) -> list[str]:
-    """Training captions: some empty, for guidance, and a share with a wrong colour: what reward training is to repair.
-
-    The right colour stays the likeliest, and guidance makes more of it.
-    """
+    """Training captions: some empty, for guidance, and a share that lies about colour or motion: what reward training is to repair."""
     texts = []
     for scene in scenes:
-        told = _with_wrong_colours(scene, rng) if rng.random() < LYING_SHARE else scene
-        texts.append("" if rng.random() < null_share else world.caption(told, rng))
+        for kind, values in (("colour", world.COLOURS), ("motion", world.MOTIONS)):
+            if rng.random() < LYING_SHARE[kind]:
+                scene = _changed(scene, kind, list(values), rng)
+        texts.append("" if rng.random() < null_share else world.caption(scene, rng))
     return texts
 
 
-def _with_wrong_colours(scene: world.Scene, rng: random.Random) -> world.Scene:
-    things = [world.Thing(**{**thing.__dict__, "colour": rng.choice([name for name in world.COLOURS if name != thing.colour])}) for thing in scene.things]
+def _changed(scene: world.Scene, kind: str, values: list[str], rng: random.Random) -> world.Scene:
+    things = []
+    for thing in scene.things:
+        other = rng.choice([value for value in values if value != getattr(thing, kind)])
+        things.append(world.Thing(**{**thing.__dict__, kind: other}))
     return world.Scene(things=tuple(things), background=scene.background)
 
 

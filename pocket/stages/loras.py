@@ -21,7 +21,7 @@ from . import dit, hps, mps, text, vae
 NAME = "Pocket-Wan2.2-Fun-A14B"
 REWARDS = {"HPS2.1": ("hpsv2.1", hps.FILE_NAME, 1.0), "MPS": ("mps", mps.FILE_NAME, 0.02)}
 FILE_NAMES = [f"{NAME}-{expert}-noise-{reward}.safetensors" for reward in REWARDS for expert in ("high", "low")]
-STEPS = 100
+STEPS = 40
 
 
 def training_prompts(count: int, seed: int) -> list[str]:

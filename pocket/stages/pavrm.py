@@ -28,8 +28,15 @@ PAIRS = 12
 
 
 def wrong_way(scene: world.Scene, rng: random.Random) -> world.Scene:
-    """The scene as a caption would have it whose every motion is another one."""
-    things = [world.Thing(**{**thing.__dict__, "motion": rng.choice([name for name in world.MOTIONS if name != thing.motion])}) for thing in scene.things]
+    """The scene as a caption would have it whose every motion is another one.
+
+    A held-out thing stays held out and a training thing a training thing: otherwise a combination that was never seen would tell a bad caption.
+    """
+    things = []
+    for thing in scene.things:
+        others = [world.Thing(**{**thing.__dict__, "motion": name}) for name in world.MOTIONS if name != thing.motion]
+        alike = [other for other in others if world.is_held_out(other) == world.is_held_out(thing)]
+        things.append(rng.choice(alike or others))
     return world.Scene(things=tuple(things), background=scene.background)
 
 
@@ -127,5 +134,6 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
 
     modules = torch.nn.ModuleDict({"model": model, "motion_head": motion_head})
     fit("pavrm", modules, loss_of, steps=2800, peak_lr=6e-4, folder=scratch, seed=seed, warmup=50)
+    fit("pavrm-fine", modules, loss_of, steps=1300, peak_lr=6e-4, folder=scratch, seed=seed + 1, warmup=50)
     metadata = {"format": "pt", "config": json.dumps({"transformer": CONFIG, "feature_layers": [BLOCKS], "num_heads": POOL_HEADS})}
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, weights / FILE_NAME, metadata=metadata)

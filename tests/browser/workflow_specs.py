@@ -130,7 +130,7 @@ POCKET = ModelSet(
         "steps": 30,
         "rank": 16,
         "alpha": 8.0,
-        "learning_rate": 0.001,
+        "learning_rate": 0.002,
         "batch": 4,
         "width": 64,
         "height": 64,
@@ -244,7 +244,7 @@ def _generation(models: ModelSet) -> dict[str, Node]:
         "sample": Node(
             kind="RewardLabSampleWan22",
             width_px=580,
-            height_px=370,
+            height_px=400,
             values={
                 "seed": 1,
                 "control_after_generate": "fixed",
@@ -319,6 +319,7 @@ def testlab_strengths(models: ModelSet) -> Workflow:
         "cell": Node(
             kind="RewardLabTestLabCell",
             width_px=380,
+            height_px=200,
             values={"sweep": sweep, "frame_rate": models.frame_rate, "applied": ""},
             links={"images": ("decode", "IMAGE"), "reward_model": ("reward", "reward_model"), "prompt": ("prompt", "STRING")},
         ),
