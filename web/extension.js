@@ -19,6 +19,8 @@ const ROWS_WIDTH_PX = 580;
 const SNUG_PX = 4;
 /** Height of the axes' text, about six lines. */
 const AXES_MAX_PX = 130;
+/** Name that the front-end gives to the text that a node shows while it works. */
+const PROGRESS_WIDGET = "$$node-text-preview";
 /** Name of the property that keeps a node's run over a reload of the page. */
 const RUN_PROPERTY = "reward_lab_run";
 
@@ -142,6 +144,9 @@ function addText(node) {
       if (!output.text) return;
       const text = [output.text].flat().join("\n");
       const report = output.reward_lab_sweep?.[0]?.report;
+      // The front-end's own line of progress text says the same and would take the room of the grid.
+      const progress = report ? widgetOf(node, PROGRESS_WIDGET) : null;
+      if (progress) hide(progress);
       view.show(text, report ? { label: "Open report", url: host.fileUrl(report) } : null);
       lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
       widget.hidden = false;

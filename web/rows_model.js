@@ -183,7 +183,7 @@ export function rowStatus(row, report) {
   const counts = { high: report.applied_high, low: report.applied_low };
   const sides = /** @type {const} */ (["high", "low"]).flatMap((side) => (row[side] !== 0 && counts[side] !== null ? [{ side, applied: counts[side] }] : []));
   const warnings = report.warnings ?? [];
-  if (!sides.length) return { tone: "warn", text: "both strengths are 0", warnings };
+  if (!sides.length) return { tone: "warn", text: "both strengths were 0", warnings };
   const text = sides.map(({ side, applied }) => `${side} ${applied} of ${report.total}`).join(" · ");
   const isBad = sides.some(({ applied }) => applied === 0);
   const isPart = sides.some(({ applied }) => applied < report.total) || warnings.length > 0;

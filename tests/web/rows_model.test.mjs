@@ -117,5 +117,5 @@ test("the status is green, amber or red", () => {
   assert.equal(rowStatus(row, { ...report, applied_high: 0 }).tone, "bad");
   assert.equal(rowStatus({ ...row, low: 0.5 }, report).tone, "bad");
   assert.equal(rowStatus(row, { ...report, applied_low: null }).tone, "good");
-  assert.equal(rowStatus({ ...row, high: 0 }, { ...report, applied_high: null, applied_low: null }).text, "both strengths are 0");
+  assert.equal(rowStatus({ ...row, high: 0 }, { ...report, applied_high: null, applied_low: null }).text, "both strengths were 0");
 });
