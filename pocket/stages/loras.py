@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ...lora_train.config import TrainConfig
 from ...runs import process
@@ -22,6 +25,7 @@ NAME = "Pocket-Wan2.2-Fun-A14B"
 REWARDS = {"HPS2.1": ("hpsv2.1", hps.FILE_NAME, 1.0), "MPS": ("mps", mps.FILE_NAME, 0.02)}
 FILE_NAMES = [f"{NAME}-{expert}-noise-{reward}.safetensors" for reward in REWARDS for expert in ("high", "low")]
 STEPS = 40
+RANK = 3  # of the shipped files; training uses the preset's
 
 
 def training_prompts(count: int, seed: int) -> list[str]:
@@ -50,6 +54,20 @@ def config_for(weights: Path, reward: str, expert: str, seed: int) -> TrainConfi
     })  # fmt: skip
 
 
+def compress(path: Path, target: Path, rank: int = RANK) -> None:
+    """Write the best approximation of a LoRA at a lower rank, alpha = rank / 2, so that all pocket weights stay within their limit."""
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), "rank": str(rank), "alpha": str(rank / 2)}
+    tensors, out = load_file(path), {}
+    for module in sorted({key.split(".")[0] for key in tensors}):
+        down, up, alpha = (tensors[f"{module}.{part}"].float() for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+        left, size, right = torch.linalg.svd(up @ down * alpha / len(down), full_matrices=False)
+        out[f"{module}.lora_up.weight"] = (2 * left[:, :rank] * size[:rank]).half().contiguous()
+        out[f"{module}.lora_down.weight"] = right[:rank].half().contiguous()
+        out[f"{module}.alpha"] = torch.tensor(rank / 2).half()
+    save_file(out, target, metadata=metadata)
+
+
 def build(weights: Path, scratch: Path, seed: int) -> None:
     store = RunStore(scratch / "runs")
     for reward in REWARDS:
@@ -63,5 +81,5 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
                 time.sleep(1)
             if info.state != "finished":
                 raise RuntimeError(f"the run {run_id} ended as {info.state}: {info.error}")
-            shutil.copyfile(store.folder(run_id) / target.name, target)
+            compress(store.folder(run_id) / target.name, target)
             print(f"loras {target.name}: reward {info.reward:.4f}", flush=True)
