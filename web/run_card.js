@@ -199,8 +199,9 @@ function sampleRows(id, latest, actions) {
  */
 function fileRows(files, actions) {
   if (!files.length) return [];
-  const rows = files.map((path) => {
-    const name = path.slice(Math.max(path.lastIndexOf("/"), path.lastIndexOf("\\")) + 1);
+  // The same file lies in the run's folder and among the LoRAs: one line for both.
+  const byName = new Map(files.map((path) => [path.slice(Math.max(path.lastIndexOf("/"), path.lastIndexOf("\\")) + 1), path]));
+  const rows = [...byName].map(([name, path]) => {
     const copy = el("button", { class: "rl-icon-button", type: "button", title: "Copy the file name", "aria-label": `Copy ${name}` }, [icon("copy")]);
     copy.addEventListener("click", () => actions.copy(name));
     return el("div", { class: "rl-file-row", title: path }, [icon("file"), el("span", { class: "rl-file-row-name", text: name }), copy]);
