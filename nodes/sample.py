@@ -15,6 +15,7 @@ class SampleWan22(io.ComfyNode):
         """Return the node's inputs and outputs."""
         return io.Schema(
             node_id="RewardLabSampleWan22",
+            has_intermediate_output=True,
             display_name="Sample Wan2.2 (two experts)",
             category="Reward Lab/sampling",
             description="Samples with both Wan2.2 experts. The step at which the low-noise expert takes over is found from the sigma schedule and the "

@@ -127,11 +127,17 @@ class _Tail:
         self._offset = 0
         self._rest = b""
         self._skip = skip
+        self._identity: int | None = None
 
     def new(self) -> list[dict[str, Any]]:
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
+            identity = os.fstat(file.fileno()).st_ino
+            if self._identity not in (None, identity):
+                # A resumed worker replaced the file by its own beginning, long before it reports anything new.
+                self._offset, self._rest, self._skip = len(file.read()), b"", 0
+            self._identity = identity
             file.seek(self._offset)
             read = file.read()
         self._offset += len(read)
