@@ -9,6 +9,9 @@ from reward_lab.reward_models import base, hpsv2, mps
 from reward_lab.reward_models.text_cache import TextCache
 
 PROMPTS = ["a red square", "a blue disc moves left", "grass"]
+# Matrix products of another batch size add in another order. Of scores around 0.4, made of features with 1e2 to 1e3 terms, that leaves a few fp32 units
+# in the last place (3e-8 each) times the logit scale; measured up to 2.3e-6, on one CPU model of several.
+CHUNK_ATOL = 1e-5
 
 
 @pytest.fixture(params=["hps", "mps", "mps batch"])
@@ -24,11 +27,11 @@ def test_chunks_equal_the_whole(model, make_frames, frames_per_chunk):
     frames = make_frames(3, 4)
     whole = model.score(frames, PROMPTS)
     chunked = base.score_in_chunks(model, frames, PROMPTS, frames_per_chunk)
-    torch.testing.assert_close(chunked.per_frame, whole.per_frame, rtol=0, atol=2e-6)
-    torch.testing.assert_close(chunked.per_video, whole.per_video, rtol=0, atol=2e-6)
+    torch.testing.assert_close(chunked.per_frame, whole.per_frame, rtol=0, atol=CHUNK_ATOL)
+    torch.testing.assert_close(chunked.per_video, whole.per_video, rtol=0, atol=CHUNK_ATOL)
     assert set(chunked.parts) == set(whole.parts)
     for name, value in whole.parts.items():
-        torch.testing.assert_close(chunked.parts[name], value, rtol=0, atol=2e-6)
+        torch.testing.assert_close(chunked.parts[name], value, rtol=0, atol=CHUNK_ATOL)
 
 
 @pytest.mark.parametrize("frames_per_chunk", [1, 3, 100])
