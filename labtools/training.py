@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,8 +27,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(argv)
-    # Either way of ending it asks the worker, which has a session of its own, to stop.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _train(options.config, options.output)
     except LabError as error:
@@ -48,28 +47,38 @@ def _train(config: Path, output: Path) -> int:
     print(f"Run folder: {folder}", flush=True)
     # In the foreground the user waits for it: no lower priority.
     worker = run_process.start(folder, os.environ["COMFYUI_PATH"], resume=resume, niceness=0)
+    stop = _StopKeys(RunStore(folder.parent), folder.name, worker)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     ended: dict = {}
     watcher = run_process.watch(folder, worker, lambda event: _show(event, ended), skip=known)
-    try:
-        _join(watcher)
-    except KeyboardInterrupt:
-        print("\nStopping after this step; the run writes a checkpoint and a usable LoRA. Ctrl-C again ends it at once.", flush=True)
-        RunStore(folder.parent).request_stop(folder.name)
-        try:
-            _join(watcher)
-        except KeyboardInterrupt:
-            worker.kill()
-            _join(watcher)
+    while watcher.is_alive():
+        # Short waits: on Windows a longer one keeps Ctrl-C from being heard.
+        watcher.join(0.5)
     if ended.get("event") == "finished":
         return 0
     print("\n".join("  " + line for line in log_tail(folder)), file=sys.stderr)
     return 1
 
 
-def _join(watcher) -> None:
-    # A join without a limit would not be interrupted by Ctrl-C on Windows.
-    while watcher.is_alive():
-        watcher.join(0.5)
+class _StopKeys:
+    """Signal handler: the first Ctrl-C (or SIGTERM) asks the worker, which has a session of its own, to stop in order; the second ends it at once.
+
+    It raises nothing: an exception in the middle of `Thread.join` makes Python 3.11 take a living thread for an ended one.
+    """
+
+    def __init__(self, store: RunStore, run_id: str, worker: subprocess.Popen) -> None:
+        self._store, self._run_id, self._worker = store, run_id, worker
+        self._is_asked = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self._is_asked:
+            self._worker.kill()
+            return
+        self._is_asked = True
+        # Written past print, whose lock the interrupted code may hold.
+        os.write(1, b"\nStopping after this step; the run writes a checkpoint and a usable LoRA. Ctrl-C again ends it at once.\n")
+        self._store.request_stop(self._run_id)
 
 
 def _show(event: dict, ended: dict) -> None:
