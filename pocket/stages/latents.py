@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from .. import hosted, world
 from . import vae as vae_stage
 
-SETS = {"train": 1800, "held_out": 160, "flicker": 260, "frozen": 200}
+SETS = {"train": 4800, "held_out": 160, "flicker": 600, "frozen": 400}
 _BATCH = 20
 
 
