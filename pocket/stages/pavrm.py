@@ -1,8 +1,8 @@
 """Trains the pocket PAVRM: a truncated Wan trunk that reads noisy latents, query-attention pooling and a score head.
 
 Good: a clip whose motion is what the caption says. Bad: frozen, flickering, or moving another way than the caption says.
-Loss: binary cross-entropy on the logit and Bradley-Terry on pairs, noise levels uniform in sigma:
-the shift-5 schedule would spend most steps where nothing can be seen.
+Loss: binary cross-entropy on the logit and Bradley-Terry on pairs. Noise levels have the density 2 sigma: the more noise, the more there is
+to learn, but the shift-5 schedule would spend most steps where nothing can be seen.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
 
     def loss_of(step: int, rng: random.Random) -> torch.Tensor:
         x0, captions, motions = pairs(sets, rng, PAIRS)
-        sigma = torch.rand(PAIRS).repeat(2)
+        sigma = torch.rand(PAIRS).sqrt().repeat(2)
         level = sigma.view(-1, 1, 1, 1, 1)
         noise = torch.randn_like(x0[:PAIRS]).repeat(2, 1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +133,6 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
         return F.binary_cross_entropy_with_logits(logit, labels) + better + naming
 
     modules = torch.nn.ModuleDict({"model": model, "motion_head": motion_head})
-    fit("pavrm", modules, loss_of, steps=2800, peak_lr=6e-4, folder=scratch, seed=seed, warmup=50)
-    fit("pavrm-fine", modules, loss_of, steps=1300, peak_lr=6e-4, folder=scratch, seed=seed + 1, warmup=50)
+    fit("pavrm", modules, loss_of, steps=6000, peak_lr=6e-4, folder=scratch, seed=seed, warmup=50)
     metadata = {"format": "pt", "config": json.dumps({"transformer": CONFIG, "feature_layers": [BLOCKS], "num_heads": POOL_HEADS})}
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, weights / FILE_NAME, metadata=metadata)
