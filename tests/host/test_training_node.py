@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reward_lab.host import prompt_files, training  # noqa: E402
 from reward_lab.nodes.prompts import Prompts  # noqa: E402
+from reward_lab.nodes.train import RunResult  # noqa: E402
 from reward_lab.reward_models.spec import RewardModelSpec  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -81,16 +83,42 @@ def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared
     events.append({"event": "finished", "time": 2.0, "step": 2, "files": [str(lora)], "reason": "completed"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     result = training.run_result(run_id, True)
-    assert result.loss_map["reward"] == [0.2, 0.3] and result.loss_map["loss"][0] == -0.2 and result.file_name == str(lora)
+    assert result.loss_map["reward"] == [0.2, 0.3] and result.loss_map["loss"][0] == -0.2 and result.files == {"low": lora}
     assert result.chart.shape[-1] == 3 and "finished, step 2 of 7" in result.message
-    assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in result.lora and "diffusion_model.time_projection.1.alpha" in result.lora
-    assert len(result.lora) == len(load_file(lora))
+    assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in result.loras["low"] and "diffusion_model.time_projection.1.alpha" in result.loras["low"]
+    assert len(result.loras["low"]) == len(load_file(lora))
+    high, low, _, names, _ = RunResult.execute(run_id, False).args
+    assert "does not train that one" in high.message and names == str(lora) and len(low) == len(result.loras["low"])
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "out of memory", "log_tail": [], "step": 1}) + "\n")
     (folder / "log.txt").write_text("one\nlast words\n")
     with pytest.raises(RuntimeError, match="out of memory\n.*\n*last words"):
         training.run_result(run_id, True)
     with pytest.raises(ValueError, match="no run id"):
         training.run_result("../x", False)
+
+
+def test_both_experts_of_a_run_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    runs = training.store()
+    run_id = runs.create(config(expert="both", name="low_light-both"))
+    checkpoints = runs.folder(run_id) / "checkpoints"
+    checkpoints.mkdir()
+
+    def save(step: int, expert: str) -> Path:
+        path = checkpoints / f"low_light-both-{expert}-noise-HPS2.1-step{step:06d}.safetensors"
+        save_file({f"lora_unet__blocks_0_self_attn_q.lora_{side}.weight": torch.full((2, 2), float(step)) for side in ("up", "down")}, path, {"expert": expert})
+        os.utime(path, (step, step))
+        return path
+
+    files = {(step, expert): save(step, expert) for step in (2, 1) for expert in ("high", "low")}
+    high, low, _, names, _ = RunResult.execute(run_id, False).args
+    assert names.split("\n") == [str(files[2, "high"]), str(files[2, "low"])]
+    for lora in (high, low):
+        assert lora["diffusion_model.blocks.0.self_attn.q.lora_up.weight"].unique().tolist() == [2.0]
+    (runs.folder(run_id) / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match="cannot be read.*line 1 is not JSON"):
+        training.run_result(run_id, True)
 
 
 def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
