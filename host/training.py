@@ -31,11 +31,13 @@ logger = logging.getLogger("reward_lab")
 PRESETS = ("reward-lab", "videox-fun", "pocket")
 ACTIVE_STATES = ("created", "running", "stopping")
 POLL_S = 0.25
+# How long a run that was asked to stop may take for its step, checkpoint and LoRA before it is ended by force: a step of a 14B model takes minutes.
+STOP_GRACE_S = 300.0
+STOP_GRACE_STEPS = 20
 LOG_LINES = 15
 
 _processes: dict[str, subprocess.Popen] = {}
 _followed: list[threading.Thread] = []
-_start_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +121,9 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     # The worker needs the card; the host loads its models again when it needs them.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    with _start_lock:
-        # Not folder_paths.base_path, which --base-directory moves away from the source.
-        worker = process.start(runs.folder(run_id), Path(folder_paths.__file__).resolve().parent)
-        _processes[run_id] = worker
+    # Not folder_paths.base_path, which --base-directory moves away from the source.
+    worker = process.start(runs.folder(run_id), Path(folder_paths.__file__).resolve().parent)
+    _processes[run_id] = worker
     _follow(runs, run_id, worker)
     return StartedRun(
         run_id=run_id, message=f"Run {run_id} started: {config.steps} steps, {config.expert} noise. Follow it in the Reward Lab tab of the sidebar."
@@ -158,7 +159,7 @@ def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
 def _follow(runs: RunStore, run_id: str, worker: subprocess.Popen | None, skip: int = 0) -> None:
     """Push a run's events to the page until it ends, and let it pause while prompts are executed."""
     followed = process.watch(runs.folder(run_id), worker, lambda event: _tell_page(run_id, event), skip=skip)
-    _followed.append(followed)
+    _followed[:] = [thread for thread in _followed if thread.is_alive()] + [followed]
     courtesy.start(runs.root, lambda: any(thread.is_alive() for thread in _followed))
 
 
@@ -171,9 +172,11 @@ def stop_run(run_id: str) -> RunInfo:
     runs = store()
     folder = runs.folder(run_id)
     runs.request_stop(run_id)
+    info = runs.get(run_id)
+    grace_s = max(STOP_GRACE_S, STOP_GRACE_STEPS * (info.seconds_per_step or 0.0))
     # process.stop waits for the worker, so it has a thread of its own; the route answers at once.
-    threading.Thread(target=process.stop, args=(folder, _processes.get(run_id)), daemon=True, name="reward_lab_stop").start()
-    return runs.get(run_id)
+    threading.Thread(target=process.stop, args=(folder, _processes.get(run_id), grace_s), daemon=True, name="reward_lab_stop").start()
+    return info
 
 
 def run_result(run_id: str, wait: bool) -> RunResult:

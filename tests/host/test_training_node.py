@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_bad_settings_are_refused(changes: dict) -> None:
         config(**changes)
 
 
-def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_fixtures: Path) -> None:
+def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path, pocket_models: list[dict]) -> None:
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
     runs = training.store()
@@ -78,7 +79,7 @@ def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared
     with pytest.raises(ValueError, match="has written no LoRA yet"):
         training.run_result(run_id, False)
     step = {"event": "step", "time": 1.0, "steps": 2, "grad_norm": 1.0, "sigma": 0.5, "seconds": 1.0, "expert": "low"}
-    lora = shared_fixtures / "videoxfun_lora" / "Wan2.2-Fun-A14B-InP-low-noise-HPS2.1.safetensors"
+    lora = repo / "pocket" / "weights" / "Pocket-Wan2.2-Fun-A14B-low-noise-HPS2.1.safetensors"
     events = [{**step, "step": 1, "reward": 0.2, "loss": -0.2}, {**step, "step": 2, "reward": 0.3, "loss": None}]
     events.append({"event": "finished", "time": 2.0, "step": 2, "files": [str(lora)], "reason": "completed"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -141,6 +142,20 @@ def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: py
     folder = training.store().folder(first)
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "x", "log_tail": [], "step": 1}) + "\n")
     assert start() != first, "a failed run is no result"
+
+
+def test_a_long_step_may_end_before_a_stop_becomes_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    graces_s = queue.Queue()
+    monkeypatch.setattr(training.process, "stop", lambda folder, worker, grace_s: graces_s.put(grace_s))
+    run_id = training.store().create(config())
+    training.stop_run(run_id)
+    assert graces_s.get(timeout=10) == training.STOP_GRACE_S
+    step = {"event": "step", "time": 1.0, "step": 1, "reward": 0.2, "seconds": 255.0}
+    (training.store().folder(run_id) / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    training.stop_run(run_id)
+    assert graces_s.get(timeout=10) == 255.0 * training.STOP_GRACE_STEPS
+    assert (training.store().folder(run_id) / "stop").exists()
 
 
 def test_lora_fits_the_hosts_own_loader(shared_fixtures: Path) -> None:
