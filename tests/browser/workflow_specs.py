@@ -142,7 +142,8 @@ POCKET = ModelSet(
     },
     models_note="""### Pocket models
 These are tiny Wan2.2 models that come with the pack: same architecture, same file formats, 64×64 pixels, a world of coloured shapes. They run on any
-computer in seconds. `python lab.py serve` puts them into the model folders.
+computer in seconds. `python lab.py serve` starts ComfyUI with them. For another ComfyUI, copy the files of the pack's `pocket/weights` into the
+model folders that `pocket/MANIFEST.json` names.
 
 For real videos open the template of the same name with **(Wan2.2 14B)**.""",
 )
