@@ -143,9 +143,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+        raise ValueError(f"{CONFIG} is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not an object of settings")
+        raise ValueError(f"{CONFIG} holds a {type(values).__name__}, not an object of settings")
     return values
 
 
@@ -165,9 +165,9 @@ def read_events(folder: Path, start: int = 0) -> list[dict[str, Any]]:
         try:
             event = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error})") from error
+            raise ValueError(f"{METRICS}, line {number} is not JSON ({error})") from error
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-            raise ValueError(f"{path}, line {number} is no event: {line[:80]!r}")
+            raise ValueError(f"{METRICS}, line {number} is no event: {line[:80]!r}")
         found.append(event)
     return found
 
@@ -198,7 +198,7 @@ def _info(folder: Path) -> RunInfo:
         return _read_info(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         # Files that somebody edited, or that a full disk cut short: the other runs must stay visible.
-        reason = f"an event in {folder / METRICS} lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"an event in {METRICS} lacks {error}" if isinstance(error, KeyError) else str(error)
         created = folder.stat().st_mtime if folder.is_dir() else 0.0
         return RunInfo(id=folder.name, name=folder.name, state="broken", created=created, error=f"{reason}; repair the file, or delete {folder}")
 
