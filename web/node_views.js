@@ -36,7 +36,7 @@ export function createTextView() {
  * Progress of the run that a node started or waits for.
  *
  * @param {RunStore} store
- * @param {() => void} onOpen the user wants to see the run in the sidebar
+ * @param {(id: string) => void} onOpen the user wants to see the run in the sidebar
  * @returns {{ element: HTMLElement, follow(id: string): void, runId(): string | null, destroy(): void }}
  */
 export function createRunView(store, onOpen) {
@@ -56,7 +56,7 @@ export function createRunView(store, onOpen) {
   /** @type {string | null} */
   let id = null;
   shieldFromCanvas(element);
-  open.addEventListener("click", onOpen);
+  open.addEventListener("click", () => id && onOpen(id));
   const render = () => {
     const run = id ? store.runs.get(id) : null;
     open.hidden = !run;
