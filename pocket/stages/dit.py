@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ PHASES = {
     "high": (
         *_BOTH,
         Phase(name="-last", batch=16, steps=2200, peak_lr=8e-4),
-        Phase(name="-errors", batch=16, steps=1200, peak_lr=1e-3, lies={"colour": 0.15, "motion": 0.3}),
+        Phase(name="-errors", batch=16, steps=1000, peak_lr=1e-3, lies={"colour": 0.47, "motion": 0.22}),
     ),
 }
 
@@ -68,22 +68,23 @@ def captions(scenes: list[world.Scene], rng: random.Random, null_share: float, l
     Args:
         lies: share of captions that name another value of a property, by property ("colour", "motion").
     """
-    values = {"colour": list(world.COLOURS), "motion": list(world.MOTIONS)}
     texts = []
     for scene in scenes:
         for kind, share in lies.items():
             if rng.random() < share:
-                scene = _changed(scene, kind, values[kind], rng)
+                things = tuple(replace(thing, **{kind: _another(kind, getattr(thing, kind), rng)}) for thing in scene.things)
+                scene = replace(scene, things=things)
         texts.append("" if rng.random() < null_share else world.caption(scene, rng))
     return texts
 
 
-def _changed(scene: world.Scene, kind: str, values: list[str], rng: random.Random) -> world.Scene:
-    things = []
-    for thing in scene.things:
-        other = rng.choice([value for value in values if value != getattr(thing, kind)])
-        things.append(world.Thing(**{**thing.__dict__, kind: other}))
-    return world.Scene(things=tuple(things), background=scene.background)
+def _another(kind: str, value: str, rng: random.Random) -> str:
+    # Always the same wrong colour: lies that scatter over all colours leave the right one the likeliest, and guidance then undoes them
+    # (76 % of such lies left 88 % of the colours right).
+    if kind == "colour":
+        names = list(world.COLOURS)
+        return names[(names.index(value) + 1) % len(names)]
+    return rng.choice([name for name in world.MOTIONS if name != value])
 
 
 def load_expert(weights: Path, expert: str) -> torch.nn.Module:
