@@ -101,7 +101,11 @@ def _watch(folder: Path, process: subprocess.Popen | None, callback: Callable[[d
         return
     code = process.returncode if process is not None else None
     failed = events.Failed(time=time.time(), error=_reason(code), log_tail=log_tail(folder))
-    append_event(folder, failed)
+    try:
+        append_event(folder, failed)
+    except OSError:
+        # A full disk ends runs and cannot take their last word either; the page gets it all the same.
+        logger.exception("the failure of the run in %s cannot be recorded", folder)
     _deliver(callback, events.to_dict(failed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -187,6 +188,16 @@ class TestProcess:
         seen = []
         process.watch(store.folder(run_id), worker, seen.append).join(30)
         assert [event["event"] for event in seen] == ["finished"]
+
+    def test_a_failure_is_told_although_the_disk_is_full(self, store, run_id, monkeypatch, tmp_path):
+        def append(folder, event):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(process, "append_event", append)
+        worker = self._start(store, run_id, monkeypatch, tmp_path, "raise SystemExit(1)")
+        seen = []
+        process.watch(store.folder(run_id), worker, seen.append).join(30)
+        assert [event["event"] for event in seen] == ["failed"] and "code 1" in seen[0]["error"]
 
     @pytest.mark.skipif(os.name == "nt", reason="sessions are POSIX")
     def test_worker_has_a_session_of_its_own_and_stop_ends_a_deaf_one(self, store, run_id, monkeypatch, tmp_path):
