@@ -46,7 +46,7 @@ PHASES = {
     "high": (
         *_BOTH,
         Phase(name="-last", batch=16, steps=2200, peak_lr=8e-4),
-        Phase(name="-errors", batch=16, steps=1000, peak_lr=1e-3, lies={"colour": 0.47, "motion": 0.22}),
+        Phase(name="-errors", batch=16, steps=1000, peak_lr=1e-3, lies={"colour": 0.55, "motion": 0.22}),
     ),
 }
 
