@@ -126,7 +126,7 @@ POCKET = ModelSet(
     train_prompts=POCKET_PROMPTS,
     train={
         "preset": "pocket",
-        "expert": "high",
+        "expert": "low",
         "steps": 100,
         "rank": 16,
         "alpha": 8.0,
