@@ -31,6 +31,14 @@ class LoadLoRAs(io.ComfyNode):
                     tooltip="One row per LoRA: switch, file, strength on the high-noise expert, strength on the low-noise expert. 0.5 is the strength in "
                     "the reward LoRA authors' examples; it is not tuned.",
                 ),
+                io.Combo.Input(
+                    "application",
+                    options=list(lora_patch.APPLICATIONS),
+                    default="auto",
+                    optional=True,  # absent in prompts saved before it existed
+                    tooltip="merged: the host adds the LoRAs to the weights. bypass: they run beside the weights, which stay as they are; a new strength "
+                    "then loads nothing. auto: merged, but bypass on fp8, GGUF and other quantised weights and for strengths over sigma.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model_high_out", display_name="model_high", tooltip="The high-noise expert with its LoRAs."),
@@ -42,18 +50,18 @@ class LoadLoRAs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, rows: str | None = None) -> bool | str:
+    def validate_inputs(cls, rows: str | None = None, application: str | None = None) -> bool | str:
         """Refuse rows that cannot work before the graph starts."""
-        return lora_patch.check_rows(rows)
+        return lora_patch.check_rows(rows, application)
 
     @classmethod
-    def fingerprint_inputs(cls, rows: str | None = None, **_linked) -> str:
-        """Change when the rows change or a LoRA file on disk does."""
-        return lora_patch.fingerprint(rows)
+    def fingerprint_inputs(cls, rows: str | None = None, application: str | None = None, **_linked) -> str:
+        """Change when the rows or their application change or a LoRA file on disk does."""
+        return f"{application}|{lora_patch.fingerprint(rows)}"
 
     @classmethod
-    def execute(cls, model_high, model_low, rows: str) -> io.NodeOutput:
+    def execute(cls, model_high, model_low, rows: str, application: str = "auto") -> io.NodeOutput:
         """Apply the rows to clones of both models. Raises ValueError naming the row that cannot be applied."""
-        result = lora_patch.apply_rows(model_high, model_low, lora_patch.parse_rows(rows))
+        result = lora_patch.apply_rows(model_high, model_low, lora_patch.parse_rows(rows), application)
         ui = {"reward_lab_rows": [row.to_dict() for row in result.rows], "text": [result.report]}
         return io.NodeOutput(result.model_high, result.model_low, result.report, ui=ui)
