@@ -25,7 +25,7 @@ MAX_FACTOR = 10.0
 MAX_TEXT = 10_000
 
 _RULE = re.compile(r"(?:(?P<first>\d{1,6})(?:\s*-\s*(?P<last>\d{1,6}))?)?\s*(?P<kind>[a-z_]+)?", re.IGNORECASE)
-_MODULE = re.compile(r"^(?:diffusion_model\.)?blocks\.(\d+)\.([a-z_]+)")
+_MODULE = re.compile(r"^(?:diffusion_model\.)?blocks\.(\d+)(?:\.([a-z_]+)|$)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from .experts import EXPERTS, guess_expert
 from .lora_bypass import UnmergedRow, add_rows, quantised_kind, split_patches, weight_shapes
 from .lora_file import MODEL_PREFIX, FittedLora, LoraFile, fit, read_lora
 from .lora_rows import APPLICATIONS, LoraRow, application_of, check_rows, fingerprint, parse_rows
-from .lora_slots import slot_warnings
+from .lora_slots import repeat_warnings, slot_warnings
 
 __all__ = ["APPLICATIONS", "AppliedRows", "RowReport", "apply_rows", "check_rows", "fingerprint", "model_expert", "parse_rows"]
 
@@ -99,6 +99,7 @@ class _Plan:
     strength: float
     merged: dict[float, dict[str, Any]] = field(default_factory=dict)
     unmerged: UnmergedRow | None = None
+    is_beside: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -142,27 +143,29 @@ def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: Fitted
     """Decide how one row is applied to one expert. Changes nothing."""
     factors = _layer_factors(row, fitting)
     strength = row.strength(expert)
-    wants_unmerged = application == "bypass" or (application == "auto" and (quantised or not row.curve.is_constant()))
-    unmerged, merge_keys, notes = None, list(fitting.patches), ()
-    if wants_unmerged:
-        module, merge_keys = split_patches(model, lora, fitting.patches)
-        if merge_keys and not row.curve.is_constant():
-            raise ValueError(
-                f"{row.file}: {len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA), for example "
-                f"{merge_keys[0]}; these can only be merged and cannot follow sigma. Remove the curve of this row."
-            )
-        if merge_keys:
-            notes = (f"{len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA) and were merged",)
-        if module.keys:
-            unmerged = UnmergedRow(
-                name=row.file, module=module, strength=strength, curve=row.curve, factors={key: factor for key, factor in factors.items() if factor != 1.0}
-            )
+    is_beside = application == "bypass" or (application == "auto" and (bool(quantised) or not row.curve.is_constant()))
+    # The host (0.30.0) passes over bare parameters such as a block's modulation when it merges, so these always run beside the weights.
+    beside = {key: patch for key, patch in fitting.patches.items() if is_beside or not key.endswith((".weight", ".bias"))}
+    module, merge_keys = split_patches(model, lora, beside)
+    notes = ()
+    if merge_keys and not row.curve.is_constant():
+        raise ValueError(
+            f"{row.file}: {len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA), for example "
+            f"{merge_keys[0]}; these can only be merged and cannot follow sigma. Remove the curve of this row."
+        )
+    if merge_keys:
+        notes = (f"{len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA) and were merged",)
+    unmerged = None
+    if module.keys:
+        changed = {key: factor for key, factor in factors.items() if factor != 1.0}
+        unmerged = UnmergedRow(name=row.file, module=module, strength=strength, curve=row.curve, factors=changed)
+    merge_keys += [key for key in fitting.patches if key not in beside]
     merged: dict[float, dict[str, Any]] = {}
     for key in merge_keys:
         factor = factors[key] * row.curve.at(1.0)
         if factor != 0.0:
             merged.setdefault(factor, {})[key] = fitting.patches[key]
-    return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, notes=notes)
+    return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, is_beside=is_beside, notes=notes)
 
 
 def _layer_factors(row: LoraRow, fitting: FittedLora) -> dict[str, float]:
@@ -217,7 +220,7 @@ def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora],
         low=row.low,
         detail=_detail(lora, fits),
         warnings=tuple(warnings),
-        unmerged=tuple(expert for expert, plan in plans.items() if plan.unmerged is not None),
+        unmerged=tuple(expert for expert, plan in plans.items() if plan.is_beside),
         kinds=fitting.kinds if fitting else {},
         left_out=fitting.left_out if fitting else {},
         memory_bytes=fitting.memory_bytes if fitting else 0,
@@ -241,8 +244,7 @@ def _general_warnings(models: Mapping[str, Any], rows: Sequence[LoraRow]) -> lis
     """Warn about what concerns several rows or the models."""
     warnings = []
     active = [row for row in rows if row.on]
-    files = [row.file for row in active]
-    warnings.extend(f"{file} stands in {files.count(file)} rows; their strengths add up" for file in sorted(set(files)) if files.count(file) > 1)
+    warnings.extend(repeat_warnings([(row.file, {expert: row.strength(expert) for expert in EXPERTS}) for row in active]))
     for expert in EXPERTS:
         total = sum(row.strength(expert) for row in active)
         if abs(total) > MAX_TOTAL_STRENGTH + 1e-9:
