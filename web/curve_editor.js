@@ -5,8 +5,8 @@ import { DEFAULT_BOUNDARY, addPoint, factorAt, movePoint } from "./sigma_curve.j
 /** @typedef {import("./sigma_curve.js").Point} Point */
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 300;
-const HEIGHT = 84;
+const WIDTH = 520;
+const HEIGHT = 90;
 const PAD = { left: 26, right: 8, top: 8, bottom: 15 };
 const SAMPLES = 120;
 const CLICK_PX = 4;
@@ -60,7 +60,7 @@ function samples(points, place) {
  */
 export function curveEditor({ points, strengths, onChange }) {
   const picture = /** @type {SVGSVGElement} */ (
-    svg("svg", { class: "rl-curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "Strength over sigma", preserveAspectRatio: "none" })
+    svg("svg", { class: "rl-curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "Drawing of the strength over sigma" })
   );
   let current = points;
   const factors = () => current.map(([, factor]) => factor);
