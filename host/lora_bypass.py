@@ -11,6 +11,7 @@ The rows of all nodes in a chain are kept in one sorted list: their order, and t
 from __future__ import annotations
 
 import threading
+import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from .sigma_curve import SigmaCurve
 
 KEY = "reward_lab_unmerged"
 FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+GGUF_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 MODEL = "diffusion_model"
 
 
@@ -38,6 +40,13 @@ class LoraModule(nn.Module):
         self.keys = tuple(terms)
         self.terms = nn.ModuleList(terms.values())
         self.file = file  # kept alive, as the cache knows this module by the file's identity
+        self.version = uuid.uuid4()
+
+    def patcher(self, like: Any) -> Any:
+        """Return the host's handle on this module, on the devices of a MODEL. All handles say the same version: loaded once is loaded."""
+        patcher = comfy.model_patcher.CoreModelPatcher(self, load_device=like.load_device, offload_device=like.offload_device)
+        patcher.patches_uuid = self.version
+        return patcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +173,8 @@ def quantised_kind(model: Any) -> str:
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            if hasattr(parameter, "tensor_type"):
-                if "F32" not in str(parameter.tensor_type) and "F16" not in str(parameter.tensor_type):
+            if hasattr(parameter, "tensor_type"):  # of ComfyUI-GGUF: its dtype is that of the packed bytes
+                if getattr(parameter.tensor_type, "name", "F32") not in GGUF_FULL_PRECISION:
                     return "GGUF"
             elif isinstance(parameter, QuantizedTensor) or parameter.dtype not in FULL_PRECISION:
                 return "fp8" if "float8" in str(parameter.dtype) else str(parameter.dtype).removeprefix("torch.")
@@ -225,9 +234,7 @@ def add_rows(patcher: Any, rows: Sequence[UnmergedRow]) -> None:
     patcher.set_attachments(KEY, stack)
     patcher.set_injections(KEY, [PatcherInjection(inject=stack.inject, eject=stack.eject)])
     modules = list({id(row.module): row.module for row in stack.rows}.values())
-    patcher.set_additional_models(
-        KEY, [comfy.model_patcher.CoreModelPatcher(module, load_device=patcher.load_device, offload_device=patcher.offload_device) for module in modules]
-    )
+    patcher.set_additional_models(KEY, [module.patcher(patcher) for module in modules])
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _not_injected_yet)
 

@@ -6,6 +6,7 @@ before the first is applied, so a bad row costs nothing. A row is merged into th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from .lora_slots import repeat_warnings, slot_warnings
 __all__ = ["APPLICATIONS", "AppliedRows", "RowReport", "apply_rows", "check_rows", "fingerprint", "model_expert", "parse_rows"]
 
 EXPERT_ATTACHMENT = "reward_lab_expert"
+_fits: dict[int, dict[int, FittedLora]] = {}  # by the identity of the file in memory; an entry goes when the file does
 MAX_TOTAL_STRENGTH = 1.0  # above, reward LoRAs are reported to overcook: field.md section 5 row 4
 
 
@@ -196,10 +198,22 @@ def _fit_row(row: LoraRow, lora: LoraFile | None, shapes: Mapping[str, Mapping[s
     for expert in EXPERTS:
         if row.strength(expert) != 0.0:
             try:
-                fits[expert] = fit(lora, shapes[expert])
+                fits[expert] = _fit_once(lora, shapes[expert])
             except ValueError as error:
                 raise ValueError(f"On the {expert}-noise expert: {error}") from error
     return fits
+
+
+def _fit_once(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> FittedLora:
+    """Fit a file to a model's shapes, or return what came out last time: a new strength must not take the time of reading all keys."""
+    if id(lora) not in _fits:
+        weakref.finalize(lora, _fits.pop, id(lora), None)
+        _fits[id(lora)] = {}
+    known = _fits[id(lora)]
+    signature = hash(frozenset(shapes.items()))
+    if signature not in known:
+        known[signature] = fit(lora, shapes)
+    return known[signature]
 
 
 def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora], plans: Mapping[str, _Plan]) -> RowReport:

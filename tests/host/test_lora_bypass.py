@@ -297,7 +297,7 @@ def test_a_new_strength_loads_nothing(models, lora_folder: Path, monkeypatch: py
     row = {"file": "a.safetensors", "high": 0.5, "curve": "1:0.5, 0:1"}
     kept = [apply(models, "bypass", row).args[0]]
     predict(kept[0])
-    counts = {"files": 0, "patched": 0, "moved": 0}
+    counts = {"files": 0, "patched": 0, "loads": 0}
 
     def counted(owner, name: str, what: str) -> None:
         original = getattr(owner, name)
@@ -311,11 +311,13 @@ def test_a_new_strength_loads_nothing(models, lora_folder: Path, monkeypatch: py
     counted(comfy.utils, "load_torch_file", "files")
     counted(comfy.utils, "set_attr_param", "patched")
     counted(comfy.utils, "copy_to_param", "patched")
+    counted(comfy.model_patcher.ModelPatcher, "patch_weight_to_device", "patched")
+    counted(comfy.model_patcher.ModelPatcher, "load", "loads")  # of the base and of the LoRA's own tensors
     pointers = {name: parameter.data_ptr() for name, parameter in models["high"].model.named_parameters()}
     terms = kept[0].get_attachment(KEY).rows[0].module
     for change in ({"high": 0.3}, {"curve": "1:1, 0:0"}, {"blocks": "1:0.5"}):
         kept.append(apply(models, "bypass", {**row, **change}).args[0])
         predict(kept[-1])
         assert kept[-1].get_attachment(KEY).rows[0].module is terms
-    assert counts == {"files": 0, "patched": 0, "moved": 0}
+    assert counts == {"files": 0, "patched": 0, "loads": 0}
     assert pointers == {name: parameter.data_ptr() for name, parameter in models["high"].model.named_parameters()}
