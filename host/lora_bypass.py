@@ -11,7 +11,6 @@ The rows of all nodes in a chain are kept in one sorted list: their order, and t
 from __future__ import annotations
 
 import threading
-import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,24 +39,22 @@ class LoraModule(nn.Module):
         self.keys = tuple(terms)
         self.terms = nn.ModuleList(terms.values())
         self.file = file  # kept alive, as the cache knows this module by the file's identity
-        self.version = uuid.uuid4()
-
-    def patcher(self, like: Any) -> Any:
-        """Return the host's handle on this module, on the devices of a MODEL. All handles say the same version: loaded once is loaded."""
-        patcher = comfy.model_patcher.CoreModelPatcher(self, load_device=like.load_device, offload_device=like.offload_device)
-        patcher.patches_uuid = self.version
-        return patcher
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnmergedRow:
-    """One row: the terms, the strength, its factor over sigma, and its factor per layer (only those that are not 1)."""
+    """One row: the host's handle on its terms, the strength, its factor over sigma, and its factor per layer (only those that are not 1)."""
 
     name: str
-    module: LoraModule
+    patcher: Any
     strength: float
     curve: SigmaCurve = field(default_factory=SigmaCurve)
     factors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def module(self) -> LoraModule:
+        """The terms."""
+        return self.patcher.model
 
     def order(self) -> tuple[Any, ...]:
         """Return what rows are sorted by: nothing that depends on where the row stands."""
@@ -191,11 +188,11 @@ def weight_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_modules: weakref.WeakValueDictionary[tuple[int, str], LoraModule] = weakref.WeakValueDictionary()
-_modules_lock = threading.Lock()
+_patchers: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+_patchers_lock = threading.Lock()
 
 
-def split_patches(model: Any, file: Any, patches: Mapping[str, Any]) -> tuple[LoraModule, list[str]]:
+def split_patches(model: Any, file: Any, patches: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """Turn patches into terms.
 
     Args:
@@ -204,11 +201,12 @@ def split_patches(model: Any, file: Any, patches: Mapping[str, Any]) -> tuple[Lo
         patches: Model key -> the host's adapter or patch.
 
     Returns:
-        The terms, and the keys whose patches can only be merged.
+        A patcher of the host whose model is the `LoraModule` of the terms, and the keys whose patches can only be merged.
     """
     signature = ";".join(f"{key}:{type(patch).__name__}" for key, patch in sorted(patches.items()))
-    with _modules_lock:
-        known = _modules.get((id(file), signature))
+    name = (id(file), str(model.load_device), str(model.offload_device), signature)
+    with _patchers_lock:
+        known = _patchers.get(name)
         if known is None:
             terms = {}
             for key, patch in patches.items():
@@ -216,8 +214,11 @@ def split_patches(model: Any, file: Any, patches: Mapping[str, Any]) -> tuple[Lo
                 term = make_term(model.model.get_submodule(owner), parameter, patch)
                 if term is not None:
                     terms[key] = term
-            known = _modules[(id(file), signature)] = LoraModule(terms, file)
-    return known, [key for key in patches if key not in set(known.keys)]
+            module = LoraModule(terms, file)
+            known = comfy.model_patcher.CoreModelPatcher(module, load_device=model.load_device, offload_device=model.offload_device)
+            _patchers[name] = known
+    done = set(known.model.keys)
+    return known, [key for key in patches if key not in done]
 
 
 def add_rows(patcher: Any, rows: Sequence[UnmergedRow]) -> None:
@@ -233,8 +234,8 @@ def add_rows(patcher: Any, rows: Sequence[UnmergedRow]) -> None:
     stack = UnmergedRows([*(known.rows if known else ()), *rows])
     patcher.set_attachments(KEY, stack)
     patcher.set_injections(KEY, [PatcherInjection(inject=stack.inject, eject=stack.eject)])
-    modules = list({id(row.module): row.module for row in stack.rows}.values())
-    patcher.set_additional_models(KEY, [module.patcher(patcher) for module in modules])
+    patchers = {id(row.module): row.patcher for row in stack.rows}
+    patcher.set_additional_models(KEY, [handle.clone() for handle in patchers.values()])
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _not_injected_yet)
 

@@ -109,8 +109,8 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow], applica
     """Apply rows to clones of both models.
 
     Args:
-        model_high: MODEL of the high-noise expert.
-        model_low: MODEL of the low-noise expert.
+        model_high: MODEL of the high-noise expert; None applies nothing to it.
+        model_low: MODEL of the low-noise expert; None applies nothing to it.
         rows: The rows; those switched off, and strengths of 0, change nothing.
         application: `merged`, `bypass`, or `auto`: merged, but beside the weights where these are quantised or the strength follows sigma.
 
@@ -120,7 +120,7 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow], applica
     Raises:
         ValueError: A file is missing, broken, holds NaN, or does not fit, or a curve is to be merged; nothing was applied then.
     """
-    models = {"high": model_high, "low": model_low}
+    models = {expert: model for expert, model in (("high", model_high), ("low", model_low)) if model is not None}
     shapes = {expert: weight_shapes(model) for expert, model in models.items()}
     quantised = {expert: quantised_kind(model) for expert, model in models.items()}
     loras = [read_lora(paths.model_path("loras", row.file)) if row.on else None for row in rows]
@@ -137,7 +137,10 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow], applica
     general_notes = [f"{expert} noise: {kind} weights" for expert, kind in quantised.items() if kind]
     lines = [report.text() for report in reports] + general_notes + [f"warning: {warning}" for warning in general]
     return AppliedRows(
-        model_high=clones["high"], model_low=clones["low"], rows=reports, report="\n".join(lines) or "No LoRA: both models pass through unchanged."
+        model_high=clones.get("high"),
+        model_low=clones.get("low"),
+        rows=reports,
+        report="\n".join(lines) or "No LoRA: both models pass through unchanged.",
     )
 
 
@@ -148,7 +151,7 @@ def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: Fitted
     is_beside = application == "bypass" or (application == "auto" and (bool(quantised) or not row.curve.is_constant()))
     # The host (0.30.0) passes over bare parameters such as a block's modulation when it merges, so these always run beside the weights.
     beside = {key: patch for key, patch in fitting.patches.items() if is_beside or not key.endswith((".weight", ".bias"))}
-    module, merge_keys = split_patches(model, lora, beside)
+    terms, merge_keys = split_patches(model, lora, beside)
     notes = ()
     if merge_keys and not row.curve.is_constant():
         raise ValueError(
@@ -158,9 +161,9 @@ def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: Fitted
     if merge_keys:
         notes = (f"{len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA) and were merged",)
     unmerged = None
-    if module.keys:
+    if terms.model.keys:
         changed = {key: factor for key, factor in factors.items() if factor != 1.0}
-        unmerged = UnmergedRow(name=row.file, module=module, strength=strength, curve=row.curve, factors=changed)
+        unmerged = UnmergedRow(name=row.file, patcher=terms, strength=strength, curve=row.curve, factors=changed)
     merge_keys += [key for key in fitting.patches if key not in beside]
     merged: dict[float, dict[str, Any]] = {}
     for key in merge_keys:
@@ -195,7 +198,7 @@ def _fit_row(row: LoraRow, lora: LoraFile | None, shapes: Mapping[str, Mapping[s
     if lora is None:
         return {}
     fits = {}
-    for expert in EXPERTS:
+    for expert in shapes:
         if row.strength(expert) != 0.0:
             try:
                 fits[expert] = _fit_once(lora, shapes[expert])
@@ -263,6 +266,10 @@ def _general_warnings(models: Mapping[str, Any], rows: Sequence[LoraRow]) -> lis
         total = sum(row.strength(expert) for row in active)
         if abs(total) > MAX_TOTAL_STRENGTH + 1e-9:
             warnings.append(f"strengths on the {expert}-noise expert add up to {total:g}; above {MAX_TOTAL_STRENGTH:g} reward LoRAs tend to overcook")
+        if expert not in models:
+            if total:
+                warnings.append(f"no {expert}-noise model is connected; the strengths on it change nothing but the lists for other packs")
+            continue
         is_expert = model_expert(models[expert])
         if is_expert not in (None, expert):
             warnings.append(f"the model connected as {expert} noise is the {is_expert}-noise expert")

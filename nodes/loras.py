@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import lora_patch
+from ..host import lora_lists, lora_patch
+from .types import LoraStack, WanVideoLora
 
 
 class LoadLoRAs(io.ComfyNode):
@@ -21,8 +22,8 @@ class LoadLoRAs(io.ComfyNode):
             "expert, and reports how many keys were applied.",
             search_aliases=["lora loader", "power lora loader", "reward lora", "wan lora", "HPS", "MPS"],
             inputs=[
-                io.Model.Input("model_high", tooltip="The high-noise expert."),
-                io.Model.Input("model_low", tooltip="The low-noise expert."),
+                io.Model.Input("model_high", optional=True, tooltip="The high-noise expert. None is needed for the lists for other packs."),
+                io.Model.Input("model_low", optional=True, tooltip="The low-noise expert, or the only model (Wan2.1, 5B). None is needed for the lists."),
                 io.String.Input(
                     "rows",
                     multiline=True,
@@ -44,6 +45,10 @@ class LoadLoRAs(io.ComfyNode):
                 io.Model.Output("model_high_out", display_name="model_high", tooltip="The high-noise expert with its LoRAs."),
                 io.Model.Output("model_low_out", display_name="model_low", tooltip="The low-noise expert with its LoRAs."),
                 io.String.Output("report", display_name="report", tooltip="Per row: applied N of M keys on each expert, and warnings."),
+                WanVideoLora.Output("wanvideo_high", tooltip="The rows of the high-noise expert for the LoRA input of WanVideoWrapper's model loader."),
+                WanVideoLora.Output("wanvideo_low", tooltip="The rows of the low-noise expert for the LoRA input of WanVideoWrapper's model loader."),
+                LoraStack.Output("stack_high", tooltip="The rows of the high-noise expert as a LoRA stack: (file, strength, 0)."),
+                LoraStack.Output("stack_low", tooltip="The rows of the low-noise expert as a LoRA stack: (file, strength, 0)."),
             ],
             is_output_node=False,
             has_intermediate_output=True,
@@ -60,8 +65,12 @@ class LoadLoRAs(io.ComfyNode):
         return f"{application}|{lora_patch.fingerprint(rows)}"
 
     @classmethod
-    def execute(cls, model_high, model_low, rows: str, application: str = "auto") -> io.NodeOutput:
+    def execute(cls, model_high=None, model_low=None, rows: str = "[]", application: str = "auto") -> io.NodeOutput:
         """Apply the rows to clones of both models. Raises ValueError naming the row that cannot be applied."""
-        result = lora_patch.apply_rows(model_high, model_low, lora_patch.parse_rows(rows), application)
-        ui = {"reward_lab_rows": [row.to_dict() for row in result.rows], "text": [result.report]}
-        return io.NodeOutput(result.model_high, result.model_low, result.report, ui=ui)
+        parsed = lora_patch.parse_rows(rows)
+        result = lora_patch.apply_rows(model_high, model_low, parsed, application)
+        high, low = (lora_lists.lora_lists(parsed, expert, application) for expert in ("high", "low"))
+        left_out = dict.fromkeys((*high.left_out, *low.left_out))
+        report = "\n".join([result.report, *(f"{file}: its curve or block strengths cannot be carried by the lists for other packs" for file in left_out)])
+        ui = {"reward_lab_rows": [row.to_dict() for row in result.rows], "text": [report]}
+        return io.NodeOutput(result.model_high, result.model_low, report, high.wanvideo, low.wanvideo, high.stack, low.stack, ui=ui)
