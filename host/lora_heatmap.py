@@ -80,7 +80,8 @@ def draw(maps: Sequence[HeatMap]) -> Image.Image:
         raise ValueError("There is nothing to draw: give at least one LoRA.")
     top = {is_relative: max((entry.largest for entry in maps if entry.is_relative == is_relative), default=0.0) for is_relative in (True, False)}
     columns = max(max(entry.blocks, 1) for entry in maps)
-    width = MARGIN_PX * 2 + LABEL_PX + max(columns * (CELL_PX + GAP_PX), BAR_PX + 220)
+    titles = max(int(ImageFont.load_default(12).getlength(entry.title)) + 1 for entry in maps)
+    width = MARGIN_PX * 2 + max(LABEL_PX + columns * (CELL_PX + GAP_PX), LABEL_PX + BAR_PX + 220, titles)
     heights = [_height(entry) for entry in maps]
     picture = Image.new("RGB", (width, MARGIN_PX + sum(heights)), BACKGROUND)
     pen, y = ImageDraw.Draw(picture), MARGIN_PX

@@ -77,7 +77,7 @@ export function createRowsView({ read, write, listFiles, onError, convert, downl
     const title = isMuch
       ? "Sums above about 1 tend to burn the picture and freeze motion. Compare strengths with TestLab."
       : "Sum of the active strengths on each expert.";
-    foot.replaceChildren(add, official, el("span", { class: `rl-sum${isMuch ? " rl-warn" : ""}`, text, title }));
+    foot.replaceChildren(el("div", { class: "rl-foot-buttons" }, [add, official]), el("span", { class: `rl-sum${isMuch ? " rl-warn" : ""}`, text, title }));
   };
   const render = () => {
     const { error } = parseRows(read());

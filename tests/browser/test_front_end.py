@@ -55,6 +55,13 @@ def rows_of(page: Any) -> list[dict[str, Any]]:
     return json.loads(frontend.node_widget(page, "RewardLabLoadLoRAs", "rows"))
 
 
+def unfold(page: Any, number: int) -> None:
+    """Fold a row out and bring the whole node into view; playwright's own scrolling would shift the canvas for the tests after it."""
+    page.get_by_label("Details").nth(number).click()
+    page.wait_for_selector(".rl-details")
+    frontend.fit_view(page)
+
+
 def test_examples_are_templates_of_the_front_end(server, client) -> None:
     listed = client.get("/api/workflow_templates")
     module, names = next((module, names) for module, names in listed.items() if EXAMPLES[0] in names)
@@ -137,7 +144,7 @@ def test_reports_appear_on_the_rows(rows_node) -> None:
 
 def test_a_curve_is_chosen_typed_and_drawn(rows_node) -> None:
     page = rows_node
-    page.get_by_label("Details").first.click()
+    unfold(page, 0)
     picture = page.locator(".rl-curve")
     picture.wait_for()
     assert page.locator(".rl-curve-point").count() == 0
@@ -158,7 +165,7 @@ def test_a_curve_is_chosen_typed_and_drawn(rows_node) -> None:
 
 def test_points_of_a_curve_are_added_dragged_and_removed(rows_node) -> None:
     page = rows_node
-    page.get_by_label("Details").first.click()
+    unfold(page, 0)
     page.get_by_label("Strength over sigma", exact=True).fill("1:0, 0.5:0, 0:1")
     page.keyboard.press("Enter")
     point = page.locator(".rl-curve-point").nth(1).bounding_box()
@@ -177,7 +184,7 @@ def test_points_of_a_curve_are_added_dragged_and_removed(rows_node) -> None:
 
 def test_strengths_per_block_are_typed_or_chosen(rows_node) -> None:
     page = rows_node
-    page.get_by_label("Details").nth(1).click()
+    unfold(page, 1)
     page.get_by_label("Strengths per block", exact=True).fill("0-9:0.5, ffn:0")
     page.keyboard.press("Enter")
     assert rows_of(page)[1]["blocks"] == "0-9:0.5, ffn:0"
@@ -199,7 +206,7 @@ def test_official_files_and_layouts_are_offered(rows_node, server) -> None:
     entries.nth(3).wait_for()
     assert entries.count() == 4 and "HPSv2.1, high noise" in entries.first.inner_text()
     page.keyboard.press("Escape")
-    page.get_by_label("Details").first.click()
+    unfold(page, 0)
     page.get_by_role("button", name="Convert layout…").click()
     page.get_by_label("Search files").fill("peft")
     assert page.locator(".rl-picker-option").count() >= 1
@@ -273,7 +280,7 @@ def test_curve_report_conversion_and_heat_map_in_a_real_run(repo, pocket_server,
         file,
     )
     frontend.fit_view(page)
-    page.get_by_label("Details").first.click()
+    unfold(page, 0)
     page.get_by_label("Preset of the strength over sigma").select_option("ramp")
     frontend.press_run(page)
     page.wait_for_selector(".rl-fact >> nth=1", timeout=300_000)
