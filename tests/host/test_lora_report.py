@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reward_lab.host.lora_base import base_from_file, base_from_model  # noqa: E402
 from reward_lab.host.lora_extract import extract, low_rank  # noqa: E402
+from reward_lab.host.lora_file import read_lora  # noqa: E402
 from reward_lab.host.lora_heatmap import change_map, colour, draw  # noqa: E402
 from reward_lab.host.lora_inspect import inspect_files  # noqa: E402
 from reward_lab.host.lora_reasons import other_model  # noqa: E402
 from reward_lab.host.lora_report import difference, inspect  # noqa: E402
+from reward_lab.host.lora_slots import repeat_warnings, slot_warnings  # noqa: E402
 from reward_lab.host.weight_source import open_source  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -169,6 +171,9 @@ def test_other_refusals_say_why(fixtures: Path, bases, tmp_path: Path) -> None:
     assert alone.verdict == "ok" and any("Wan2.2 5B" in warning for warning in alone.warnings)
     text = inspect(write(tmp_path, "te.safetensors", pair("text_encoders.t5.block.0")), bases["high"])
     assert "for a text encoder" in text.reason
+    # A key that is as long as a book must not become the message.
+    long = inspect(write(tmp_path, "long.safetensors", pair("blocks.0.self_attn.q") | {"x" * 50_000: torch.ones(1)}), bases["high"])
+    assert long.verdict == "ok" and max(map(len, long.warnings)) < 1000
     assert inspect(tmp_path / "absent.safetensors").reason.startswith(str(tmp_path))
 
 
@@ -186,6 +191,19 @@ def test_warnings_about_the_slot_and_the_identity(bases, tmp_path: Path) -> None
     # The same file, saved under the name that the page promised: its feed-forward layers give it away.
     disguised = inspect(write(tmp_path, LOW_MPS, pair("blocks.0.self_attn.q") | pair("blocks.0.ffn.0")))
     assert any("probably the Wan2.1 file" in warning for warning in disguised.warnings)
+
+
+def test_strengths_on_the_wrong_expert(tmp_path: Path) -> None:
+    low = read_lora(write(tmp_path, "x-low-noise.safetensors", pair("blocks.0.self_attn.q")))
+    silent = read_lora(write(tmp_path, "x.safetensors", pair("blocks.0.self_attn.q")))
+    assert slot_warnings(low, {"high": 0.0, "low": 1.0}) == slot_warnings(silent, {"high": 1.0, "low": 0.0}) == []
+    assert "swap the two strengths" in slot_warnings(low, {"high": 1.0, "low": 0.0})[0]
+    assert "acts on both experts" in slot_warnings(low, {"high": 1.0, "low": 1.0})[0]
+    assert "both experts are given this same file" in slot_warnings(silent, {"high": 1.0, "low": 1.0})[0]
+    high, low = {"high": 1.0, "low": 0.0}, {"high": 0.0, "low": 1.0}
+    assert repeat_warnings([("a", high), ("b", low)]) == []
+    assert "given to both experts" in repeat_warnings([("a", high), ("a", low)])[0]
+    assert "strengths add up" in repeat_warnings([("a", high), ("a", high)])[0]
 
 
 def test_report_of_a_loaded_model_ignores_what_is_merged_into_it(fixtures: Path, bases) -> None:
