@@ -17,6 +17,7 @@ BAR_PX = 150
 BACKGROUND, TEXT, FAINT, EMPTY = (24, 26, 31), (226, 228, 233), (140, 146, 156), (40, 43, 50)
 # Dark blue to yellow over green, so that brightness alone tells the order too (for colour-blind readers and grey prints).
 STOPS = ((0.0, (30, 24, 74)), (0.25, (52, 76, 140)), (0.5, (40, 126, 142)), (0.75, (86, 186, 110)), (1.0, (250, 230, 90)))
+UNITS = {"share": " of the weight's norm", "difference": " of the larger change", "norm": ", norm of the change (no base)"}
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 KIND_ORDER = (
     *(f"self_attn.{name}" for name in ("q", "k", "v", "o", "norm_q", "norm_k")),
@@ -36,7 +37,7 @@ class HeatMap:
         kinds: Rows.
         values: (kind, block) -> value; absent where nothing changes.
         others: Layers outside of the blocks -> value.
-        is_relative: Whether the values are shares of the base weight's norm.
+        unit: What the values are: a key of UNITS. Panels of one unit share a scale.
     """
 
     title: str
@@ -44,7 +45,7 @@ class HeatMap:
     kinds: tuple[str, ...]
     values: Mapping[tuple[str, int], float]
     others: Mapping[str, float]
-    is_relative: bool
+    unit: str
 
     @property
     def largest(self) -> float:
@@ -55,20 +56,21 @@ class HeatMap:
 def change_map(title: str, changes: Sequence[WeightChange]) -> HeatMap:
     """Arrange the changes of a LoRA. Relative to the base where every weight has one, else norms."""
     is_relative = bool(changes) and all(change.relative is not None for change in changes)
-    return _arrange(title, {change.weight: change.relative if is_relative else change.change or 0.0 for change in changes}, is_relative)
+    values = {change.weight: change.relative if is_relative else change.change or 0.0 for change in changes}
+    return _arrange(title, values, "share" if is_relative else "norm")
 
 
 def difference_map(title: str, differences: Sequence[WeightDifference]) -> HeatMap:
     """Arrange the difference of two LoRAs, relative to the larger of the two changes of each weight."""
     values = {entry.weight: entry.difference / max(entry.first, entry.second) if max(entry.first, entry.second) else 0.0 for entry in differences}
-    return _arrange(title, values, True)
+    return _arrange(title, values, "difference")
 
 
 def draw(maps: Sequence[HeatMap]) -> Image.Image:
     """Draw panels under one another.
 
     Args:
-        maps: At least one. Panels with values of the same kind share one scale, so that experts can be compared by eye.
+        maps: At least one. Panels of the same unit share one scale, so that experts can be compared by eye.
 
     Returns:
         An RGB picture.
@@ -78,7 +80,7 @@ def draw(maps: Sequence[HeatMap]) -> Image.Image:
     """
     if not maps:
         raise ValueError("There is nothing to draw: give at least one LoRA.")
-    top = {is_relative: max((entry.largest for entry in maps if entry.is_relative == is_relative), default=0.0) for is_relative in (True, False)}
+    top = {unit: max((entry.largest for entry in maps if entry.unit == unit), default=0.0) for unit in UNITS}
     columns = max(max(entry.blocks, 1) for entry in maps)
     titles = max(int(ImageFont.load_default(12).getlength(entry.title)) + 1 for entry in maps)
     width = MARGIN_PX * 2 + max(LABEL_PX + columns * (CELL_PX + GAP_PX), LABEL_PX + BAR_PX + 220, titles)
@@ -86,7 +88,7 @@ def draw(maps: Sequence[HeatMap]) -> Image.Image:
     picture = Image.new("RGB", (width, MARGIN_PX + sum(heights)), BACKGROUND)
     pen, y = ImageDraw.Draw(picture), MARGIN_PX
     for entry, height in zip(maps, heights, strict=True):
-        _panel(pen, entry, y, top[entry.is_relative])
+        _panel(pen, entry, y, top[entry.unit])
         y += height
     return picture
 
@@ -101,7 +103,7 @@ def colour(share: float) -> tuple[int, int, int]:
     return STOPS[-1][1]
 
 
-def _arrange(title: str, by_weight: Mapping[str, float], is_relative: bool) -> HeatMap:
+def _arrange(title: str, by_weight: Mapping[str, float], unit: str) -> HeatMap:
     """Sort weights into rows and columns; a layer's bias and weight share a cell, where the larger counts."""
     values: dict[tuple[str, int], float] = {}
     others: dict[str, float] = {}
@@ -117,7 +119,7 @@ def _arrange(title: str, by_weight: Mapping[str, float], is_relative: bool) -> H
     present = {kind for kind, _ in values}
     kinds = (*(kind for kind in KIND_ORDER if kind in present), *sorted(present - set(KIND_ORDER)))
     blocks = 1 + max((block for _, block in values), default=-1)
-    return HeatMap(title=title, blocks=blocks, kinds=kinds, values=values, others=others, is_relative=is_relative)
+    return HeatMap(title=title, blocks=blocks, kinds=kinds, values=values, others=others, unit=unit)
 
 
 def _height(entry: HeatMap) -> int:
@@ -145,7 +147,7 @@ def _panel(pen: ImageDraw.ImageDraw, entry: HeatMap, y: int, top: float) -> None
     for name, value in entry.others.items():
         pen.text((MARGIN_PX, y + 2), name, fill=TEXT, font=font)
         pen.rectangle((left, y, left + CELL_PX - 1, y + CELL_PX - 1), fill=colour(value / top if top else 0.0))
-        pen.text((left + step + 4, y + 2), _number(value, entry.is_relative), fill=FAINT, font=font)
+        pen.text((left + step + 4, y + 2), _number(value, entry.unit), fill=FAINT, font=font)
         y += step
     _scale(pen, entry, left, y + 4, top, font)
 
@@ -154,9 +156,8 @@ def _scale(pen: ImageDraw.ImageDraw, entry: HeatMap, x: int, y: int, top: float,
     """Draw the colour bar with the smallest and the largest value."""
     for column in range(BAR_PX):
         pen.line((x + column, y, x + column, y + 10), fill=colour(column / (BAR_PX - 1)))
-    what = "of the norm" if entry.is_relative else "norm of the change (no base)"
-    pen.text((x + BAR_PX + 8, y - 2), f"0 to {_number(top, entry.is_relative)} {what}", fill=FAINT, font=font)
+    pen.text((x + BAR_PX + 8, y - 2), f"0 to {_number(top, entry.unit)}{UNITS[entry.unit]}", fill=FAINT, font=font)
 
 
-def _number(value: float, is_relative: bool) -> str:
-    return f"{100 * value:.3g} %" if is_relative else f"{value:.3g}"
+def _number(value: float, unit: str) -> str:
+    return f"{value:.3g}" if unit == "norm" else f"{100 * value:.3g} %"

@@ -87,16 +87,17 @@ def lora_folder() -> Path:
 
 
 def _download(lora: OfficialLora, folder: Path) -> None:
-    """Body of the download's thread."""
+    """Body of the download's thread; whatever happens, the job does not stay `downloading`."""
+    outcome: dict[str, Any] = {"state": "failed", "error": "The download ended with an error; ComfyUI's log tells which."}
     try:
         done = download(lora, folder)
+        outcome = {"state": "present", "warnings": list(done.warnings), "sha256_of_hub": done.sha256}
     except (ValueError, OSError) as error:
         log.warning("Download of %s: %s", lora.name, error)
         outcome = {"state": "failed", "error": str(error)}
-    else:
-        outcome = {"state": "present", "warnings": list(done.warnings), "sha256_of_hub": done.sha256}
-    with _jobs_lock:
-        _jobs[lora.name] = outcome
+    finally:
+        with _jobs_lock:
+            _jobs[lora.name] = outcome
 
 
 def _state(lora: OfficialLora) -> dict[str, Any]:

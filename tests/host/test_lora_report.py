@@ -232,13 +232,13 @@ def test_heat_map_shows_each_change_in_its_place(tmp_path: Path, bases) -> None:
     tensors |= {f"blocks.2.self_attn.q.{part}": value for part, value in (("lora_A.weight", torch.eye(4, 96)), ("lora_B.weight", 0.5 * torch.eye(96, 4)))}
     report = inspect(write(tmp_path, "two.safetensors", tensors))
     panel = change_map("x", report.changes)
-    assert panel.kinds == ("self_attn.q", "cross_attn.k") and panel.blocks == 3 and not panel.is_relative
+    assert panel.kinds == ("self_attn.q", "cross_attn.k") and panel.blocks == 3 and panel.unit == "norm"
     assert dict(panel.values) == {("cross_attn.k", 1): pytest.approx(2.0), ("self_attn.q", 2): pytest.approx(1.0)}
     picture = np.asarray(draw([panel]))
     seen = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
     assert colour(1.0) in seen and colour(0.5) in seen
     relative = change_map("x", inspect(tmp_path / "two.safetensors", bases["high"]).changes)
-    assert relative.is_relative
+    assert relative.unit == "share"
     with pytest.raises(ValueError, match="nothing to draw"):
         draw([])
 
