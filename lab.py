@@ -178,7 +178,7 @@ def run_bench(options) -> int:
 
 
 def run_lora(options) -> int:
-    """Look into, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
+    """Look into, apply, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
     # Programs read the one JSON object on standard output; what the set-up has to say goes elsewhere.
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(options)
@@ -228,7 +228,7 @@ def arguments_bench(parser) -> None:
 
 
 def arguments_lora(parser) -> None:
-    parser.add_argument("verb", choices=["inspect", "convert", "extract", "download"], help="what to do")
+    parser.add_argument("verb", choices=["inspect", "apply", "convert", "extract", "download"], help="what to do")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the verb")
 
 

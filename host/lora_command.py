@@ -1,4 +1,4 @@
-"""The command line's `lab.py lora`: inspect, convert, extract, download. Exit status 0, or 2 when refused; `--json` prints one object.
+"""The command line's `lab.py lora`: inspect, apply, convert, extract, download. Exit status 0, or 2 when refused; `--json` prints one object.
 
 A new verb is one function for its arguments, one that runs it and returns what to print, and one line in VERBS.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import comfy.model_management
 
+from .lora_apply import apply_and_run
 from .lora_base import base_from_file
 from .lora_convert import convert
 from .lora_download import download
@@ -57,6 +58,13 @@ def run_inspect(options: argparse.Namespace) -> Answer:
         found.picture.save(options.image)
     refused = [report for report in found.reports if report.verdict == "refused"]
     return Answer(text=found.text(), data=found.to_dict(), is_refused=bool(refused))
+
+
+def run_apply(options: argparse.Namespace) -> Answer:
+    """Run one fp32 forward of a model with LoRA rows on given inputs, and write what it predicts."""
+    done = apply_and_run(Path(options.base), options.row, Path(options.inputs), Path(options.out), overwrite=options.force)
+    data = {"verdict": "ok", "file": str(done.path), "outputs": list(done.outputs), "rows": [row.to_dict() for row in done.rows], "report": done.report}
+    return Answer(text=f"{done.report}\n{done.path}: {', '.join(done.outputs)}", data=data)
 
 
 def run_convert(options: argparse.Namespace) -> Answer:
@@ -121,6 +129,16 @@ def arguments_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="PNG", help="also write the heat map")
 
 
+def arguments_apply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="MODEL", help="diffusion model file")
+    parser.add_argument(
+        "--row", action="append", default=[], metavar="FILE:STRENGTH[:merge|bypass]", help="a LoRA with its strength; may be given several times"
+    )
+    parser.add_argument("--inputs", required=True, metavar="IN", help="safetensors with latent, timestep, context and, if the model takes it, concat")
+    parser.add_argument("--out", required=True, metavar="OUT", help="safetensors file to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
+
+
 def arguments_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a LoRA file in any layout")
     parser.add_argument("target", metavar="OUT", help="the file to write")
@@ -146,6 +164,7 @@ def arguments_download(parser: argparse.ArgumentParser) -> None:
 Verb = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Answer]]
 VERBS: dict[str, Verb] = {
     "inspect": (arguments_inspect, run_inspect),
+    "apply": (arguments_apply, run_apply),
     "convert": (arguments_convert, run_convert),
     "extract": (arguments_extract, run_extract),
     "download": (arguments_download, run_download),

@@ -7,8 +7,10 @@ before the first is applied, so a bad row costs nothing. A row is merged into th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from . import paths
@@ -105,7 +107,9 @@ class _Plan:
     notes: tuple[str, ...] = ()
 
 
-def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow], application: str = "auto") -> AppliedRows:
+def apply_rows(
+    model_high: Any, model_low: Any, rows: Sequence[LoraRow], application: str = "auto", *, locate: Callable[[str], Path] | None = None
+) -> AppliedRows:
     """Apply rows to clones of both models.
 
     Args:
@@ -113,6 +117,7 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow], applica
         model_low: MODEL of the low-noise expert; None applies nothing to it.
         rows: The rows; those switched off, and strengths of 0, change nothing.
         application: `merged`, `bypass`, or `auto`: merged, but beside the weights where these are quantised or the strength follows sigma.
+        locate: Returns the path of a row's file; without it, the file is one of the host's LoRA folder.
 
     Returns:
         Both clones and the report.
@@ -123,7 +128,8 @@ def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow], applica
     models = {expert: model for expert, model in (("high", model_high), ("low", model_low)) if model is not None}
     shapes = {expert: weight_shapes(model) for expert, model in models.items()}
     quantised = {expert: quantised_kind(model) for expert, model in models.items()}
-    loras = [read_lora(paths.model_path("loras", row.file)) if row.on else None for row in rows]
+    locate = locate or partial(paths.model_path, "loras")
+    loras = [read_lora(locate(row.file)) if row.on else None for row in rows]
     fitted = [_fit_row(row, lora, shapes) for row, lora in zip(rows, loras, strict=True)]
     plans = [
         {expert: _plan(row, expert, models[expert], lora, fitting, application_of(row, application), quantised[expert]) for expert, fitting in fits.items()}
