@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | setup`.
+"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | lora | setup`.
 
 Standard library only. It finds or fetches ComfyUI, makes a virtual environment where the running Python lacks something, and hands
 over to the part that does the work. `labtools/` holds the machinery; here stand only the sub-commands.
@@ -177,6 +177,19 @@ def run_bench(options) -> int:
     return launch(prepare(options), options, f"{options.what}.bench", options.rest)
 
 
+def run_lora(options) -> int:
+    """Look into, apply, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
+    # Programs read the one JSON object on standard output; what the set-up has to say goes elsewhere.
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
+    arguments = [options.verb, *options.rest]
+    if options.verb == "download" and not any(argument.split("=")[0] == "--to" for argument in options.rest):
+        # The fetched ComfyUI runs on a base folder of its own; the user's own keeps its models beside its code.
+        is_fetched = setup.host.path.is_relative_to(setup.cache.root)
+        arguments += ["--to", str((setup.cache.base if is_fetched else setup.host.path) / "models" / "loras")]
+    return launch(setup, options, "host.lora_command", arguments)
+
+
 def arguments_setup(parser) -> None:
     parser.add_argument("--with-tests", action="store_true", help="also install pytest, ruff and playwright")
 
@@ -214,6 +227,11 @@ def arguments_bench(parser) -> None:
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the benchmark")
 
 
+def arguments_lora(parser) -> None:
+    parser.add_argument("verb", choices=["inspect", "apply", "convert", "extract", "download"], help="what to do")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the verb")
+
+
 COMMANDS = {
     "demo": (run_demo, arguments_demo),
     "test": (run_test, arguments_test),
@@ -221,6 +239,7 @@ COMMANDS = {
     "train": (run_train, arguments_train),
     "plan": (run_plan, arguments_plan),
     "bench": (run_bench, arguments_bench),
+    "lora": (run_lora, arguments_lora),
     "setup": (run_setup, arguments_setup),
 }
 

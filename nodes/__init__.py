@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import paths, routes, training
+from .inspect_lora import InspectLoRA
 from .loras import LoadLoRAs
 from .models import WanModels
 from .prompts import Prompts
@@ -16,6 +17,7 @@ from .train import RunResult, TrainLoRA
 NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     WanModels,
     LoadLoRAs,
+    InspectLoRA,
     SampleWan22,
     RewardModelNode,
     ScoreVideo,

@@ -8,7 +8,8 @@ pytestmark = pytest.mark.host
 
 NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
-    "RewardLabLoadLoRAs": ["model_high", "model_low", "rows"],
+    "RewardLabInspectLoRA": ["lora", "compare_with", "model_high", "model_low"],
+    "RewardLabLoadLoRAs": ["model_high", "model_low", "rows", "application"],
     "RewardLabSampleWan22": [
         *("model_high", "model_low", "positive", "negative", "latent", "seed", "steps", "shift"),
         *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
