@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | setup`.
+"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | score | score-latent | setup`.
 
 Standard library only. It finds or fetches ComfyUI, makes a virtual environment where the running Python lacks something, and hands
 over to the part that does the work. `labtools/` holds the machinery; here stand only the sub-commands.
@@ -177,6 +177,33 @@ def run_bench(options) -> int:
     return launch(prepare(options), options, f"{options.what}.bench", options.rest)
 
 
+def run_score(options) -> int:
+    """Score pictures, videos, folders or frame tensors with a reward model."""
+    from labtools.scoring import job
+
+    # Standard output belongs to the scores alone: it may be read as one JSON document.
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
+    return launch(setup, options, "host.score_command", job(options, setup.cache.root))
+
+
+def run_score_latent(options) -> int:
+    """Score noisy latents with a PAVRM."""
+    return run_score(options)
+
+
+def arguments_score(parser) -> None:
+    from labtools.scoring import arguments_score as add
+
+    add(parser)
+
+
+def arguments_score_latent(parser) -> None:
+    from labtools.scoring import arguments_score_latent as add
+
+    add(parser)
+
+
 def arguments_setup(parser) -> None:
     parser.add_argument("--with-tests", action="store_true", help="also install pytest, ruff and playwright")
 
@@ -221,6 +248,8 @@ COMMANDS = {
     "train": (run_train, arguments_train),
     "plan": (run_plan, arguments_plan),
     "bench": (run_bench, arguments_bench),
+    "score": (run_score, arguments_score),
+    "score-latent": (run_score_latent, arguments_score_latent),
     "setup": (run_setup, arguments_setup),
 }
 

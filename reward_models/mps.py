@@ -9,6 +9,7 @@ Shape letters: B pairs or videos, F frames, M pictures, P prompt positions, T im
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -220,6 +221,7 @@ class MPSReward:
         self.normalise = normalise
         self.scale = scale
         self.mixes_prompts = normalise == "batch"
+        self._batch: tuple[str, ...] | None = None
         self.range_note = (
             "exp(logit_scale) x cosine, higher is better; ordinary pictures lie around 9; two scores of one prompt give a preference by softmax"
             if scale == "raw"
@@ -248,11 +250,19 @@ class MPSReward:
         size_px = self.network.clip.visual.image_size[0]
         return prepare(pixels_MCHW, size_px, resize=self.resize, use_antialias=self.use_antialias, is_pillow=True)
 
+    def in_batch_of(self, prompts: Sequence[str]) -> MPSReward:
+        """This model with the batch of `normalise="batch"` fixed to `prompts`, so that videos can be scored one by one, whatever their sizes."""
+        fixed = copy.copy(self)
+        fixed._batch = tuple(prompts)
+        fixed.mixes_prompts = False
+        return fixed
+
     def masks(self, prompts: Sequence[str]) -> Tensor:
         """Bool [B, 77]: prompt positions that are not masked by the condition."""
+        others = list(self._batch or ()) if self.normalise == "batch" else []
         with torch.no_grad():
-            similarity_BP = best_similarity(self._states(prompts), self._states([self.condition]))
-        return condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)
+            similarity_BP = best_similarity(self._states([*prompts, *others]), self._states([self.condition]))
+        return condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)[: len(prompts)]
 
     def score_prepared(self, pixels_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """As `score`, for frames that are already resized and normalised."""
@@ -275,7 +285,7 @@ class MPSReward:
         return self.score_prepared(self.prepare(frames_BFCHW.flatten(0, 1)).unflatten(0, frames_BFCHW.shape[:2]), prompts)
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        clip.warn_if_cut(prompts, is_plain=True)
+        clip.warn_about(prompts, is_plain=True)
         return self.network.text_states(tokenize(prompts).to(self.device))
 
 
