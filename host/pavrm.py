@@ -100,7 +100,7 @@ class Pavrm:
         self, latent_BCFHW: torch.Tensor, timestep_B: torch.Tensor, texts_PD: Sequence[torch.Tensor], image: ImageCondition | None = None
     ) -> list[torch.Tensor]:
         """Output [B, L, D] of every tapped block, in the order of `taps`; see `score`."""
-        self._check_latent(latent_BCFHW)
+        self.check_latent(latent_BCFHW)
         if len(texts_PD) != len(latent_BCFHW) or len(timestep_B) != len(latent_BCFHW):
             raise ValueError(f"{len(latent_BCFHW)} latents, {len(texts_PD)} texts and {len(timestep_B)} timesteps were given; one each is needed.")
         if not ((timestep_B >= 0) & (timestep_B <= TIMESTEPS)).all():
@@ -115,7 +115,13 @@ class Pavrm:
             self.model(x_BCFHW, timestep_B.to(self.device, torch.float32), context_BPD, transformer_options=options, **extra)
         return [outputs[tap] for tap in self.taps]
 
-    def _check_latent(self, latent_BCFHW: torch.Tensor) -> None:
+    @staticmethod
+    def check_latent(latent_BCFHW: torch.Tensor) -> None:
+        """Refuse what is not a Wan2.1 latent.
+
+        Raises:
+            ValueError: another rank or number of channels (whose VAE it is is named where it can be told), empty, NaN or infinity.
+        """
         shape = tuple(latent_BCFHW.shape)
         if latent_BCFHW.ndim != 5 or shape[1] != LATENT_CHANNELS:
             what = _FOREIGN.get(shape[1] if latent_BCFHW.ndim in (4, 5) else 1, "something else") if latent_BCFHW.ndim > 1 else "something else"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..reward_models.spec import PATHLESS, RewardModelSpec
+from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
 
 
 def main(argv: list[str]) -> int:
@@ -44,11 +44,11 @@ def _dtype(name: str | None):
 
 
 def _spec(options: dict[str, Any]) -> RewardModelSpec:
-    from ..reward_models import loader
-
-    kind = loader.ALIASES.get(options["kind"], options["kind"])
-    if kind not in loader.KINDS and kind != "pavrm":
-        raise ValueError(f"--kind {kind!r} is unknown; choose one of {', '.join(loader.KINDS)}.")
+    kind = ALIASES.get(options["kind"], options["kind"])
+    if kind == "pavrm":
+        raise ValueError("A PAVRM scores latents, not frames: use `lab.py score-latent`.")
+    if kind not in KINDS:
+        raise ValueError(f"--kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     if kind == "mix":
         return _mix_spec(options)
     if not options.get("weights") and kind not in PATHLESS:

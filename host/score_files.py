@@ -44,13 +44,20 @@ class Job:
     dtype: torch.dtype = torch.float32
 
 
-def score(job: Job, store: ScoreStore, on_progress: Progress | None = None, gradients: dict[str, torch.Tensor] | None = None) -> list[dict[str, Any]]:
+def score(
+    job: Job,
+    store: ScoreStore,
+    on_progress: Progress | None = None,
+    gradients: dict[str, torch.Tensor] | None = None,
+    load: Callable[[], RewardModel] | None = None,
+) -> list[dict[str, Any]]:
     """Score every clip.
 
     Args:
         job: what to score; prompts and clips are equally many.
         store: where finished scores are looked up and kept.
         on_progress: called with (done, all, name) before each clip and at the end.
+        load: gives the model, when something is left to score; None loads it from `job.spec`.
         gradients: filled with d(per_video)/d(frames) [F, 3, H, W] by clip name, when given; then nothing is taken from the store.
 
     Returns:
@@ -70,7 +77,7 @@ def score(job: Job, store: ScoreStore, on_progress: Progress | None = None, grad
         known = store.get(key) if gradients is None else None
         if known is None:
             if model is None:
-                model = _load(job)
+                model = _in_batch(load() if load else reward_loading.load(job.spec, job.device, job.dtype), job)
             with collected_warnings() as warnings:
                 known = _score_clip(model, clip, prompt, job.device, gradients)
             known["warnings"] = warnings
@@ -81,8 +88,7 @@ def score(job: Job, store: ScoreStore, on_progress: Progress | None = None, grad
     return results
 
 
-def _load(job: Job) -> RewardModel:
-    model: Any = reward_loading.load(job.spec, job.device, job.dtype)
+def _in_batch(model: Any, job: Job) -> RewardModel:
     if getattr(model, "mixes_prompts", False) and hasattr(model, "in_batch_of"):
         # All prompts of the call are the batch, as if every video had been handed in together.
         model = model.in_batch_of(list(job.prompts))

@@ -21,7 +21,7 @@ from ..lora_train.config import TrainConfig
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
 from ..runs.store import CONFIG, RunInfo, RunStore
-from . import courtesy, events, paths, preflight, scoring
+from . import courtesy, events, paths, preflight, score_pictures
 from .lora_keys import normalise, split_key
 
 logger = logging.getLogger("reward_lab")
@@ -142,7 +142,7 @@ def follow_living_runs() -> None:
 def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
     """Return a run of these settings that is active or finished, made after the files that it was trained on."""
     wanted = config.to_dict()
-    inputs = [*wanted["models"].values(), wanted["reward"]["path"]]
+    inputs = [*wanted["models"].values(), *RewardModelSpec.from_dict(wanted["reward"]).files()]
     newest_input = max(Path(file).stat().st_mtime for file in inputs)
     for info in runs.list():
         is_active = info.state in ("running", "stopping") or (info.state == "created" and time.time() - info.created < STARTING_S)
@@ -195,7 +195,7 @@ def run_result(run_id: str, wait: bool) -> RunResult:
         raise ValueError(f"Run {run_id} has written no LoRA yet (step {info.step} of {info.steps}, {info.state}). Switch 'wait' on, or run this node later.")
     steps = [event for event in runs.events(run_id) if event.get("event") == "step"]
     loss_map = {"loss": _numbers(steps, "loss"), "reward": _numbers(steps, "reward")}
-    chart = scoring.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
+    chart = score_pictures.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
     message = f"{info.state}, step {info.step} of {info.steps}" + (f", reward {info.reward:.4f}" if info.reward is not None else "") + f"\n{file}"
     return RunResult(lora=host_lora(file), loss_map=loss_map, file_name=str(file), chart=chart, chart_files=paths.save_temp_images(chart), message=message)
 

@@ -148,6 +148,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from ..reward_models.spec import RewardModelSpec
     from ..runs import lease
     from ..runs.store import append_event
+    from . import reward_loading
     from .samples import SampleFiles
     from .text import PromptEncoder, load_text_encoder
     from .training_mode import training_mode
@@ -167,7 +168,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
     }
     decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
-    reward = spec.load(device)
+    reward = reward_loading.load(spec, device)
     logger.info("loaded both experts, the VAE and the reward model %s", config.reward.kind)
 
     with ExitStack() as stack:

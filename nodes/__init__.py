@@ -8,7 +8,7 @@ from ..host import paths, routes, training
 from .loras import LoadLoRAs
 from .models import WanModels
 from .prompts import Prompts
-from .rewards import RewardModelNode, ScoreVideo
+from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
 from .testlab import TestLabCell, TestLabGrid
 from .train import RunResult, TrainLoRA
@@ -18,7 +18,9 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     LoadLoRAs,
     SampleWan22,
     RewardModelNode,
+    MixRewards,
     ScoreVideo,
+    ScoreLatent,
     Prompts,
     TrainLoRA,
     RunResult,

@@ -17,25 +17,10 @@ from torch import Tensor, nn
 
 from . import aesthetic, clip, face, hpsv2, layouts, measures, mix, mps, pickscore, published
 from .base import RewardModel
-from .spec import PATHLESS, RewardModelSpec
+from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, RewardModelSpec
 from .weights import Weights, load_into, read_weights
 
 _LOG = logging.getLogger("reward_lab")
-
-KINDS: tuple[str, ...] = ("hpsv2.1", "mps", "pickscore", "aesthetic", "face", *measures.KINDS, "mix")
-ALIASES: Mapping[str, str] = {"hpsv2": "hpsv2.1", "hps": "hpsv2.1", "aesthetic_v2": "aesthetic", "laion_aesthetic": "aesthetic"}
-
-_PICTURE = ("config", "resize", "antialias")
-# Which options a kind understands; any other that is given is an error, so that nothing is left out in silence.
-OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
-    "hpsv2.1": _PICTURE,
-    "mps": (*_PICTURE, "condition", "threshold", "normalise", "scale"),
-    "pickscore": (*_PICTURE, "scale"),
-    "aesthetic": (*_PICTURE, "clip"),
-    "face": ("detector", "landmarks", "reference", "missing"),
-    "mix": ("rows",),
-    **dict.fromkeys(measures.KINDS, ()),
-}
 
 
 def load_reward_model(
@@ -44,12 +29,12 @@ def load_reward_model(
     """Load a reward model.
 
     Args:
-        kind: one of `KINDS` or `ALIASES`.
+        kind: one of `spec.KINDS` or `spec.ALIASES`.
         weights: safetensors, `.pt`, `.pth`, `.bin`; open_clip, Hugging Face, MPS and imscore layouts; whole pickled modules are read, not run. Empty for
             the kinds in `spec.PATHLESS`.
         device: where to put it.
         dtype: of the matrices; norms, positions and the final dot product stay at least float32.
-        **options: those of the kind in `OPTIONS_OF`; None means the default:
+        **options: those of the kind in `spec.OPTIONS_OF`; None means the default:
             config: sizes: a dict, a JSON file, JSON text, or "ViT-H-14" / "ViT-L-14". Else looked for in this order: safetensors metadata "config",
                 `<stem>.json` beside the file, the shapes of the full-size model.
             resize: "letterbox" (default of hpsv2.1), "crop" (default of the others) or "squash" (VideoX-Fun).

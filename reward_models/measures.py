@@ -3,7 +3,8 @@
 All are differentiable in the frames and the same at any resolution (frames are first shrunk to a small grid by averaging). They see what image scorers
 cannot: a frozen video scores 0 in `dynamic_degree`.
 - dynamic_degree: speed of what moves, in percent of the frame's height per frame, by the least-squares normal flow |I_t| |grad I| / |grad I|^2
-  (the one-constraint form of Lucas and Kanade 1981, own code). Change of the whole picture's brightness is taken out, so flicker is not motion.
+  over all three channels (the one-constraint form of Lucas and Kanade 1981, own code). A change of light (gain and offset per channel) is taken out,
+  so flicker is not motion; noise that changes from frame to frame counts as motion.
   VBench's dynamic degree (RAFT flow above a threshold) ranks alike but is not this number.
 - flicker: minus the mean absolute second difference over time of local brightness, in percent of full range; 0 is steady. `temporal_consistency` in its
   parts is VBench's temporal flickering, 1 - mean |I_t - I_(t-1)| (Huang et al. 2024, arXiv 2311.17982, section 3; own code).
@@ -30,8 +31,11 @@ _MOTION_GRID_PX = 64
 _FLICKER_GRID_PX = 16
 _DRIFT_GRID_PX = 64
 _DRIFT_SHARE = 8  # the first and the last eighth of the frames are compared
-# A slope of one grey level of 8 bits a pixel: below it there is noise, and no motion to be measured.
-_SLOPE_FLOOR = 1 / 255
+# Mean slope, a quarter of a grey level of 8 bits a pixel, below which a picture is flat and has no motion to be measured.
+_NOISE_SLOPE = 0.25 / 255
+_SHARPNESS_FLOOR = 1 / 255
+# Keeps roots and quotients of flat pictures finite, with finite gradients.
+_TINY = 1e-12
 
 _NOTES = {
     "dynamic_degree": "motion in percent of the frame's height per frame, 0 is frozen; more is not always better, so give it a small weight",
@@ -84,16 +88,18 @@ class DynamicDegree:
             ValueError: see `base.check_frames`.
         """
         check_frames(frames_BFCHW, prompts)
-        luma_BFHW = _luma(_shrunk(frames_BFCHW, _MOTION_GRID_PX))
-        change = luma_BFHW[:, 1:] - luma_BFHW[:, :-1]
-        change = change - change.mean(dim=(2, 3), keepdim=True)
-        middle = (luma_BFHW[:, 1:] + luma_BFHW[:, :-1]) / 2
+        small = _shrunk(frames_BFCHW, _MOTION_GRID_PX)
+        before, after = (x - x.mean(dim=(3, 4), keepdim=True) for x in (small[:, :-1], small[:, 1:]))
+        # The gain that explains most of the change is light, not motion.
+        gain = ((before * after).mean(dim=(3, 4), keepdim=True) + _TINY) / (before.square().mean(dim=(3, 4), keepdim=True) + _TINY)
+        change = after - gain * before
+        middle = (before + after) / 2
         # Central differences, so that both slopes belong to the same pixel.
         down = (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
         right = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2
         slope2 = down.square() + right.square()
-        moved = (change[..., 1:-1, 1:-1].abs() * (slope2 + _SLOPE_FLOOR**2).sqrt()).flatten(2).sum(dim=2)
-        speed_BP = 100 / luma_BFHW.shape[-2] * moved / (slope2 + _SLOPE_FLOOR**2).flatten(2).sum(dim=2)
+        moved = (change[..., 1:-1, 1:-1].abs() * (slope2 + _TINY).sqrt()).flatten(2).sum(dim=2)
+        speed_BP = 100 / small.shape[-2] * moved / (slope2 + _NOISE_SLOPE**2).flatten(2).sum(dim=2)
         per_video = speed_BP.mean(dim=1) if speed_BP.shape[1] else speed_BP.new_zeros(len(speed_BP))
         per_frame = _over_frames(speed_BP, frames_BFCHW.shape[1])
         return RewardOutput(per_frame=per_frame, per_video=per_video, parts={"speed_percent": per_frame})
@@ -157,7 +163,7 @@ class Drift:
         contrast_BF = _spread(small.flatten(2), dim=2)
         luma = _luma(small)
         edges = (luma[..., 1:, :] - luma[..., :-1, :]).square().mean(dim=(2, 3)) + (luma[..., :, 1:] - luma[..., :, :-1]).square().mean(dim=(2, 3))
-        sharpness_BF = (edges + _SLOPE_FLOOR**2).sqrt()
+        sharpness_BF = (edges + _SHARPNESS_FLOOR**2).sqrt()
         parts = {
             "colour_drift": -100 * (colour_BFC - colour_BFC[:, :ends].mean(dim=1, keepdim=True)).abs().mean(dim=2),
             "contrast_drift": -100 * (contrast_BF - contrast_BF[:, :ends].mean(dim=1, keepdim=True)).abs(),

@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base import RewardModel
 
-OPTIONS = (
-    *("config", "resize", "antialias", "condition", "threshold", "normalise", "scale", "clip"),
-    *("detector", "landmarks", "reference", "missing", "rows", "query", "head", "generator"),
-)
 # Kinds without weights of their own.
 PATHLESS = ("dynamic_degree", "flicker", "drift", "mix")
+KINDS = ("hpsv2.1", "mps", "pickscore", "aesthetic", "face", *PATHLESS)
+ALIASES: Mapping[str, str] = {"hpsv2": "hpsv2.1", "hps": "hpsv2.1", "aesthetic_v2": "aesthetic", "laion_aesthetic": "aesthetic"}
+
+_PICTURE = ("config", "resize", "antialias")
+# Which options a kind understands; any other that is given is an error, so that nothing is left out in silence. A PAVRM scores latents (host/pavrm.py).
+OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "hpsv2.1": _PICTURE,
+    "mps": (*_PICTURE, "condition", "threshold", "normalise", "scale"),
+    "pickscore": (*_PICTURE, "scale"),
+    "aesthetic": (*_PICTURE, "clip"),
+    "face": ("detector", "landmarks", "reference", "missing"),
+    "pavrm": ("query", "head", "generator"),
+    **dict.fromkeys(PATHLESS, ()),
+    "mix": ("rows",),
+}
+OPTIONS = tuple(dict.fromkeys(name for names in OPTIONS_OF.values() for name in names))
 _FILE_OPTIONS = ("clip", "detector", "landmarks", "reference", "query", "head", "generator")
 
 
@@ -23,7 +35,7 @@ class RewardModelSpec:
     """A reward model by name.
 
     Attributes:
-        kind: one of `loader.KINDS`, or "pavrm" (which scores latents, host/pavrm.py).
+        kind: one of `KINDS`, or "pavrm" (which scores latents, host/pavrm.py).
         path: weight file; empty for the kinds in `PATHLESS`.
         options: keyword arguments of `loader.load_reward_model`, of the names in `OPTIONS`; JSON values only.
     """

@@ -146,7 +146,7 @@ def chromium_path() -> str:
     return found
 
 
-def assert_gradient(gradient_CHW: torch.Tensor, expected: dict) -> None:
+def assert_gradient(gradient_CHW, expected: dict) -> None:
     """Compare a gradient with recorded points, norm and size, at the tolerances of the fixtures' README."""
     for channel, row, column, value in expected["points"]:
         assert gradient_CHW[channel, row, column].item() == pytest.approx(value, abs=1e-4 * expected["abs_max"])

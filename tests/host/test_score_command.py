@@ -200,6 +200,6 @@ def test_the_whole_command_line(scorers, repo, comfyui, tmp_path):
 
 
 def test_every_kind_is_told_by_the_help():
-    from reward_lab.reward_models import loader
+    from reward_lab.reward_models.spec import KINDS
 
-    assert [kind.strip() for kind in scoring.KINDS.split("|")] == [kind.replace("hpsv2.1", "hpsv2") for kind in loader.KINDS]
+    assert [kind.strip() for kind in scoring.KINDS.split("|")] == [kind.replace("hpsv2.1", "hpsv2") for kind in KINDS]
