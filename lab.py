@@ -174,7 +174,7 @@ def run_plan(options) -> int:
 
 def run_bench(options) -> int:
     """Measure; `pocket` fills the figures of pocket/MANIFEST.json."""
-    return launch(prepare(options), options, f"{options.what}.bench", options.rest)
+    return launch(prepare(options), options, BENCHMARKS[options.what], options.rest)
 
 
 def run_score(options) -> int:
@@ -200,6 +200,17 @@ def arguments_score(parser) -> None:
 
 def arguments_score_latent(parser) -> None:
     from labtools.scoring import arguments_score_latent as add
+
+    add(parser)
+
+
+def run_pavrm_lora(options) -> int:
+    """Store a PAVRM as a LoRA over a generator's first blocks."""
+    return run_score(options)
+
+
+def arguments_pavrm_lora(parser) -> None:
+    from labtools.scoring import arguments_pavrm_lora as add
 
     add(parser)
 
@@ -237,10 +248,15 @@ def arguments_plan(parser) -> None:
 
 
 def arguments_bench(parser) -> None:
-    parser.add_argument("what", choices=["pocket"], help="what to measure")
+    parser.add_argument("what", choices=list(BENCHMARKS), help="what to measure")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the benchmark")
 
 
+BENCHMARKS = {
+    "pocket": "pocket.bench",
+    "adversarial": "pocket.adversarial",
+    "pavrm-lora": "pocket.pavrm_lora",
+}
 COMMANDS = {
     "demo": (run_demo, arguments_demo),
     "test": (run_test, arguments_test),
@@ -250,6 +266,7 @@ COMMANDS = {
     "bench": (run_bench, arguments_bench),
     "score": (run_score, arguments_score),
     "score-latent": (run_score_latent, arguments_score_latent),
+    "pavrm-lora": (run_pavrm_lora, arguments_pavrm_lora),
     "setup": (run_setup, arguments_setup),
 }
 

@@ -1,4 +1,4 @@
-"""`lab.py score` and `lab.py score-latent`: options as JSON in, one JSON document or a table out. Entry of a process started by labtools/launch.py."""
+"""`lab.py score`, `score-latent` and `pavrm-lora`: options as JSON in, one JSON document or a table out. Entry of a process started by launch.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
 
 
 def main(argv: list[str]) -> int:
-    """Run `score` or `score-latent` (first argument) with the options in the second, a JSON object; returns the exit status.
+    """Run `score`, `score-latent` or `pavrm-lora` (first argument) with the options in the second, a JSON object; returns the exit status.
 
     Failures that are foreseen end with one sentence on standard error and status 1.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     options = json.loads(argv[1])
     try:
-        document = {"score": _score, "score-latent": _score_latent}[argv[0]](options)
+        document = {"score": _score, "score-latent": _score_latent, "pavrm-lora": _pavrm_lora}[argv[0]](options)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    if options.get("json"):
+    if options.get("json") or "videos" not in document:
         print(json.dumps(document))
     else:
         print(_table(document))
@@ -160,6 +160,14 @@ def _score_latent(options: dict[str, Any]) -> dict[str, Any]:
     from . import latent_files
 
     return latent_files.score(options, _device(), _dtype(options.get("dtype")))
+
+
+def _pavrm_lora(options: dict[str, Any]) -> dict[str, Any]:
+    from . import pavrm_lora
+
+    return pavrm_lora.convert(
+        options["trunk"], options["generator"], options["out"], rank=options["rank"], query=options.get("query"), head=options.get("head")
+    )
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Options of `lab.py score` and `lab.py score-latent`, and how they are handed to the process that scores. Standard library only."""
+"""Options of `lab.py score`, `score-latent` and `pavrm-lora`, and how they are handed to the process that scores. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import os
 from pathlib import Path
 
 KINDS = "hpsv2 | mps | pickscore | aesthetic | face | dynamic_degree | flicker | drift | mix"
-_PATHS = ("weights", "clip", "detector", "landmarks", "reference", "prompts", "results", "csv", "gradients", "baseline", "trunk", "query", "head", "generator")
+_PATHS = (
+    *("weights", "clip", "detector", "landmarks", "reference", "prompts", "results", "csv", "gradients", "baseline"),
+    *("trunk", "query", "head", "generator", "input", "tensors", "out"),
+)
 
 
 def arguments_score(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +58,16 @@ def arguments_score_latent(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact-pooling", action="store_true", help="keys and values for every token instead of the folded query (same numbers)")
     parser.add_argument("--tensors", metavar="FILE", help="write features, pooled vectors and d(logit)/d(latent) to a .safetensors")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def arguments_pavrm_lora(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `pavrm-lora`."""
+    parser.add_argument("trunk", metavar="PAVRM", help="checkpoint folder, Wan file or single PAVRM file")
+    parser.add_argument("--query", metavar="FILE", help="query_attention_step_N.ckpt")
+    parser.add_argument("--head", metavar="FILE", help="mlp_step_N.ckpt")
+    parser.add_argument("--generator", metavar="FILE", required=True, help="Wan file whose first blocks the LoRA stands on")
+    parser.add_argument("--out", metavar="FILE", required=True, help="file to write (.safetensors)")
+    parser.add_argument("--rank", type=int, default=64, help="of the matrices (default: 64); higher is larger and closer")
 
 
 def job(options: argparse.Namespace, cache_root: Path) -> list[str]:
