@@ -6,6 +6,7 @@ Tolerances are those of the fixtures' README.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -312,7 +313,7 @@ def test_bad_tensors_are_named(folder, heads, tmp_path, capsys, change, message)
     save_file(tensors, tmp_path / "in.safetensors")
     job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads}
     assert score_command.main(["score-latent", json.dumps(job)]) == 1
-    assert __import__("re").search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_damaged_checkpoint_folders_are_named(folder, heads, tmp_path):
