@@ -141,6 +141,7 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
+    from dataclasses import asdict
 
     from ..lora_train.evaluation import all_prompts
     from ..lora_train.objectives.reward_backprop import Parts, train
@@ -155,7 +156,6 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from .vae import load_decoder
     from .wan import load_backbone
 
-    spec = RewardModelSpec(kind=config.reward.kind, path=config.reward.path, options=config.reward.options)
     prompts = all_prompts(config)
     encoder = PromptEncoder(load_text_encoder(config.models.text_encoder))
     contexts = dict(zip(prompts, encoder.encode(prompts), strict=True))
@@ -168,7 +168,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
     }
     decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
-    reward = reward_loading.load(spec, device)
+    reward = reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward)), device)
     logger.info("loaded both experts, the VAE and the reward model %s", config.reward.kind)
 
     with ExitStack() as stack:

@@ -17,7 +17,6 @@ class RewardModelNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Return the node's inputs and outputs."""
         files = paths.model_files(paths.REWARD_MODEL_FOLDER)
-        more = [scoring.NO_FILE, *files]
         return io.Schema(
             node_id="RewardLabRewardModel",
             display_name="Load Reward Model",
@@ -40,51 +39,7 @@ class RewardModelNode(io.ComfyNode):
                     tooltip="How frames become square. default: what the model's authors publish. squash: what VideoX-Fun trains with.",
                 ),
                 io.Boolean.Input("antialias", default=True, tooltip="Smooth while shrinking frames. Off reproduces old torchvision on tensors."),
-                io.Boolean.Input(
-                    "download",
-                    default=False,
-                    optional=True,
-                    tooltip="Fetch the published file of this kind into models/reward_models when the workflow runs, and use it. Size and hash are checked.",
-                ),
-                io.String.Input(
-                    "condition",
-                    default="overall",
-                    optional=True,
-                    advanced=True,
-                    tooltip="mps: overall, or (experimental: the released weights were trained on overall alone) aesthetics, quality, semantic, or a text.",
-                ),
-                io.Float.Input(
-                    "threshold",
-                    default=0.01,
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="mps: words below this share of the largest likeness to the condition are masked. 0.01 in training, 0.3 in the evaluation.",
-                ),
-                io.Combo.Input(
-                    "second_file",
-                    options=more,
-                    optional=True,
-                    advanced=True,
-                    tooltip="aesthetic: OpenAI's CLIP ViT-L/14. face: the detector mobilenet0.25_Final.pth. pavrm: query_attention_step_N.ckpt.",
-                ),
-                io.Combo.Input("third_file", options=more, optional=True, advanced=True, tooltip="pavrm: mlp_step_N.ckpt."),
-                io.Combo.Input(
-                    "generator",
-                    options=[scoring.NO_FILE, *paths.model_files("diffusion_models")],
-                    optional=True,
-                    advanced=True,
-                    tooltip="pavrm stored as a LoRA: the generator whose first blocks it stands on.",
-                ),
-                io.String.Input(
-                    "reference",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="face: picture, video or folder with the face to compare with; empty takes each video's own first face. " + _FILES_HINT,
-                ),
+                *_further_inputs(files),
             ],
             outputs=[RewardModel.Output("reward_model", display_name="reward_model", tooltip="The reward model's settings.")],
             has_intermediate_output=True,
@@ -112,6 +67,58 @@ class RewardModelNode(io.ComfyNode):
         files = reward_files.resolve(chosen)
         spec = scoring.reward_model_spec(kind, files.file, resize, antialias, condition=condition, threshold=threshold, **files.options)
         return io.NodeOutput(spec, ui={"text": [files.report]})
+
+
+def _further_inputs(files: list[str]) -> list[io.Input]:
+    """Optional inputs of Load Reward Model; most belong to one kind and are folded away."""
+    more = [scoring.NO_FILE, *files]
+    return [
+        io.Boolean.Input(
+            "download",
+            default=False,
+            optional=True,
+            tooltip="Fetch the published file of this kind into models/reward_models when the workflow runs, and use it. Size and hash are checked.",
+        ),
+        io.String.Input(
+            "condition",
+            default="overall",
+            optional=True,
+            advanced=True,
+            tooltip="mps: overall, or (experimental: the released weights were trained on overall alone) aesthetics, quality, semantic, or a text.",
+        ),
+        io.Float.Input(
+            "threshold",
+            default=0.01,
+            min=0.0,
+            max=0.99,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="mps: words below this share of the largest likeness to the condition are masked. 0.01 in training, 0.3 in the evaluation.",
+        ),
+        io.Combo.Input(
+            "second_file",
+            options=more,
+            optional=True,
+            advanced=True,
+            tooltip="aesthetic: OpenAI's CLIP ViT-L/14. face: the detector mobilenet0.25_Final.pth. pavrm: query_attention_step_N.ckpt.",
+        ),
+        io.Combo.Input("third_file", options=more, optional=True, advanced=True, tooltip="pavrm: mlp_step_N.ckpt."),
+        io.Combo.Input(
+            "generator",
+            options=[scoring.NO_FILE, *paths.model_files("diffusion_models")],
+            optional=True,
+            advanced=True,
+            tooltip="pavrm stored as a LoRA: the generator whose first blocks it stands on.",
+        ),
+        io.String.Input(
+            "reference",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="face: picture, video or folder with the face to compare with; empty takes each video's own first face. " + _FILES_HINT,
+        ),
+    ]
 
 
 class MixRewards(io.ComfyNode):
