@@ -137,9 +137,9 @@ def _description(spec: RewardModelSpec) -> dict[str, Any]:
             raise ValueError(f"resize is {settings['resize']!r}; choose one of {', '.join(preprocess.RESIZES)}.")
     if spec.kind == "mps":
         name = settings.get("condition", "overall")
-        text = mps.CONDITIONS.get(name, name)
-        settings = {"threshold": 0.01, "normalise": "sample", "scale": "raw", **settings, "condition": name, "condition_text": text}
-        settings["condition_is_experimental"] = text != mps.CONDITIONS["overall"]
+        texts = [text for _, text, _ in mps.parse_condition(name)]
+        settings = {"threshold": 0.01, "normalise": "sample", "scale": "raw", **settings, "condition": name, "condition_text": " + ".join(texts)}
+        settings["condition_is_experimental"] = texts != [mps.CONDITIONS["overall"]]
     described: dict[str, Any] = {"weights": spec.path, "options": settings}
     if spec.kind == "mix":
         described["rows"] = spec.options["rows"]

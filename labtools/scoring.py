@@ -25,7 +25,7 @@ def arguments_score(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompts", metavar="FILE", help="a prompt per video: .txt in the order of the videos, or .csv / .json / .jsonl, also by file name")
     parser.add_argument("--resize", choices=["letterbox", "crop", "squash"], help="how frames become square (default: as the model's authors)")
     parser.add_argument("--antialias", choices=["on", "off"], help="smooth while shrinking (default: on)")
-    parser.add_argument("--condition", metavar="NAME|TEXT", help="mps: overall (default), aesthetics, quality, semantic, or a text of your own")
+    parser.add_argument("--condition", metavar="NAME|TEXT", help="mps: overall (default), aesthetics, quality, semantic, a text, or aesthetics=0.3,quality=0.7")
     parser.add_argument("--threshold", type=float, metavar="X", help="mps: mask threshold, 0.01 (default) or 0.3")
     parser.add_argument("--normalise", choices=["sample", "batch"], help="mps: mask normalised per prompt (default) or over all prompts of this call")
     parser.add_argument("--scale", choices=["raw", "cosine"], help="mps, pickscore: exp(logit scale) x cosine (default), or the cosine, as the reward")

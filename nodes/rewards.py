@@ -84,7 +84,8 @@ def _further_inputs(files: list[str]) -> list[io.Input]:
             default="overall",
             optional=True,
             advanced=True,
-            tooltip="mps: overall, or (experimental: the released weights were trained on overall alone) aesthetics, quality, semantic, or a text.",
+            tooltip="mps: overall, or (experimental: the released weights were trained on overall alone) aesthetics, quality, "
+            "semantic, a text, or weights such as aesthetics=0.3, quality=0.7.",
         ),
         io.Float.Input(
             "threshold",
