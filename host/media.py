@@ -188,7 +188,9 @@ def _videos(tensor: torch.Tensor, what: str) -> torch.Tensor:
         tensor = tensor.movedim(-1, -3)
     else:
         channels = next((count for count in (shape[-3], shape[-1]) if count in (1, 2, 4)), shape[-3])
-        hint = {1: "repeat the grey channel three times", 4: "drop the alpha channel", 16: "these are latents: use `lab.py score-latent`"}
+        hint = {1: "repeat the grey channel three times", 4: "drop the alpha channel"}
+        if tensor.ndim == 5 and shape[1] in (16, 48):
+            raise ValueError(f"{what} has shape {shape}: these are latents, not frames; use `lab.py score-latent`, or decode them.")
         raise ValueError(f"{what} has shape {shape}, that is {channels} channels; 3 (RGB) are needed; {hint.get(channels, 'give RGB')}.")
     if dtype != torch.uint8 and not dtype.is_floating_point:
         raise ValueError(f"{what} holds {dtype}; frames are floats in [0,1] or 8-bit values.")

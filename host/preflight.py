@@ -39,7 +39,7 @@ def check(config: TrainConfig, folder: Path) -> None:
 def _header(path: str, role: str) -> Header | None:
     if path.endswith(".safetensors"):
         return read_header(path, role)
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"the {role} {path} does not exist; check the path or download the file")
     return None
 

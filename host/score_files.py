@@ -23,6 +23,8 @@ from .score_store import ScoreStore, key_of
 
 logger = logging.getLogger("reward_lab")
 Progress = Callable[[int, int, str], None]
+# Part of every stored score's key: raise it when a reward model's numbers change, and stored ones are not used any more.
+_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def score(
             on_progress(done, len(job.clips), clip.name)
         batch = sorted(set(job.prompts)) if job.spec.options.get("normalise") == "batch" else []
         files = [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in job.spec.files() if Path(file).is_file()]
-        key = key_of(clip.stamp(), prompt, job.spec.to_dict(), files, batch, str(job.dtype))
+        key = key_of(_VERSION, clip.stamp(), prompt, job.spec.to_dict(), files, batch, str(job.dtype))
         known = store.get(key) if gradients is None else None
         if known is None:
             if model is None:

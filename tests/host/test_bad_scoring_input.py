@@ -47,7 +47,7 @@ def frames(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
         (frames(2, 1, 8, 9), "1 channels; 3 .RGB. are needed; repeat the grey channel"),
         (frames(2, 4, 8, 9), "4 channels; 3 .RGB. are needed; drop the alpha channel"),
         (frames(2, 8, 9, 4), "4 channels"),
-        (frames(1, 16, 3, 8, 8), "16 channels|these are latents"),
+        (frames(1, 16, 5, 8, 8), "these are latents"),
         (frames(2, 3, 8, 9, high=255.0), r"\[0,1\] is needed; rescale"),
         (frames(2, 3, 8, 9, low=-1.0), r"\[0,1\] is needed; rescale"),
         (frames(2, 3, 8, 9) * float("nan"), "NaN"),

@@ -246,3 +246,31 @@ def test_pavrm_of_another_file_is_named(base):
     spec = RewardModelNode.execute("pavrm", "x.safetensors", "default", True).args[0]
     with pytest.raises(ValueError, match="not a Wan transformer"):
         ScoreLatent.execute({"samples": torch.zeros(1, 16, 3, 8, 8)}, [[torch.zeros(1, 7, 48), {}]], spec, "0.5", 0)
+
+
+def test_reward_nodes_run_in_the_real_server(pocket_server):
+    """A mix scores frames, and the pocket PAVRM a latent with the pocket text encoder, as API prompts of the real server."""
+    models = {
+        "high_noise_model": "pocket_wan2.2_t2v_high_noise_14B.safetensors", "low_noise_model": "pocket_wan2.2_t2v_low_noise_14B.safetensors",
+        "text_encoder": "pocket_umt5.safetensors", "vae": "pocket_wan_2.1_vae.safetensors", "weight_dtype": "default",
+    }  # fmt: skip
+    common = {"resize": "default", "antialias": True}
+    prompt = {
+        "1": {"class_type": "RewardLabRewardModel", "inputs": {"kind": "hpsv2.1", "file": "pocket_HPS_v2.1.safetensors", **common}},
+        "2": {"class_type": "RewardLabRewardModel", "inputs": {"kind": "dynamic_degree", "file": "(none)", **common}},
+        "3": {"class_type": "RewardLabMixRewards", "inputs": {"reward_1": ["1", 0], "weight_1": 1.0, "centre_1": 0.5, "scale_1": 0.1, "reward_2": ["2", 0]}},
+        "4": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 5, "color": 255}},
+        "5": {"class_type": "RewardLabScoreVideo", "inputs": {"images": ["4", 0], "reward_model": ["3", 0], "prompt": "a blue square"}},
+        "6": {"class_type": "RewardLabWanModels", "inputs": models},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["6", 2], "text": "a red square moves left fast over a gray background"}},
+        "8": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 17, "batch_size": 1}},
+        "9": {"class_type": "RewardLabRewardModel", "inputs": {"kind": "pavrm", "file": "pocket_PAVRM.safetensors", **common}},
+        "10": {
+            "class_type": "RewardLabScoreLatent",
+            "inputs": {"latent": ["8", 0], "positive": ["7", 0], "reward_model": ["9", 0], "sigmas": "0.2, 0.6", "seed": 1},
+        },
+    }
+    outputs = pocket_server.client().run(prompt)
+    assert outputs["5"]["text"][0].startswith("mix: ") and "over 5 frames" in outputs["5"]["text"][0] and len(outputs["5"]["images"]) == 1
+    assert "PAVRM probability 0." in outputs["10"]["text"][0] and "0.6: " in outputs["10"]["text"][0]
+    assert "sha256" in outputs["1"]["text"][0] and "dynamic_degree needs no weights" in outputs["2"]["text"][0]
