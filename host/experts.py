@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-EXPERTS = ("high", "low")
+from ..lora_train.flow import EXPERTS
+
 METADATA_KEYS = ("expert", "reward_lab_expert", "reward_lab.expert", "noise_level")
 
 _NAME_PATTERNS = {

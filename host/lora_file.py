@@ -16,9 +16,9 @@ import comfy.lora
 import comfy.utils
 import torch
 
+from ..lora_train.safetensors_file import read_header
 from .experts import ExpertGuess, guess_expert
 from .lora_keys import NormalisedKeys, normalise
-from .weight_files import read_header
 
 MODEL_PREFIX = "diffusion_model."
 CACHED_FILES = 4  # files kept in memory, so that changing a strength does not read them again
@@ -75,7 +75,7 @@ def read_lora(path: Path) -> LoraFile:
         raise ValueError(
             f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read."
         )
-    header = read_header(path)
+    header = read_header(path, "LoRA")
     status = path.stat()
     key = (str(path), status.st_mtime_ns, status.st_size)
     with _cache_lock:

@@ -12,7 +12,7 @@ from ..reward_models.spec import RewardModelSpec
 from .experts import guess_expert
 
 _TEXT_KEY = "text_embedding.0.weight"
-_ROLES = {"high": "high-noise expert", "low": "low-noise expert", "text_encoder": "text encoder", "vae": "VAE"}
+ROLES = {"high": "high-noise expert", "low": "low-noise expert", "text_encoder": "text encoder", "vae": "VAE"}
 
 
 def check(config: TrainConfig, folder: Path) -> None:
@@ -25,7 +25,7 @@ def check(config: TrainConfig, folder: Path) -> None:
         ValueError: a missing or truncated file; an expert in the wrong slot; experts or text encoder of widths that do not fit; not
             enough disk.
     """
-    headers = {name: _header(getattr(config.models, name), role) for name, role in _ROLES.items()}
+    headers = {name: _header(getattr(config.models, name), role) for name, role in ROLES.items()}
     if config.reward.kind == "pavrm":
         raise ValueError("the reward is a PAVRM, which scores latents; reward backpropagation decodes frames: use an image or video reward, or a mix of them")
     for file in RewardModelSpec.from_dict(asdict(config.reward)).files():
@@ -46,7 +46,7 @@ def _header(path: str, role: str) -> Header | None:
 
 def _check_slot(slot: str, path: str, header: Header | None) -> None:
     if header is None:
-        raise ValueError(f"the {_ROLES[slot]} {path} is not a .safetensors file; training needs that format")
+        raise ValueError(f"the {ROLES[slot]} {path} is not a .safetensors file; training needs that format")
     guess = guess_expert(path, header.metadata)
     if guess.expert not in (None, slot):
         raise ValueError(

@@ -107,6 +107,11 @@ def blocked(count: int) -> tuple[ExecutionBlocker, ...]:
     return tuple(ExecutionBlocker(None) for _ in range(count))
 
 
+def refused(message: str) -> ExecutionBlocker:
+    """Return an output that makes the nodes behind fail with a message; nodes that do not use it run."""
+    return ExecutionBlocker(message)
+
+
 def _sender() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what the executed prompt says about its sender, and what it keeps out of the history (keys for API nodes)."""
     own_id = current_prompt_id()

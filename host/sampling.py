@@ -87,7 +87,7 @@ def sample_two_experts(model_high: Any, model_low: Any, positive: Any, negative:
         The LATENT and a report that names the step and sigma of the switch.
 
     Raises:
-        ValueError: The experts are swapped, or the schedule is empty.
+        ValueError: The experts are swapped, the schedule is empty, or the latent is not one of these models.
     """
     _refuse_swapped(model_high, model_low)
     model_high, model_low = _with_shift(model_high, settings.shift), _with_shift(model_low, settings.shift)
@@ -99,14 +99,7 @@ def sample_two_experts(model_high: Any, model_low: Any, positive: Any, negative:
     if len(sigmas) < 2:
         raise ValueError(f"Scheduler {settings.scheduler!r} gives no step for steps={settings.steps}. Choose another scheduler or more steps.")
     step_count, switch = len(sigmas) - 1, switch_step(sigmas, settings.boundary)
-    samples = comfy.sample.fix_empty_latent_channels(
-        model_high, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    )
-    channels = model_high.get_model_object("latent_format").latent_channels
-    if samples.ndim != 5 or samples.shape[1] != channels:
-        raise ValueError(
-            f"The latent has shape {tuple(samples.shape)}; these models need [batch, {channels}, frames, height, width]. Use an empty Wan video latent."
-        )
+    samples = _video_latent(model_high, latent)
     noise = comfy.sample.prepare_noise(samples, settings.seed, latent.get("batch_index"))
     sampler = comfy.samplers.sampler_object(settings.sampler_name)
     show_step = latent_preview.prepare_callback(model_high if switch else model_low, step_count)
@@ -134,6 +127,19 @@ def sample_two_experts(model_high: Any, model_low: Any, positive: Any, negative:
     report = _report(sigmas, switch, settings)
     logger.info("%s", report)
     return {**out, "samples": samples}, report
+
+
+def _video_latent(model: Any, latent: dict) -> torch.Tensor:
+    """Return a LATENT's samples with the model's channels. Raises ValueError when it is no latent of a video."""
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise ValueError(
+            f"The latent has shape {tuple(samples.shape)}; these models need [batch, {channels}, frames, height, width]. Use an empty Wan video latent."
+        )
+    return samples
 
 
 def _shifted_callback(show_step: Any, first: int, step_count: int) -> Any:

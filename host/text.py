@@ -69,7 +69,7 @@ def _small_config(path: str, shapes: dict[str, tuple[int, ...]], metadata: dict[
 
 
 class PromptEncoder:
-    """See `lora_train.protocols.TextEncoder`; holds the CLIP object until it is dropped."""
+    """Prompts to the context that the backbones read; holds the CLIP object until it is dropped."""
 
     def __init__(self, clip: comfy.sd.CLIP) -> None:
         self._clip = clip

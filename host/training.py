@@ -18,10 +18,12 @@ import folder_paths
 import torch
 
 from ..lora_train.config import TrainConfig
+from ..lora_train.safetensors_file import read_header
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
-from ..runs.store import CONFIG, RunInfo, RunStore
+from ..runs.store import RunInfo, RunStore, read_config
 from . import courtesy, events, paths, preflight, score_pictures
+from .experts import EXPERTS, guess_expert
 from .lora_keys import normalise, split_key
 
 logger = logging.getLogger("reward_lab")
@@ -29,12 +31,13 @@ logger = logging.getLogger("reward_lab")
 PRESETS = ("reward-lab", "videox-fun", "pocket")
 ACTIVE_STATES = ("created", "running", "stopping")
 POLL_S = 0.25
-STARTING_S = 300.0  # a run that has not begun after this time never will
+# How long a run that was asked to stop may take for its step, checkpoint and LoRA before it is ended by force: a step of a 14B model takes minutes.
+STOP_GRACE_S = 300.0
+STOP_GRACE_STEPS = 20
 LOG_LINES = 15
 
 _processes: dict[str, subprocess.Popen] = {}
 _followed: list[threading.Thread] = []
-_start_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,14 @@ class StartedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run has made so far. `lora` is in the host's LORA_MODEL layout, `loss_map` in its LOSS_MAP layout."""
+    """What a run has made so far. `loras` and `files` have an entry for each expert that was trained (`high`, `low`).
 
-    lora: dict[str, torch.Tensor]
+    The LoRAs are in the host's LORA_MODEL layout, `loss_map` is in its LOSS_MAP layout.
+    """
+
+    loras: dict[str, dict[str, torch.Tensor]]
+    files: dict[str, Path]
     loss_map: dict[str, list[float]]
-    file_name: str
     chart: torch.Tensor
     chart_files: list[dict[str, str]]
     message: str
@@ -115,10 +121,9 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     # The worker needs the card; the host loads its models again when it needs them.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    with _start_lock:
-        # Not folder_paths.base_path, which --base-directory moves away from the source.
-        worker = process.start(runs.folder(run_id), Path(folder_paths.__file__).resolve().parent)
-        _processes[run_id] = worker
+    # Not folder_paths.base_path, which --base-directory moves away from the source.
+    worker = process.start(runs.folder(run_id), Path(folder_paths.__file__).resolve().parent)
+    _processes[run_id] = worker
     _follow(runs, run_id, worker)
     return StartedRun(
         run_id=run_id, message=f"Run {run_id} started: {config.steps} steps, {config.expert} noise. Follow it in the Reward Lab tab of the sidebar."
@@ -128,14 +133,14 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
 def follow_living_runs() -> None:
     """Follow runs that another server started and that still train; called once when this one starts.
 
-    A run folder that cannot be read is logged and left alone: it must not keep the nodes from being registered.
+    A folder that cannot be listed is logged and left alone: it must not keep the nodes from being registered.
     """
     runs = store()
     try:
         for info in runs.list():
             if info.state in ("running", "stopping"):
                 _follow(runs, info.id, None, skip=len(runs.events(info.id)))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         logger.exception("the runs in %s cannot be read", runs.root)
 
 
@@ -145,9 +150,8 @@ def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
     inputs = [*wanted["models"].values(), *RewardModelSpec.from_dict(wanted["reward"]).files()]
     newest_input = max(Path(file).stat().st_mtime for file in inputs)
     for info in runs.list():
-        is_active = info.state in ("running", "stopping") or (info.state == "created" and time.time() - info.created < STARTING_S)
-        is_usable = is_active or (info.state == "finished" and info.files and all(Path(file).is_file() for file in info.files))
-        if is_usable and info.created > newest_input and json.loads((runs.folder(info.id) / CONFIG).read_text(encoding="utf-8")) == wanted:
+        is_finished = info.state == "finished" and info.files and all(Path(file).is_file() for file in info.files)
+        if (info.state in ACTIVE_STATES or is_finished) and info.created > newest_input and read_config(runs.folder(info.id)) == wanted:
             return info
     return None
 
@@ -155,7 +159,7 @@ def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
 def _follow(runs: RunStore, run_id: str, worker: subprocess.Popen | None, skip: int = 0) -> None:
     """Push a run's events to the page until it ends, and let it pause while prompts are executed."""
     followed = process.watch(runs.folder(run_id), worker, lambda event: _tell_page(run_id, event), skip=skip)
-    _followed.append(followed)
+    _followed[:] = [thread for thread in _followed if thread.is_alive()] + [followed]
     courtesy.start(runs.root, lambda: any(thread.is_alive() for thread in _followed))
 
 
@@ -168,9 +172,11 @@ def stop_run(run_id: str) -> RunInfo:
     runs = store()
     folder = runs.folder(run_id)
     runs.request_stop(run_id)
+    info = runs.get(run_id)
+    grace_s = max(STOP_GRACE_S, STOP_GRACE_STEPS * (info.seconds_per_step or 0.0))
     # process.stop waits for the worker, so it has a thread of its own; the route answers at once.
-    threading.Thread(target=process.stop, args=(folder, _processes.get(run_id)), daemon=True, name="reward_lab_stop").start()
-    return runs.get(run_id)
+    threading.Thread(target=process.stop, args=(folder, _processes.get(run_id), grace_s), daemon=True, name="reward_lab_stop").start()
+    return info
 
 
 def run_result(run_id: str, wait: bool) -> RunResult:
@@ -181,7 +187,7 @@ def run_result(run_id: str, wait: bool) -> RunResult:
         wait: Wait for its end first, with progress; cancelling the prompt ends the waiting only.
 
     Raises:
-        ValueError: No such run, or it has written no LoRA yet.
+        ValueError: No such run, its files cannot be read, or it has written no LoRA yet.
         RuntimeError: The run failed; carries its error and the end of its log.
     """
     runs = store()
@@ -190,14 +196,28 @@ def run_result(run_id: str, wait: bool) -> RunResult:
         info = _wait(runs, run_id)
     if info.state == "failed":
         raise RuntimeError(f"Run {run_id} failed: {info.error}\n" + "\n".join(runs.log_tail(run_id, LOG_LINES)))
-    file = _newest_lora(runs.folder(run_id), info)
-    if file is None:
+    if info.state == "broken":
+        raise ValueError(f"Run {run_id} cannot be read: {info.error}.")
+    files = _newest_loras(runs.folder(run_id), info)
+    if not files:
         raise ValueError(f"Run {run_id} has written no LoRA yet (step {info.step} of {info.steps}, {info.state}). Switch 'wait' on, or run this node later.")
     steps = [event for event in runs.events(run_id) if event.get("event") == "step"]
     loss_map = {"loss": _numbers(steps, "loss"), "reward": _numbers(steps, "reward")}
     chart = score_pictures.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
-    message = f"{info.state}, step {info.step} of {info.steps}" + (f", reward {info.reward:.4f}" if info.reward is not None else "") + f"\n{file}"
-    return RunResult(lora=host_lora(file), loss_map=loss_map, file_name=str(file), chart=chart, chart_files=paths.save_temp_images(chart), message=message)
+    reward = f", reward {info.reward:.4f}" if info.reward is not None else ""
+    return RunResult(
+        loras={expert: host_lora(file) for expert, file in files.items()},
+        files=files,
+        loss_map=loss_map,
+        chart=chart,
+        chart_files=paths.save_temp_images(chart),
+        message="\n".join([f"{info.state}, step {info.step} of {info.steps}{reward}", *map(str, files.values())]),
+    )
+
+
+def not_trained(run_id: str, expert: str) -> str:
+    """Say why a run has no LoRA for an expert."""
+    return f"Run {run_id} has no LoRA for the {expert}-noise expert, since it does not train that one. Use the other output, or train with expert = both."
 
 
 def host_lora(file: Path) -> dict[str, torch.Tensor]:
@@ -248,13 +268,12 @@ def _wait(runs: RunStore, run_id: str) -> RunInfo:
     return info
 
 
-def _newest_lora(folder: Path, info: RunInfo) -> Path | None:
-    """Return the newest LoRA that a run wrote, a finished one before a checkpoint."""
+def _newest_loras(folder: Path, info: RunInfo) -> dict[str, Path]:
+    """Return the newest LoRA of each expert that a run trained; finished ones count, and checkpoints only where there are none."""
     finished = [Path(file) for file in info.files if Path(file).is_file()]
-    if finished:
-        return finished[-1]
-    found = [file for file in (folder / "checkpoints").rglob("*.safetensors") if "noise" in file.name]
-    return max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
+    checkpoints = sorted((folder / "checkpoints").glob("*-noise-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    found = {guess_expert(file.name, read_header(file, "LoRA").metadata).expert or info.expert: file for file in finished or checkpoints}
+    return {expert: found[expert] for expert in EXPERTS if expert in found}
 
 
 def _advanced(text: str) -> dict[str, Any]:

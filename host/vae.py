@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 
 from ..lora_train.safetensors_file import read_header
-from .wan import _freeze
+from .wan import freeze
 
 FRAMES_PER_LATENT = 4
 
@@ -27,7 +27,7 @@ class WanDecoder:
         """Args:
         network: the host's WanVAE.
         """
-        _freeze(network)
+        freeze(network)
         self.network = network.to(device, dtype)
         self.dtype = dtype
         self.device = device

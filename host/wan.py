@@ -32,7 +32,7 @@ class WanBackbone:
         self.model = model
         self.dtype = dtype
         self.device = device
-        _freeze(model)
+        freeze(model)
         self._extra_channels = model.in_dim - self.latent_channels
 
     def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
@@ -93,8 +93,8 @@ def _checkpointed(block_forward):
     return forward
 
 
-def _freeze(model: torch.nn.Module) -> None:
-    """Give every weight a new Parameter: those that the host made in inference mode can never take part in a backward pass."""
+def freeze(model: torch.nn.Module) -> None:
+    """Give every weight a new, frozen Parameter: those that the host made in inference mode can never take part in a backward pass."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = parameter.detach()

@@ -15,11 +15,12 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..lora_train.safetensors_file import Header, read_header
 from . import paths
 from .experts import ExpertGuess, guess_expert
 from .lora_patch import EXPERT_ATTACHMENT
+from .preflight import ROLES
 from .text import load_text_encoder
-from .weight_files import WeightHeader, read_header
 
 logger = logging.getLogger("reward_lab")
 
@@ -91,12 +92,12 @@ def load(files: dict[str, str]) -> LoadedWan:
     return LoadedWan(model_high=models["high"], model_low=models["low"], clip=clip, vae=vae)
 
 
-def _checked_header(role: str, path: Path) -> WeightHeader:
+def _checked_header(role: str, path: Path) -> Header:
     """Read a file's header and check that it is of the right kind. Files of other formats are left to the host."""
     if path.suffix.lower() not in (".safetensors", ".sft"):
         logger.warning("%s is not a safetensors file; it is not checked before loading", path.name)
-        return WeightHeader(shapes={}, metadata={})
-    header = read_header(path)
+        return Header(shapes={}, dtypes={}, bytes_of={}, metadata={})
+    header = read_header(path, ROLES[role])
     mark, kind = MARKS[role]
     if not any(key.endswith(mark) for key in header.shapes):
         other = next((words for name, words in MARKS.values() if any(key.endswith(name) for key in header.shapes)), "something else")
@@ -116,7 +117,7 @@ def _check_slots(guesses: dict[str, ExpertGuess], found: dict[str, Path]) -> Non
         logger.warning("both experts are the same file, %s", found["high"].name)
 
 
-def _check_same_size(headers: dict[str, WeightHeader], found: dict[str, Path]) -> None:
+def _check_same_size(headers: dict[str, Header], found: dict[str, Path]) -> None:
     """Refuse experts of different widths, such as a 14B and a 5B file."""
     widths = {}
     for expert in ("high", "low"):

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,13 +113,12 @@ class _StopSignal:
 
 def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
     from ..lora_train.config import TrainConfig
-    from ..runs.store import CONFIG, METRICS
+    from ..runs.store import CONFIG, METRICS, read_config
     from . import preflight
 
-    try:
-        config = TrainConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read ({error}); write the settings of the run there") from error
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder / CONFIG} does not exist; write the settings of the run there")
+    config = TrainConfig.from_dict(read_config(folder))
     if (folder / METRICS).exists() and not resume:
         raise ValueError(f"the run folder {folder} already holds a run; resume it (--resume) or start a new one")
     preflight.check(config, folder)
@@ -141,7 +141,6 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
-    from dataclasses import asdict
 
     from ..lora_train.evaluation import all_prompts
     from ..lora_train.objectives.reward_backprop import Parts, train

@@ -1,7 +1,7 @@
 """The settings of a training run: frozen, checked when made, read from and written to JSON. No torch, so any process can read them.
 
 `TrainConfig.from_dict` refuses unknown keys with the nearest known name. `{"preset": NAME, ...}` starts from a preset (see presets.py).
-It checks values, not files: `files.check_models` looks at the disk.
+It checks values, not files: `host/preflight.py` looks at the disk.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """Paths of the four model files. `base_directory` (optional) is where relative paths start."""
+    """Paths of the four model files."""
 
     high: str
     low: str

@@ -33,20 +33,6 @@ class Decoder(Protocol):
         """Pixels [B, T, 3, H, W], fp32 in [0, 1], of the latent frames in `selection` (consecutive; None: all)."""
 
 
-class TextEncoder(Protocol):
-    """Prompts to the context that the backbones read."""
-
-    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        """One [P, D] tensor per prompt, on the CPU in fp32."""
-
-
-class Reward(Protocol):
-    """A reward model: a structural subset of `reward_models.base.RewardModel`."""
-
-    def score(self, frames_BCFHW: torch.Tensor, prompts: Sequence[str]):
-        """A `RewardOutput`; its `per_video` [B] is differentiable in the frames [B, T, 3, H, W]."""
-
-
 class SampleWriter(Protocol):
     """Writes shown videos; returns file names relative to the run folder."""
 

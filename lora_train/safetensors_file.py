@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_HEADER_LIMIT_BYTES = 100 * 1024 * 1024
+_HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says about itself."""
+    """What a file says about itself: shape, type (`BF16`, `F8_E4M3`, ...) and size of each tensor by key, and the metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -31,13 +31,13 @@ class Header:
 
 
 def read_header(path: str | Path, what: str = "model file") -> Header:
-    """Read and check the header of a safetensors file.
+    """Read and check the header of a safetensors file; no tensor is read.
 
     Args:
         what: name of the file's role, for messages.
 
     Raises:
-        ValueError: missing, empty, not safetensors, or shorter than its header promises.
+        ValueError: missing, empty, not safetensors, an entry without valid shape and offsets, or a file shorter than its header promises.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,10 +52,15 @@ def read_header(path: str | Path, what: str = "model file") -> Header:
     if len(raw) < length:
         raise ValueError(f"the {what} {path} is truncated: its header alone is {length} bytes, the file has {size_bytes}; download it again")
     try:
-        entries: dict[str, Any] = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        entries = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the {what} {path} has an unreadable safetensors header ({error}); download it again") from error
-    metadata = entries.pop("__metadata__", {}) or {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"the {what} {path} has an unreadable safetensors header (a {type(entries).__name__}, not an object); download it again")
+    metadata = entries.pop("__metadata__", None) or {}
+    for key, entry in entries.items():
+        if not _is_entry(entry):
+            raise ValueError(f"the {what} {path} is damaged: the header's entry of {key[:200]!r} has no valid type, shape and offsets; download it again")
     wanted_bytes = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size_bytes < wanted_bytes:
         raise ValueError(f"the {what} {path} is truncated: it should have {wanted_bytes} bytes, it has {size_bytes}; download it again")
@@ -63,8 +68,18 @@ def read_header(path: str | Path, what: str = "model file") -> Header:
         shapes={key: tuple(entry["shape"]) for key, entry in entries.items()},
         dtypes={key: entry["dtype"] for key, entry in entries.items()},
         bytes_of={key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in entries.items()},
-        metadata=metadata,
+        metadata={str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {},
     )
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether a header entry has a type, a shape and two offsets in order."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import training
+from ..host import queue, training
 from .types import Prompts, RewardModel, Run, WanFiles
 
 
@@ -99,7 +99,7 @@ class TrainLoRA(io.ComfyNode):
 
 
 class RunResult(io.ComfyNode):
-    """Fetches the LoRA, the curves and the file name of a run; can wait for it to end."""
+    """Fetches the LoRAs, the curves and the file names of a run; can wait for it to end."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -119,9 +119,10 @@ class RunResult(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.LoraModel.Output("lora", display_name="lora", tooltip="The newest LoRA of the run, in the host's layout."),
+                io.LoraModel.Output("lora_high", display_name="lora_high", tooltip="The newest LoRA of the high-noise expert, if the run trains it."),
+                io.LoraModel.Output("lora_low", display_name="lora_low", tooltip="The newest LoRA of the low-noise expert, if the run trains it."),
                 io.LossMap.Output("loss_map", display_name="loss_map", tooltip="Loss and reward of every step."),
-                io.String.Output("file_name", display_name="file_name", tooltip="Path of the newest LoRA file."),
+                io.String.Output("file_names", display_name="file_names", tooltip="Paths of these LoRA files, one a line."),
                 io.Image.Output("chart", display_name="chart", tooltip="Reward and loss over the steps."),
             ],
             is_output_node=True,
@@ -136,5 +137,6 @@ class RunResult(io.ComfyNode):
     def execute(cls, run: str, wait: bool) -> io.NodeOutput:
         """Fetch the result. Raises ValueError when the run is unknown or has written no LoRA yet, RuntimeError with the log's end when it failed."""
         result = training.run_result(run, wait)
+        high, low = (result.loras.get(expert) or queue.refused(training.not_trained(run, expert)) for expert in ("high", "low"))
         ui = {"images": result.chart_files, "text": [result.message]}
-        return io.NodeOutput(result.lora, result.loss_map, result.file_name, result.chart, ui=ui)
+        return io.NodeOutput(high, low, result.loss_map, "\n".join(map(str, result.files.values())), result.chart, ui=ui)

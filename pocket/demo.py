@@ -133,9 +133,10 @@ class _Demo:
 
     def compare(self, run: dict, pairs: int) -> list[comparison.Row]:
         weights = REPO / "pocket" / "weights"
-        official = {name: [(weights / f"{loras.NAME}-{expert}-noise-{name}.safetensors", expert, 1.0) for expert in ("high", "low")] for name in loras.REWARDS}
+        kinds = [(name, expert) for name in loras.REWARDS for expert in ("high", "low")]
+        official = [(f"{name}, {expert} noise", [(weights / loras.file_name(name, expert), expert, 1.0)]) for name, expert in kinds]
         trained = [(path, "high" if "-high-noise-" in path.name else "low", 1.0) for path in sorted(self._run_folder(run["id"]).glob("*.safetensors"))]
-        rows = [("base", []), *((f"{name} reward LoRAs", files) for name, files in official.items()), ("just trained", trained)]
+        rows = [("base", []), *official, ("just trained", trained)]
         reward = load_reward_model("hpsv2.1", weights / hps.FILE_NAME)
         measured = self._timed(
             f"compare on {pairs} held-out prompt/seed pairs",

@@ -101,7 +101,11 @@ def _watch(folder: Path, process: subprocess.Popen | None, callback: Callable[[d
         return
     code = process.returncode if process is not None else None
     failed = events.Failed(time=time.time(), error=_reason(code), log_tail=log_tail(folder))
-    append_event(folder, failed)
+    try:
+        append_event(folder, failed)
+    except OSError:
+        # A full disk ends runs and cannot take their last word either; the page gets it all the same.
+        logger.exception("the failure of the run in %s cannot be recorded", folder)
     _deliver(callback, events.to_dict(failed))
 
 
@@ -142,9 +146,18 @@ class _Tail:
             read = file.read()
         self._offset += len(read)
         *lines, self._rest = (self._rest + read).split(b"\n")
-        found = [events.to_dict(events.from_line(line.decode("utf-8"))) for line in lines if line]
+        found = [event for line in lines if line and (event := _parsed(line)) is not None]
         skipped, self._skip = min(self._skip, len(found)), max(0, self._skip - len(found))
         return found[skipped:]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        return events.to_dict(events.from_line(line.decode("utf-8")))
+    except (ValueError, TypeError) as error:
+        # The run itself goes on and must be followed to its end; the list of runs says that its file is broken.
+        logger.warning("an event cannot be read: %s", error)
+        return None
 
 
 def stop(run_folder: str | Path, process: subprocess.Popen | None = None, grace_s: float = 60.0) -> None:

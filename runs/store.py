@@ -23,15 +23,18 @@ from ..lora_train.config import TrainConfig
 from . import lock
 
 CONFIG, METRICS, LOG, STOP = "config.json", "metrics.jsonl", "log.txt", "stop"
-STATES = ("created", "running", "stopping", "finished", "stopped", "failed")
+STATES = ("created", "running", "stopping", "finished", "stopped", "failed", "broken")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 _LOG_TAIL_BYTES = 64 * 1024
-_STARTING_S = 120.0
+_STARTING_S = 120.0  # a worker takes its lock within seconds of its start; one that has not by now never will
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values."""
+    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values.
+
+    `state` is one of STATES; `broken` means that the folder's files cannot be read, and `error` says why.
+    """
 
     id: str
     name: str
@@ -80,7 +83,10 @@ class RunStore:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"the run folder {folder} is already in use; choose another name, or resume that run")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+        # At once: a list of runs that is read meanwhile must not find half of it.
+        partial = folder / f"{CONFIG}.partial"
+        partial.write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+        partial.replace(folder / CONFIG)
         return run_id
 
     def folder(self, run_id: str) -> Path:
@@ -100,26 +106,19 @@ class RunStore:
         return self.root / run_id
 
     def list(self) -> list[RunInfo]:
-        """All runs, newest first."""
+        """All runs, newest first; one that cannot be read is among them with the state `broken`."""
         if not self.root.is_dir():
             return []
-        ids = [path.name for path in self.root.iterdir() if _ID.fullmatch(path.name) and (path / CONFIG).is_file()]
-        return sorted((self.get(run_id) for run_id in ids), key=lambda info: info.created, reverse=True)
+        folders = [path for path in self.root.iterdir() if _ID.fullmatch(path.name) and (path / CONFIG).is_file()]
+        return sorted(map(_info, folders), key=lambda info: info.created, reverse=True)
 
     def get(self, run_id: str) -> RunInfo:
-        """Present state of one run."""
-        folder = self.folder(run_id)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        values: dict[str, Any] = {
-            "name": config.get("name", run_id),
-            "steps": config.get("steps", 0),
-            "expert": config.get("expert", ""),
-            "reward_kind": config.get("reward", {}).get("kind", ""),
-            "created": (folder / CONFIG).stat().st_mtime,
-            "pid": lock.owner(folder),
-        }
-        last = _summarise(self.events(run_id), values)
-        return RunInfo(id=run_id, state=_state(folder, last, values), **values)
+        """Present state of one run; see RunInfo for one that cannot be read.
+
+        Raises:
+            ValueError: no plain name, or no such run.
+        """
+        return _info(self.folder(run_id))
 
     def events(self, run_id: str, start: int = 0) -> list[dict[str, Any]]:
         """Events from number `start` on; a line that is still being written is left for the next call."""
@@ -134,19 +133,54 @@ class RunStore:
         (self.folder(run_id) / STOP).touch()
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run folder as JSON values; they are not checked.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{CONFIG} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{CONFIG} holds a {type(values).__name__}, not an object of settings")
+    return values
+
+
 def read_events(folder: Path, start: int = 0) -> list[dict[str, Any]]:
-    """Events of a run folder from number `start` on."""
+    """Events of a run folder from number `start` on.
+
+    Raises:
+        ValueError: a whole line is no event.
+    """
     path = folder / METRICS
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines[start:] if line]
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        if number <= start or not line:
+            continue
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{METRICS}, line {number} is not JSON ({error})") from error
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            raise ValueError(f"{METRICS}, line {number} is no event: {line[:80]!r}")
+        found.append(event)
+    return found
 
 
 def append_event(folder: Path, event: events.Event) -> None:
-    """Add one event to `metrics.jsonl`."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(events.to_line(event) + "\n")
+    """Add one event to `metrics.jsonl`; half a line that a killed process left at its end is cut off first."""
+    with (folder / METRICS).open("ab+") as file:
+        size_bytes = file.seek(0, 2)
+        file.seek(max(0, size_bytes - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(events.to_line(event).encode() + b"\n")
 
 
 def log_tail(folder: Path, lines: int = 20) -> list[str]:
@@ -157,6 +191,31 @@ def log_tail(folder: Path, lines: int = 20) -> list[str]:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
         return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+
+
+def _info(folder: Path) -> RunInfo:
+    try:
+        return _read_info(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Files that somebody edited, or that a full disk cut short: the other runs must stay visible.
+        reason = f"an event in {METRICS} lacks {error}" if isinstance(error, KeyError) else str(error)
+        created = folder.stat().st_mtime if folder.is_dir() else 0.0
+        return RunInfo(id=folder.name, name=folder.name, state="broken", created=created, error=f"{reason}; repair the file, or delete {folder}")
+
+
+def _read_info(folder: Path) -> RunInfo:
+    config = read_config(folder)
+    reward = config.get("reward")
+    values: dict[str, Any] = {
+        "name": str(config.get("name", folder.name)),
+        "steps": int(config.get("steps", 0)),
+        "expert": str(config.get("expert", "")),
+        "reward_kind": str(reward.get("kind", "")) if isinstance(reward, dict) else "",
+        "created": (folder / CONFIG).stat().st_mtime,
+        "pid": lock.owner(folder),
+    }
+    last = _summarise(read_events(folder), values)
+    return RunInfo(id=folder.name, state=_state(folder, last, values), **values)
 
 
 def _summarise(run_events: list[dict[str, Any]], values: dict[str, Any]) -> str:
@@ -188,10 +247,10 @@ def _state(folder: Path, last: str, values: dict[str, Any]) -> str:
     if last == "failed":
         return "failed"
     # A process needs a moment from its start to its lock.
-    if not last and not (folder / lock.FILE).exists() and time.time() - values["created"] < _STARTING_S:
+    has_begun = bool(last) or (folder / lock.FILE).exists()
+    if not has_begun and time.time() - values["created"] < _STARTING_S:
         return "created"
-    if last or (folder / lock.FILE).exists():
-        values["error"] = "the training process ended without a word (killed, or out of memory); its last checkpoint is good"
-        values["log_tail"] = log_tail(folder)
-        return "failed"
-    return "created"
+    ended = "the training process ended without a word (killed, or out of memory); its last checkpoint is good"
+    values["error"] = ended if has_begun else "the training process never began; start the run again"
+    values["log_tail"] = log_tail(folder)
+    return "failed"

@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Workflow = Mapping[str, Mapping[str, Any]]
@@ -24,11 +24,12 @@ class Axis:
     """One axis of a sweep.
 
     Attributes:
-        label: What the user wrote left of the equals sign.
+        label: What the user wrote left of the equals sign, without the name.
         node_id: The node.
         widget: Its widget.
         path: Place inside the widget's JSON; empty for the whole widget.
         values: The values, in order.
+        name: The user's own word for the axis; empty for none.
     """
 
     label: str
@@ -36,10 +37,21 @@ class Axis:
     widget: str
     path: tuple[str | int, ...] = ()
     values: tuple[Any, ...] = ()
+    name: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the axis as plain data."""
-        return {"label": self.label, "node_id": self.node_id, "widget": self.widget, "path": list(self.path), "values": list(self.values)}
+        return {"label": self.label, "node_id": self.node_id, "widget": self.widget, "path": list(self.path), "values": list(self.values), "name": self.name}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Axis:
+        """Return the axis that `to_dict` wrote."""
+        return cls(**{**entry, "path": tuple(entry["path"]), "values": tuple(entry["values"])})
+
+    @property
+    def heading(self) -> str:
+        """What stands before the values in a grid: the user's word, else the widget."""
+        return self.name or self.short_label
 
     @property
     def short_label(self) -> str:
@@ -52,7 +64,8 @@ def parse_axes(text: str, workflow: Workflow) -> list[Axis]:
 
     Args:
         text: One axis a line: `node.widget = value, value`; node is a title, an id or a class name; the widget may be followed by a path
-            into its JSON, such as `rows[0].high`. Values are JSON (numbers, true, "quoted text") or plain text. `#` starts a comment line.
+            into its JSON, such as `rows[0].high`. `word: node.widget = ...` gives the axis a word of your own, which the grid shows. Values are
+            JSON (numbers, true, "quoted text") or plain text. `#` starts a comment line.
         workflow: The API prompt.
 
     Returns:
@@ -176,6 +189,9 @@ def _axis(target: str, values: Sequence[Any], workflow: Workflow) -> Axis:
         for value in values:
             _like(read_widget(workflow, axis), value, axis)
         return axis
+    name, colon, after = target.partition(":")
+    if colon and name.strip() and after.strip() and not problem:
+        return replace(_axis(after.strip(), values, workflow), name=name.strip())
     titles = [(node.get("_meta") or {}).get("title") or node.get("class_type", "?") for node in workflow.values()]
     raise ValueError(problem or f"no node of this workflow is called {target.rpartition('.')[0] or target!r}. Nodes: {', '.join(titles)}.")
 

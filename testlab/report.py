@@ -74,7 +74,7 @@ def write_report(sweep: Sweep, sweep_folder: Path, recorded: Mapping[str, Record
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(
         title=html.escape(sweep.name),
-        axes=html.escape(" × ".join(f"{axis.label} ({len(axis.values)})" for axis in sweep.axes)),
+        axes=html.escape(" × ".join(f"{axis.name or axis.label} ({len(axis.values)})" for axis in sweep.axes)),
         summary=html.escape(_summary(sweep, recorded, failures)),
         columns=sweep.columns,
         has_rows="rows" if sweep.rows > 1 else "flat",
@@ -131,7 +131,7 @@ def _card(cell: Cell, recorded: RecordedCell, video: Path, inline: bool, is_best
 
 def _table(sweep: Sweep, recorded: Mapping[str, RecordedCell], failures: Mapping[str, str], best: set[str]) -> str:
     """Return the table of all cells."""
-    head = "".join(f"<th>{html.escape(axis.short_label)}</th>" for axis in sweep.axes)
+    head = "".join(f"<th>{html.escape(axis.heading)}</th>" for axis in sweep.axes)
     lines = [f"<tr><th>cell</th>{head}<th>reward</th><th>over frames</th><th>frames</th><th>note</th></tr>"]
     for cell in sweep.cells:
         found = recorded.get(cell.key)

@@ -189,8 +189,8 @@ def applied_values(prompt: Workflow, axes: Sequence[Mapping[str, Any]]) -> list[
     """
     values = []
     for entry in axes:
-        axis = Axis(label=entry["label"], node_id=entry["node_id"], widget=entry["widget"], path=tuple(entry["path"]))
-        values.append({"label": axis.label, "widget": axis.short_label, "value": read_widget(prompt, axis)})
+        axis = Axis.from_dict(entry)
+        values.append({"label": axis.label, "widget": axis.heading, "value": read_widget(prompt, axis)})
     return values
 
 

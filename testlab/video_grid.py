@@ -165,7 +165,7 @@ def draw_labels(sweep: Sweep, layout: Layout, recorded: Mapping[str, RecordedCel
     picture = Image.new("RGB", layout.size, BACKGROUND)
     draw = ImageDraw.Draw(picture)
     size, width = layout.font_px, layout.size[0]
-    axes = " by ".join(axis.label for axis in sweep.axes)
+    axes = " by ".join(axis.name or axis.label for axis in sweep.axes)
     draw.text((GAP_PX + 4, 8), shorten(f"{sweep.name}   {axes}", size, width - 2 * GAP_PX - 8), font=font(size), fill=MUTED)
     for column in range(sweep.columns):
         x = layout.corner(column)[0] + layout.tile_width / 2
@@ -184,14 +184,13 @@ def draw_labels(sweep: Sweep, layout: Layout, recorded: Mapping[str, RecordedCel
 
 
 def _applied_label(sweep: Sweep, keys: Sequence[str], axis: int, recorded: Mapping[str, RecordedCell]) -> str:
-    """Return `widget = value` as the cells report it; where they differ, say so instead of showing one of them."""
-    applied = [recorded[key].applied[axis] for key in keys if key in recorded and axis < len(recorded[key].applied)]
+    """Return `heading = value` with the value that the cells report; where they differ, say so instead of showing one of them."""
+    applied = [recorded[key].applied[axis]["value"] for key in keys if key in recorded and axis < len(recorded[key].applied)]
     if not applied:
         position = next(cell.place[axis] for cell in sweep.cells if cell.key in keys)
-        return f"{sweep.axes[axis].short_label} = {show_value(sweep.axes[axis].values[position])}"
-    values = {json.dumps(entry["value"]) for entry in applied}
-    shown = show_value(applied[0]["value"]) if len(values) == 1 else "(differs)"
-    return f"{applied[0]['widget']} = {shown}"
+        applied = [sweep.axes[axis].values[position]]
+    shown = show_value(applied[0]) if len({json.dumps(value) for value in applied}) == 1 else "(differs)"
+    return f"{sweep.axes[axis].heading} = {shown}"
 
 
 def _draw_cell(draw: ImageDraw.ImageDraw, layout: Layout, cell: Cell, recorded: RecordedCell | None, problem: str, best: set[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 def test_page_modules(repo: Path) -> None:
     node = shutil.which("node")
     if not node:
-        message = "no Node.js found; install version 20 or newer to run the tests of the page modules"
+        message = "no Node.js found; install version 18 or newer to run the tests of the page modules"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     files = sorted(str(path) for path in (repo / "tests" / "web").glob("*.test.mjs"))
     assert files

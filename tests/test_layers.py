@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("nodes", "host", "runs", "testlab", "lora_train", "reward_models", "pocket", "labtools")
 SCAFFOLD = ("benchmarks", "tests")
 FILE_LINES = 400
-FUNCTION_LINES = 80
+FUNCTION_LINES = 60
+# A training loop is read from top to bottom in one place; a node's schema is a table.
+LOOP_LINES = 120
+TABLES = ("define_schema",)
 HOST_MODULES = frozenset(
     {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "node_helpers", "latent_preview"}
 )
@@ -155,9 +158,10 @@ def test_file_length() -> None:
 def test_function_length() -> None:
     long = []
     for path in python_files():
-        limit = 120 if "objectives" in path.parts else FUNCTION_LINES
+        limit = LOOP_LINES if "objectives" in path.parts else FUNCTION_LINES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > limit:
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in TABLES
+            if is_function and node.end_lineno - node.lineno + 1 > limit:
                 long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines")
     assert long == []
 

@@ -38,10 +38,21 @@ export const EVENT_FIELDS = Object.freeze({
 /** States of a run that can still change on its own. */
 export const LIVE_STATES = Object.freeze(["created", "running", "stopping"]);
 
+/** States that come with an `error` to show: the training failed, or the run's files cannot be read. */
+export const FAILED_STATES = Object.freeze(["failed", "broken"]);
+
 /**
  * @param {{ state: string }} run
  * @returns {boolean}
  */
 export function isLive(run) {
   return LIVE_STATES.includes(run.state);
+}
+
+/**
+ * @param {{ state: string }} run
+ * @returns {boolean}
+ */
+export function hasFailed(run) {
+  return FAILED_STATES.includes(run.state);
 }

@@ -4,7 +4,7 @@ import { addStyleSheet } from "./dom.js";
 import * as host from "./host.js";
 import { createRowsView } from "./lora_rows.js";
 import { createRunView, createTextView } from "./node_views.js";
-import { mount } from "./panel.js";
+import { mount, reveal } from "./panel.js";
 import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
@@ -160,7 +160,10 @@ function addText(node) {
  * @returns {NodeView}
  */
 function addRun(node) {
-  const view = createRunView(store, () => host.showSidebarTab(TAB_ID));
+  const view = createRunView(store, (id) => {
+    reveal(store, id);
+    host.showSidebarTab(TAB_ID);
+  });
   addView(
     node,
     "reward_lab_run_view",

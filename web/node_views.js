@@ -1,6 +1,7 @@
 // @ts-check
 /** Small views that sit on nodes: the text a node reports, and the progress of a training run. */
 import { el, icon, setText, shieldFromCanvas } from "./dom.js";
+import { hasFailed } from "./events.js";
 import { createRunChart } from "./run_chart.js";
 import { headLine } from "./run_card.js";
 
@@ -35,7 +36,7 @@ export function createTextView() {
  * Progress of the run that a node started or waits for.
  *
  * @param {RunStore} store
- * @param {() => void} onOpen the user wants to see the run in the sidebar
+ * @param {(id: string) => void} onOpen the user wants to see the run in the sidebar
  * @returns {{ element: HTMLElement, follow(id: string): void, runId(): string | null, destroy(): void }}
  */
 export function createRunView(store, onOpen) {
@@ -55,7 +56,7 @@ export function createRunView(store, onOpen) {
   /** @type {string | null} */
   let id = null;
   shieldFromCanvas(element);
-  open.addEventListener("click", onOpen);
+  open.addEventListener("click", () => id && onOpen(id));
   const render = () => {
     const run = id ? store.runs.get(id) : null;
     open.hidden = !run;
@@ -68,7 +69,7 @@ export function createRunView(store, onOpen) {
     element.dataset.state = run.state;
     const detail = store.watch(id);
     setText(badge, run.state);
-    setText(line, run.state === "failed" ? (detail.failure?.error ?? run.error ?? "failed") : headLine(run, detail));
+    setText(line, hasFailed(run) ? (detail.failure?.error ?? run.error ?? run.state) : headLine(run, detail));
     line.title = line.textContent ?? "";
     bar.style.width = `${run.steps ? Math.min(100, (100 * run.step) / run.steps) : 0}%`;
     chart.show(detail);

@@ -19,6 +19,22 @@ const openRuns = new Set();
 /** @type {Set<string>} */
 const touchedRuns = new Set();
 
+/** @type {string | null} the run to bring into view when its card is next drawn */
+let wantedRun = null;
+
+/**
+ * Open a run's card and bring it into view, now or when the tab is opened.
+ *
+ * @param {RunStore} store
+ * @param {string} id
+ */
+export function reveal(store, id) {
+  openRuns.add(id);
+  touchedRuns.add(id);
+  wantedRun = id;
+  store.dispatchEvent(new Event("change"));
+}
+
 /**
  * @param {HTMLElement} root
  * @param {RunStore} store
@@ -62,6 +78,10 @@ export function mount(root, store, host) {
       else before = before.nextElementSibling;
       card.update(run, openRuns.has(id) ? store.watch(id) : null);
     }
+    const wanted = wantedRun ? cards.get(wantedRun) : null;
+    if (!wanted || !panel.isConnected) return;
+    wanted.element.scrollIntoView({ block: "start", behavior: "smooth" });
+    wantedRun = null;
   };
   const frame = onceAFrame(render);
   const onChange = () => frame.request();

@@ -1,7 +1,7 @@
 // @ts-check
 /** One training run in the sidebar: a head that is always there and, when open, curves, figures, sample, files or the failure. */
 import { el, icon, setText } from "./dom.js";
-import { isLive } from "./events.js";
+import { hasFailed, isLive } from "./events.js";
 import { createRunChart } from "./run_chart.js";
 import { formatDuration, remaining_s } from "./run_store.js";
 
@@ -70,6 +70,7 @@ export function createRunCard(id, actions) {
  * @param {RunDetail | null} detail
  */
 export function headLine(run, detail) {
+  if (run.state === "broken") return "cannot be read";
   const reward = lastReward(run, detail);
   const left = remaining_s(run, detail ?? undefined);
   const isWaiting = run.state === "created" || (run.state === "running" && !run.step);
@@ -112,10 +113,10 @@ function createRunBody(id, actions) {
     /** @param {RunInfo} run @param {RunDetail} detail */
     update(run, detail) {
       const hasCurve = detail.reward.count > 0;
-      chart.element.hidden = !hasCurve && run.state === "failed";
+      chart.element.hidden = !hasCurve && hasFailed(run);
       chart.show(detail);
       figures.replaceChildren(...figureRows(run, detail));
-      const failureKey = run.state === "failed" ? `${detail.failure?.error ?? run.error}${detail.log.length}` : "";
+      const failureKey = hasFailed(run) ? `${detail.failure?.error ?? run.error}${detail.log.length}` : "";
       if (failureKey !== shownFailure) failure.replaceChildren(...(failureKey ? failureRows(run, detail, actions) : []));
       if (run.state !== shownState) buttons.replaceChildren(...actionButtons(run, actions));
       const latest = detail.samples[detail.samples.length - 1];
@@ -139,18 +140,12 @@ function figureRows(run, detail) {
   const { started, heldOutSpan } = detail;
   if (started?.reward) rows.push(["Reward model", started.reward]);
   if (started?.experts?.length) rows.push(["Expert", started.experts.join(", ")]);
-  if (heldOutSpan)
-    rows.push([
-      "Held-out reward",
-      `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}${heldOutSpan.base === null ? "" : ` (base ${heldOutSpan.base.toFixed(4)})`}`,
-    ]);
+  if (heldOutSpan) rows.push(["Held-out reward", `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}`]);
+  if (heldOutSpan && heldOutSpan.base !== null) rows.push(["Held-out, base model", heldOutSpan.base.toFixed(4)]);
   if (detail.secondsAStep) rows.push(["Speed", `${detail.secondsAStep < 10 ? detail.secondsAStep.toFixed(1) : Math.round(detail.secondsAStep)} s a step`]);
   if (detail.checkpoints.length) rows.push(["Checkpoint", `step ${detail.checkpoints[detail.checkpoints.length - 1]}`]);
-  if (started?.parameters)
-    rows.push([
-      "Trained",
-      `${(started.parameters / 1e6).toFixed(started.parameters < 1e7 ? 2 : 0)} M parameters${started.device ? ` on ${started.device}` : ""}`,
-    ]);
+  if (started?.parameters) rows.push(["Trained", `${(started.parameters / 1e6).toFixed(started.parameters < 1e7 ? 2 : 0)} M parameters`]);
+  if (started?.device) rows.push(["Device", started.device]);
   return rows.flatMap(([term, value]) => [el("dt", { text: term }), el("dd", { text: value })]);
 }
 

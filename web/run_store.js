@@ -11,7 +11,7 @@ import { Series } from "./series.js";
  * @typedef {object} RunInfo
  * @property {string} id
  * @property {string} name
- * @property {string} state created | running | stopping | finished | stopped | failed
+ * @property {string} state created | running | stopping | finished | stopped | failed | broken (its files cannot be read)
  * @property {number} step
  * @property {number} steps
  * @property {number | null} [reward] last reward
@@ -151,6 +151,7 @@ export class RunStore extends EventTarget {
   async #read(id) {
     const detail = this.details.get(id) ?? newDetail();
     this.details.set(id, detail);
+    if (this.runs.get(id)?.state === "broken") return;
     try {
       const path = `/reward_lab/runs/${encodeURIComponent(id)}`;
       const events = await this.server.getJson(`${path}/events?start=${detail.next}`);

@@ -23,9 +23,16 @@ from . import dit, hps, mps, text, vae
 
 NAME = "Pocket-Wan2.2-Fun-A14B"
 REWARDS = {"HPS2.1": ("hpsv2.1", hps.FILE_NAME, 1.0), "MPS": ("mps", mps.FILE_NAME, 0.02)}
-FILE_NAMES = [f"{NAME}-{expert}-noise-{reward}.safetensors" for reward in REWARDS for expert in ("high", "low")]
 STEPS = 40
 RANK = 3  # of the shipped files; training uses the preset's
+
+
+def file_name(reward: str, expert: str) -> str:
+    """As the official files are named."""
+    return f"{NAME}-{expert}-noise-{reward}.safetensors"
+
+
+FILE_NAMES = [file_name(reward, expert) for reward in REWARDS for expert in ("high", "low")]
 
 
 def training_prompts(count: int, seed: int) -> list[str]:
@@ -72,7 +79,7 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
     store = RunStore(scratch / "runs")
     for reward in REWARDS:
         for expert in ("high", "low"):
-            target = weights / f"{NAME}-{expert}-noise-{reward}.safetensors"
+            target = weights / file_name(reward, expert)
             if target.exists():
                 continue
             run_id = store.create(config_for(weights, reward, expert, seed))

@@ -1,8 +1,8 @@
 """Trains the pocket PAVRM: a truncated Wan trunk that reads noisy latents, query-attention pooling and a score head.
 
 Good: a clip whose motion is what the caption says. Bad: frozen, flickering, or moving another way than the caption says.
-Loss: binary cross-entropy on the logit and Bradley-Terry on pairs, noise levels uniform in sigma:
-the shift-5 schedule would spend most steps where nothing can be seen.
+Loss: binary cross-entropy on the logit and Bradley-Terry on pairs. Noise levels are uniform up to a limit that rises from phase to phase: what motion
+is must be learned where it can be seen; with all noise levels from the start, 6,000 steps gave 75 % on clear latents and 60 % at sigma 0.8.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BLOCKS = 3
 POOL_HEADS = 8
 CONFIG = {**dit.CONFIG, "num_layers": BLOCKS}
 PAIRS = 12
+PHASES = (("-clear", 0.4, 2500), ("-middle", 0.75, 2000), ("-full", 0.95, 3000))  # name, largest sigma, steps
 
 
 def wrong_way(scene: world.Scene, rng: random.Random) -> world.Scene:
@@ -118,9 +119,9 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
     # During training only: naming the motion from the mean feature teaches the trunk to see it.
     motion_head = torch.nn.Linear(CONFIG["dim"], len(world.MOTIONS))
 
-    def loss_of(step: int, rng: random.Random) -> torch.Tensor:
+    def loss_of(largest_sigma: float, rng: random.Random) -> torch.Tensor:
         x0, captions, motions = pairs(sets, rng, PAIRS)
-        sigma = torch.rand(PAIRS).repeat(2)
+        sigma = (largest_sigma * torch.rand(PAIRS)).repeat(2)
         level = sigma.view(-1, 1, 1, 1, 1)
         noise = torch.randn_like(x0[:PAIRS]).repeat(2, 1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +134,10 @@ def build(weights: Path, scratch: Path, seed: int) -> None:
         return F.binary_cross_entropy_with_logits(logit, labels) + better + naming
 
     modules = torch.nn.ModuleDict({"model": model, "motion_head": motion_head})
-    fit("pavrm", modules, loss_of, steps=2800, peak_lr=6e-4, folder=scratch, seed=seed, warmup=50)
-    fit("pavrm-fine", modules, loss_of, steps=1300, peak_lr=6e-4, folder=scratch, seed=seed + 1, warmup=50)
+    for index, (phase, largest_sigma, steps) in enumerate(PHASES):
+        fit(
+            f"pavrm{phase}", modules, lambda step, rng, limit=largest_sigma: loss_of(limit, rng),
+            steps=steps, peak_lr=6e-4, folder=scratch, seed=seed + 100 * index, warmup=50,
+        )  # fmt: skip
     metadata = {"format": "pt", "config": json.dumps({"transformer": CONFIG, "feature_layers": [BLOCKS], "num_heads": POOL_HEADS})}
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, weights / FILE_NAME, metadata=metadata)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,17 +104,55 @@ def load_graph(page: Any, workflow: dict[str, Any], *, is_api: bool = False) -> 
     page.wait_for_timeout(600)
 
 
-def press_run(page: Any) -> None:
-    """Click the front-end's own Run button."""
-    page.get_by_test_id("queue-button").first.click()
+def press_run(page: Any) -> str:
+    """Click the front-end's own Run button; returns the id of the prompt that it queued.
+
+    Raises:
+        RuntimeError: the server refused the prompt.
+    """
+    with page.expect_response(lambda answer: answer.url.endswith("/api/prompt") and answer.request.method == "POST") as queued:
+        page.get_by_test_id("queue-button").first.click()
+    answer = queued.value.json()
+    if not queued.value.ok:
+        raise RuntimeError(f"the server refused the prompt: {json.dumps(answer)}")
+    return answer["prompt_id"]
 
 
-def wait_for_execution(page: Any, timeout_s: float) -> None:
-    """Wait until the queue is empty. Raises TimeoutError of playwright when it is not in time."""
+def wait_for_execution(page: Any, prompt_id: str, timeout_s: float) -> None:
+    """Wait until a prompt has run, and everything that it queued behind itself.
+
+    Raises:
+        RuntimeError: the prompt failed.
+        TimeoutError: it is not over in time.
+    """
+    # Not page.wait_for_function: the promise of an asynchronous condition counts as true for it, at once.
+    ask = """async (id) => {
+        const [history, queue] = await Promise.all(['/api/history/' + id, '/api/queue'].map(async (path) => (await fetch(path)).json()));
+        return queue.queue_running.length + queue.queue_pending.length === 0 ? history[id]?.status ?? null : null;
+    }"""
+    deadline = time.monotonic() + timeout_s
+    while (status := page.evaluate(ask, prompt_id)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the prompt was not over within {timeout_s:.0f} s")
+        page.wait_for_timeout(500)
+    if status["status_str"] != "success":
+        raise RuntimeError(f"the prompt failed: {json.dumps(status['messages'][-1:])}")
+
+
+def wait_for_pictures(page: Any, timeout_s: float = 120.0) -> None:
+    """Wait until every node that reported pictures shows them, on the canvas or in an element of its own."""
     page.wait_for_function(
-        "async () => { const q = await (await fetch('/api/queue')).json(); return q.queue_running.length + q.queue_pending.length === 0; }",
+        """() => {
+            const isShown = (picture) => picture.complete !== false && (picture.naturalWidth || picture.videoWidth || 0) > 0;
+            return window.app.graph.nodes.every((node) => {
+                if (!window.app.nodeOutputs[node.id]?.images?.length) return true;
+                const elements = (node.widgets ?? []).flatMap((widget) => [...(widget.element?.querySelectorAll?.('img, video') ?? [])]);
+                const pictures = [...(node.imgs ?? []), ...elements];
+                return pictures.length > 0 && pictures.every(isShown);
+            });
+        }""",
         timeout=timeout_s * 1000,
-        polling=500,
+        polling=250,
     )
 
 

@@ -24,6 +24,10 @@ from workflow_specs import Workflow, all_workflows  # noqa: E402
 REPO = Path(__file__).resolve().parents[2]
 FOLDER = REPO / "example_workflows"
 RUN_LIMIT_S = 900.0
+# Smooth zooming and the last redraw after a result.
+SETTLE_MS = 1500
+# The layer of the front-end that holds its menus, sidebar and zoom buttons; the graph and the elements on nodes are outside of it.
+WITHOUT_BARS = ".graph-canvas-container > .z-999 { opacity: 0 !important; }"
 
 BUILD = """async (spec) => {
     const { app, LiteGraph } = window;
@@ -119,10 +123,20 @@ def stable(graph: dict[str, Any], name: str) -> dict[str, Any]:
     return graph
 
 
-def picture(page: Any, target: Path, quality: int, clip: dict[str, float] | None = None) -> None:
-    """Write what the page shows as a JPEG."""
+def run(page: Any) -> None:
+    """Press Run and wait until every node shows its result: pictures, the grid, the curve of a run that has ended."""
+    prompt_id = frontend.press_run(page)
+    frontend.wait_for_execution(page, prompt_id, RUN_LIMIT_S)
+    frontend.wait_for_pictures(page)
+    if any(kind == "RewardLabTrainLoRA" for kind in page.evaluate("() => window.app.graph.nodes.map((node) => node.type)")):
+        page.wait_for_selector(".rl-node-run[data-state=finished]", timeout=RUN_LIMIT_S * 1000)
+    page.wait_for_timeout(SETTLE_MS)
+
+
+def picture(page: Any, target: Path, quality: int, clip: dict[str, float]) -> None:
+    """Write a part of the page as a JPEG, without the front-end's bars, which lie over the graph."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=str(target), type="jpeg", quality=quality, **({"clip": clip} if clip else {}))
+    page.screenshot(path=str(target), type="jpeg", quality=quality, clip=clip, style=WITHOUT_BARS)
 
 
 def graph_clip(page: Any) -> dict[str, float]:
@@ -157,10 +171,7 @@ def main() -> None:
             (FOLDER / f"{workflow.name}.json").write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             frontend.fit_view(page)
             if arguments.run and is_pocket:
-                frontend.press_run(page)
-                page.wait_for_timeout(2000)
-                frontend.wait_for_execution(page, RUN_LIMIT_S)
-                page.wait_for_timeout(2500)
+                run(page)
                 frontend.fit_view(page)
             clip = graph_clip(page)
             if arguments.images and is_pocket:

@@ -126,12 +126,12 @@ POCKET = ModelSet(
     train_prompts=POCKET_PROMPTS,
     train={
         "preset": "pocket",
-        "expert": "low",
-        "steps": 30,
+        "expert": "high",
+        "steps": 100,
         "rank": 16,
         "alpha": 8.0,
         "learning_rate": 0.002,
-        "batch": 4,
+        "batch": 8,
         "width": 64,
         "height": 64,
         "frames": 17,
@@ -142,7 +142,8 @@ POCKET = ModelSet(
     },
     models_note="""### Pocket models
 These are tiny Wan2.2 models that come with the pack: same architecture, same file formats, 64×64 pixels, a world of coloured shapes. They run on any
-computer in seconds. `python lab.py serve` puts them into the model folders.
+computer in seconds. `python lab.py serve` starts ComfyUI with them. For another ComfyUI, copy the files of the pack's `pocket/weights` into the
+model folders that `pocket/MANIFEST.json` names.
 
 For real videos open the template of the same name with **(Wan2.2 14B)**.""",
 )

@@ -46,6 +46,15 @@ def test_runs(client, finished_run: str) -> None:
     assert client.get("/api/reward_lab/runs"), "the host serves every route under /api too"
 
 
+def test_a_broken_run_folder_hides_no_other_run(server, client, finished_run: str) -> None:
+    folder = Path(server.base) / "output" / "reward_lab" / "runs" / "broken-run"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"name": ')
+    states = {entry["id"]: entry["state"] for entry in client.get("/reward_lab/runs")}
+    assert states[finished_run] == "finished" and states[folder.name] == "broken"
+    assert "is not JSON" in client.get(f"/reward_lab/runs/{folder.name}")["error"]
+
+
 def test_nothing_outside_is_reached(client, finished_run: str) -> None:
     for name in OUTSIDE:
         for path in (

@@ -24,10 +24,9 @@ pytestmark = pytest.mark.host
 
 
 @pytest.fixture
-def spec(shared_fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The tiny HPS model, chosen through the node."""
-    shutil.copy(shared_fixtures / "scorers" / "hps" / "hps_tiny.safetensors", tmp_path / "tiny.safetensors")
-    shutil.copy(shared_fixtures / "scorers" / "hps" / "config.json", tmp_path / "tiny.json")
+def spec(pocket_models: list[dict], repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The pocket HPS model, chosen through the node."""
+    shutil.copy(repo / "pocket" / "weights" / "pocket_HPS_v2.1.safetensors", tmp_path / "tiny.safetensors")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, paths.REWARD_MODEL_FOLDER, ([str(tmp_path)], {".safetensors"}))
     for name in ("temp", "output", "input"):
         monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda name=name: str(tmp_path / name))

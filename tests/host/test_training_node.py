@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import queue
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reward_lab.host import prompt_files, training  # noqa: E402
 from reward_lab.nodes.prompts import Prompts  # noqa: E402
+from reward_lab.nodes.train import RunResult  # noqa: E402
 from reward_lab.reward_models.spec import RewardModelSpec  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -67,7 +70,7 @@ def test_bad_settings_are_refused(changes: dict) -> None:
         config(**changes)
 
 
-def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_fixtures: Path) -> None:
+def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path, pocket_models: list[dict]) -> None:
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
     runs = training.store()
@@ -76,21 +79,47 @@ def test_result_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared
     with pytest.raises(ValueError, match="has written no LoRA yet"):
         training.run_result(run_id, False)
     step = {"event": "step", "time": 1.0, "steps": 2, "grad_norm": 1.0, "sigma": 0.5, "seconds": 1.0, "expert": "low"}
-    lora = shared_fixtures / "videoxfun_lora" / "Wan2.2-Fun-A14B-InP-low-noise-HPS2.1.safetensors"
+    lora = repo / "pocket" / "weights" / "Pocket-Wan2.2-Fun-A14B-low-noise-HPS2.1.safetensors"
     events = [{**step, "step": 1, "reward": 0.2, "loss": -0.2}, {**step, "step": 2, "reward": 0.3, "loss": None}]
     events.append({"event": "finished", "time": 2.0, "step": 2, "files": [str(lora)], "reason": "completed"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     result = training.run_result(run_id, True)
-    assert result.loss_map["reward"] == [0.2, 0.3] and result.loss_map["loss"][0] == -0.2 and result.file_name == str(lora)
+    assert result.loss_map["reward"] == [0.2, 0.3] and result.loss_map["loss"][0] == -0.2 and result.files == {"low": lora}
     assert result.chart.shape[-1] == 3 and "finished, step 2 of 7" in result.message
-    assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in result.lora and "diffusion_model.time_projection.1.alpha" in result.lora
-    assert len(result.lora) == len(load_file(lora))
+    assert "diffusion_model.blocks.0.self_attn.q.lora_up.weight" in result.loras["low"] and "diffusion_model.time_projection.1.alpha" in result.loras["low"]
+    assert len(result.loras["low"]) == len(load_file(lora))
+    high, low, _, names, _ = RunResult.execute(run_id, False).args
+    assert "does not train that one" in high.message and names == str(lora) and len(low) == len(result.loras["low"])
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "out of memory", "log_tail": [], "step": 1}) + "\n")
     (folder / "log.txt").write_text("one\nlast words\n")
     with pytest.raises(RuntimeError, match="out of memory\n.*\n*last words"):
         training.run_result(run_id, True)
     with pytest.raises(ValueError, match="no run id"):
         training.run_result("../x", False)
+
+
+def test_both_experts_of_a_run_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    runs = training.store()
+    run_id = runs.create(config(expert="both", name="low_light-both"))
+    checkpoints = runs.folder(run_id) / "checkpoints"
+    checkpoints.mkdir()
+
+    def save(step: int, expert: str) -> Path:
+        path = checkpoints / f"low_light-both-{expert}-noise-HPS2.1-step{step:06d}.safetensors"
+        save_file({f"lora_unet__blocks_0_self_attn_q.lora_{side}.weight": torch.full((2, 2), float(step)) for side in ("up", "down")}, path, {"expert": expert})
+        os.utime(path, (step, step))
+        return path
+
+    files = {(step, expert): save(step, expert) for step in (2, 1) for expert in ("high", "low")}
+    high, low, _, names, _ = RunResult.execute(run_id, False).args
+    assert names.split("\n") == [str(files[2, "high"]), str(files[2, "low"])]
+    for lora in (high, low):
+        assert lora["diffusion_model.blocks.0.self_attn.q.lora_up.weight"].unique().tolist() == [2.0]
+    (runs.folder(run_id) / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match="cannot be read.*line 1 is not JSON"):
+        training.run_result(run_id, True)
 
 
 def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +142,20 @@ def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: py
     folder = training.store().folder(first)
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "failed", "time": 1.0, "error": "x", "log_tail": [], "step": 1}) + "\n")
     assert start() != first, "a failed run is no result"
+
+
+def test_a_long_step_may_end_before_a_stop_becomes_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    graces_s = queue.Queue()
+    monkeypatch.setattr(training.process, "stop", lambda folder, worker, grace_s: graces_s.put(grace_s))
+    run_id = training.store().create(config())
+    training.stop_run(run_id)
+    assert graces_s.get(timeout=10) == training.STOP_GRACE_S
+    step = {"event": "step", "time": 1.0, "step": 1, "reward": 0.2, "seconds": 255.0}
+    (training.store().folder(run_id) / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    training.stop_run(run_id)
+    assert graces_s.get(timeout=10) == 255.0 * training.STOP_GRACE_STEPS
+    assert (training.store().folder(run_id) / "stop").exists()
 
 
 def test_lora_fits_the_hosts_own_loader(shared_fixtures: Path) -> None:
@@ -149,8 +192,8 @@ def test_prompts_from_text_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_non_finite_numbers_do_not_break_the_chart(tmp_path: Path) -> None:
-    from reward_lab.host import scoring
+    from reward_lab.host import score_pictures
 
-    assert scoring.plot_run([float("nan")] * 3, [], "x").shape[0] == 1
+    assert score_pictures.plot_run([float("nan")] * 3, [], "x").shape[0] == 1
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert training.host_lora(tmp_path / "x.safetensors") == {}

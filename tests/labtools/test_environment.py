@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -93,6 +95,18 @@ def test_a_half_made_environment_is_made_again(cache: Cache, host: Host, wheels:
     assert len(installed(python)) == 3
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for Python is a shell script")
+def test_a_python_without_the_venv_module_names_the_package(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\necho 'The virtual environment was not created successfully because ensurepip is not available.'\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(LabError, match="could not make a virtual environment:\nThe virtual environment was not created") as caught:
+        environment.create_venv(cache)
+    assert "apt install python3-venv" in caught.value.remedy
+    assert not cache.venv.exists()
+
+
 def test_full_disk_is_told_before_anything_is_made(cache: Cache, host: Host, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 2 * 1024**3))
     with pytest.raises(LabError, match=r"8\.0 GB are needed in .*, 2\.0 GB are free") as caught:
@@ -114,15 +128,11 @@ def test_no_network_while_installing(cache: Cache, host: Host, wheels: Path, mon
 
 
 def test_the_running_interpreter_is_taken_when_it_has_everything(comfyui: Path) -> None:
-    import sys
-
     host = Host(path=comfyui, version="0.30.0", origin="a test")
     assert environment.fitting_interpreter(host, with_tests=True) == Path(sys.executable)
 
 
 def test_an_interpreter_without_the_packages_is_not_taken(tmp_path: Path, comfyui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
     monkeypatch.setattr(environment, "users_interpreters", lambda host: [environment.interpreter_of(bare), tmp_path / "none"])

@@ -118,6 +118,26 @@ def test_header_of_something_else(tmp_path, content, message):
         safetensors_file.read_header(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1]", "a list, not an object"),
+        ('{"x"', "unreadable safetensors header"),
+        ("[" * 100_000, "unreadable safetensors header"),
+        ('{"x": 5}', "entry of 'x'"),
+        ('{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "entry of 'x'"),
+        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "entry of 'x'"),
+        ('{"x": {"shape": [1], "data_offsets": [0, 4]}}', "entry of 'x'"),
+        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}}', "truncated"),
+    ],
+)
+def test_damaged_header(tmp_path, header, message):
+    raw = header.encode()
+    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with pytest.raises(ValueError, match=message):
+        safetensors_file.read_header(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("missing_bytes", [1, 200])
 def test_truncated_file(tmp_path, missing_bytes):
     path = tmp_path / "a.safetensors"

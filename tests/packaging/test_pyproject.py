@@ -60,6 +60,18 @@ def test_what_the_registry_must_not_get_is_left_out(repo: Path) -> None:
     assert "alias.py" in (repo / "host" / "worker.py").read_text(encoding="utf-8")
 
 
+def test_examples_go_where_their_models_go(repo: Path) -> None:
+    """The archive has no pocket models, so it has none of the examples that need them, and all others."""
+    left_out = lines(repo / ".comfyignore")
+    assert "pocket/" in left_out
+    examples = sorted((repo / "example_workflows").glob("*.json"))
+    assert len(examples) >= 6
+    for example in examples:
+        needs_pocket = "pocket_" in example.read_text(encoding="utf-8")
+        for file in (example, example.with_suffix(".jpg")):
+            assert (f"example_workflows/{file.name}" in left_out) == needs_pocket, file.name
+
+
 def test_nothing_generated_is_committed(repo: Path) -> None:
     ignored = lines(repo / ".gitignore")
     assert {".lab/", "demo_out/", "__pycache__/"} <= ignored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -61,6 +62,43 @@ def test_events_are_read_from_any_number_and_half_lines_wait(store, run_id):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"event":"st')
     assert [event["step"] for event in store.events(run_id, 1)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", '{"name": ', "config.json is not JSON"),
+        ("config.json", "[]", "holds a list"),
+        ("config.json", b"\xff\xfe{", "config.json is not JSON"),
+        ("config.json", '{"steps": null}', "NoneType"),
+        ("metrics.jsonl", '{"event": "step"}\n', "lacks 'step'"),
+        ("metrics.jsonl", "nonsense\n", "line 1 is not JSON"),
+        ("metrics.jsonl", '{"step": 1}\n', "line 1 is no event"),
+    ],
+)
+def test_a_broken_folder_is_shown_and_hides_no_other_run(store, run_id, name, content, reason):
+    other = store.create(TrainConfig.from_dict(CONFIG))
+    (store.folder(run_id) / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    listed = {info.id: info for info in store.list()}
+    assert listed[other].state == "created" and listed[run_id].state == "broken"
+    assert reason in listed[run_id].error and "repair the file, or delete" in listed[run_id].error
+    assert store.get(run_id) == listed[run_id]
+
+
+def test_a_run_that_never_began_has_failed(store, run_id):
+    config = store.folder(run_id) / "config.json"
+    long_ago_s = config.stat().st_mtime - 3600
+    os.utime(config, (long_ago_s, long_ago_s))
+    assert store.get(run_id).state == "failed" and "never began" in store.get(run_id).error
+
+
+def test_half_a_line_of_a_killed_process_does_not_spoil_the_next_event(store, run_id):
+    folder = store.folder(run_id)
+    append_event(folder, events.Step(**STEP))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event":"st')
+    append_event(folder, events.Failed(time=2.0, error="killed"))
+    assert [event["event"] for event in store.events(run_id)] == ["step", "failed"]
 
 
 def test_numbers_that_are_not_finite_are_null(store, run_id):
@@ -142,6 +180,24 @@ class TestProcess:
 
         process.watch(store.folder(run_id), worker, listener).join(30)
         assert store.get(run_id).state == "failed"
+
+    def test_a_line_that_is_no_event_does_not_end_the_watching(self, store, run_id, monkeypatch, tmp_path):
+        line = '{"event":"finished","time":1,"step":7,"files":[],"reason":"completed"}'
+        script = f"import sys, pathlib\n(pathlib.Path(sys.argv[1]) / 'metrics.jsonl').write_text('nonsense' + chr(10) + '{line}' + chr(10))"
+        worker = self._start(store, run_id, monkeypatch, tmp_path, script)
+        seen = []
+        process.watch(store.folder(run_id), worker, seen.append).join(30)
+        assert [event["event"] for event in seen] == ["finished"]
+
+    def test_a_failure_is_told_although_the_disk_is_full(self, store, run_id, monkeypatch, tmp_path):
+        def append(folder, event):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(process, "append_event", append)
+        worker = self._start(store, run_id, monkeypatch, tmp_path, "raise SystemExit(1)")
+        seen = []
+        process.watch(store.folder(run_id), worker, seen.append).join(30)
+        assert [event["event"] for event in seen] == ["failed"] and "code 1" in seen[0]["error"]
 
     @pytest.mark.skipif(os.name == "nt", reason="sessions are POSIX")
     def test_worker_has_a_session_of_its_own_and_stop_ends_a_deaf_one(self, store, run_id, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from reward_lab.testlab import axes as axes_module
 from reward_lab.testlab import cells, report, sweep, video_grid
-from reward_lab.testlab.axes import parse_axes, parse_values, with_value
+from reward_lab.testlab.axes import Axis, parse_axes, parse_values, with_value
 
 ROWS = json.dumps([{"on": True, "file": "a.safetensors", "high": 0.5, "low": 0.0}, {"on": True, "file": "b.safetensors", "high": 0.0, "low": 0.5}])
 WORKFLOW = {
@@ -223,3 +223,13 @@ def test_manifest_round_trip_and_damage(tmp_path: Path) -> None:
 
 def test_links_are_told_from_lists() -> None:
     assert axes_module.is_link(["1", 0]) and not axes_module.is_link([1, 0]) and not axes_module.is_link(["1", "x"])
+
+
+def test_an_axis_may_have_a_word_of_its_own() -> None:
+    named, plain = parse_axes("strength of HPS: Load Reward LoRAs.rows[0].high = 0, 1\n6.seed = 1, 2", WORKFLOW)
+    assert (named.name, named.label, named.heading, named.values) == ("strength of HPS", "Load Reward LoRAs.rows[0].high", "strength of HPS", (0, 1))
+    assert plain.heading == "seed"
+    assert Axis.from_dict(json.loads(json.dumps(named.to_dict()))) == named
+    titled = {**WORKFLOW, "5": {**WORKFLOW["5"], "_meta": {"title": "LoRAs: mine"}}}
+    (axis,) = parse_axes("LoRAs: mine.rows[0].high = 0, 1", titled)
+    assert axis.name == "" and axis.node_id == "5"

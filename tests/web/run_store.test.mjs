@@ -40,6 +40,16 @@ const settle = async () => {
 /** A clock whose timers fire at once, after the current work. */
 const quick = { setTimeout: (task) => queueMicrotask(task) };
 
+test("the events of a run whose files cannot be read are not asked for", async () => {
+  const server = fakeServer([], { id: "r1", name: "r1", state: "broken", step: 0, steps: 0, error: "config.json is not JSON" });
+  const store = new RunStore(server, quick);
+  await store.start();
+  store.watch("r1");
+  await settle();
+  assert.deepEqual(server.asked, ["/reward_lab/runs"]);
+  assert.equal(store.error, null);
+});
+
 test("runs and events are loaded, and news brings only what is new", async () => {
   const events = [step(1), step(2)];
   const server = fakeServer(events);
