@@ -9,7 +9,7 @@ from .inspect_lora import InspectLoRA
 from .loras import LoadLoRAs
 from .models import WanModels
 from .prompts import Prompts
-from .rewards import RewardModelNode, ScoreVideo
+from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
 from .testlab import TestLabCell, TestLabGrid
 from .train import RunResult, TrainLoRA
@@ -20,7 +20,9 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     InspectLoRA,
     SampleWan22,
     RewardModelNode,
+    MixRewards,
     ScoreVideo,
+    ScoreLatent,
     Prompts,
     TrainLoRA,
     RunResult,
