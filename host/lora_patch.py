@@ -152,7 +152,7 @@ def apply_rows(
 
 def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: FittedLora, application: str, quantised: str) -> _Plan:
     """Decide how one row is applied to one expert. Changes nothing."""
-    factors = _layer_factors(row, fitting)
+    factors = _layer_factors(row, fitting, len(model.model.diffusion_model.blocks))
     strength = row.strength(expert)
     is_beside = application == "bypass" or (application == "auto" and (bool(quantised) or not row.curve.is_constant()))
     # The host (0.30.0) passes over bare parameters such as a block's modulation when it merges, so these always run beside the weights.
@@ -179,14 +179,12 @@ def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: Fitted
     return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, is_beside=is_beside, notes=notes)
 
 
-def _layer_factors(row: LoraRow, fitting: FittedLora) -> dict[str, float]:
-    """Return the per-block factor of every patched weight."""
+def _layer_factors(row: LoraRow, fitting: FittedLora, blocks: int) -> dict[str, float]:
+    """Return the per-block factor of every patched weight of a model with `blocks` blocks."""
     if not row.blocks:
         return dict.fromkeys(fitting.patches, 1.0)
-    names = {key: key.removeprefix(MODEL_PREFIX).rpartition(".")[0] for key in fitting.patches}
-    numbers = [int(name.split(".")[1]) for name in names.values() if name.startswith("blocks.")]
-    strengths = parse_block_strengths(row.blocks, max(numbers, default=-1) + 1)
-    return {key: strengths.factor(name) for key, name in names.items()}
+    strengths = parse_block_strengths(row.blocks, blocks)
+    return {key: strengths.factor(key.removeprefix(MODEL_PREFIX).rpartition(".")[0]) for key in fitting.patches}
 
 
 def _apply(clone: Any, plans: Sequence[_Plan]) -> None:

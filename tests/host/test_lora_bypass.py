@@ -19,7 +19,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reward_lab.host.lora_bypass import KEY, quantised_kind  # noqa: E402
 from reward_lab.nodes.loras import LoadLoRAs  # noqa: E402
@@ -278,6 +278,18 @@ def test_strengths_per_block(models, lora_folder: Path, application: str) -> Non
     factors = {name: 0.5 if name.startswith("blocks.0") else 0.0 if name.startswith("blocks.1") else 0.25 for name in dense}
     expected = dense_reference(models["high"], [(0.8, {name: factors[name] * value for name, value in dense.items()})])
     assert ratio(predict(apply(models, application, row).args[0]), expected) < RATIO[torch.float32]
+
+
+def test_halves_are_those_of_the_model_not_of_the_file(models, lora_folder: Path) -> None:
+    dense = write_lora(lora_folder / "a.safetensors", models["high"], 4)
+    tensors = load_file(lora_folder / "a.safetensors")
+    save_file({key: value for key, value in tensors.items() if "blocks.0." in key or "blocks_0_" in key}, lora_folder / "first.safetensors")
+    first = {name: value for name, value in dense.items() if name.startswith("blocks.0.")}
+    row = {"file": "first.safetensors", "high": 0.8}
+    expected = dense_reference(models["high"], [(0.8, first)])
+    assert ratio(predict(apply(models, "bypass", {**row, "blocks": "first half"}).args[0]), expected) < RATIO[torch.float32]
+    base = dense_reference(models["high"], [])
+    assert ratio(predict(apply(models, "bypass", {**row, "blocks": "last half"}).args[0]), base) < RATIO[torch.float32]
 
 
 def test_dora_is_merged_and_said_to_be(models, lora_folder: Path) -> None:
