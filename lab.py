@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | setup`.
+"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | score | score-latent | lora | setup`.
 
 Standard library only. It finds or fetches ComfyUI, makes a virtual environment where the running Python lacks something, and hands
 over to the part that does the work. `labtools/` holds the machinery; here stand only the sub-commands.
@@ -174,7 +174,58 @@ def run_plan(options) -> int:
 
 def run_bench(options) -> int:
     """Measure; `pocket` fills the figures of pocket/MANIFEST.json."""
-    return launch(prepare(options), options, f"{options.what}.bench", options.rest)
+    return launch(prepare(options), options, BENCHMARKS[options.what], options.rest)
+
+
+def run_score(options) -> int:
+    """Score pictures, videos, folders or frame tensors with a reward model."""
+    from labtools.scoring import job
+
+    # Standard output belongs to the scores alone: it may be read as one JSON document.
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
+    return launch(setup, options, "host.score_command", job(options, setup.cache.root))
+
+
+def run_score_latent(options) -> int:
+    """Score noisy latents with a PAVRM."""
+    return run_score(options)
+
+
+def arguments_score(parser) -> None:
+    from labtools.scoring import arguments_score as add
+
+    add(parser)
+
+
+def arguments_score_latent(parser) -> None:
+    from labtools.scoring import arguments_score_latent as add
+
+    add(parser)
+
+
+def run_pavrm_lora(options) -> int:
+    """Store a PAVRM as a LoRA over a generator's first blocks."""
+    return run_score(options)
+
+
+def arguments_pavrm_lora(parser) -> None:
+    from labtools.scoring import arguments_pavrm_lora as add
+
+    add(parser)
+
+
+def run_lora(options) -> int:
+    """Look into, apply, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
+    # Programs read the one JSON object on standard output; what the set-up has to say goes elsewhere.
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
+    arguments = [options.verb, *options.rest]
+    if options.verb == "download" and not any(argument.split("=")[0] == "--to" for argument in options.rest):
+        # The fetched ComfyUI runs on a base folder of its own; the user's own keeps its models beside its code.
+        is_fetched = setup.host.path.is_relative_to(setup.cache.root)
+        arguments += ["--to", str((setup.cache.base if is_fetched else setup.host.path) / "models" / "loras")]
+    return launch(setup, options, "host.lora_command", arguments)
 
 
 def arguments_setup(parser) -> None:
@@ -210,9 +261,20 @@ def arguments_plan(parser) -> None:
 
 
 def arguments_bench(parser) -> None:
-    parser.add_argument("what", choices=["pocket"], help="what to measure")
+    parser.add_argument("what", choices=list(BENCHMARKS), help="what to measure")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the benchmark")
 
+
+def arguments_lora(parser) -> None:
+    parser.add_argument("verb", choices=["inspect", "apply", "convert", "extract", "download"], help="what to do")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the verb")
+
+
+BENCHMARKS = {
+    "pocket": "pocket.bench",
+    "adversarial": "pocket.adversarial",
+    "pavrm-lora": "pocket.pavrm_lora",
+}
 
 COMMANDS = {
     "demo": (run_demo, arguments_demo),
@@ -221,6 +283,10 @@ COMMANDS = {
     "train": (run_train, arguments_train),
     "plan": (run_plan, arguments_plan),
     "bench": (run_bench, arguments_bench),
+    "lora": (run_lora, arguments_lora),
+    "score": (run_score, arguments_score),
+    "score-latent": (run_score_latent, arguments_score_latent),
+    "pavrm-lora": (run_pavrm_lora, arguments_pavrm_lora),
     "setup": (run_setup, arguments_setup),
 }
 

@@ -6,32 +6,53 @@ same as in the host's own loader.
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.lora
 import comfy.utils
 import torch
+from safetensors import SafetensorError
 
-from ..lora_train.safetensors_file import read_header
+from ..lora_train.safetensors_file import Header, read_header
 from .experts import ExpertGuess, guess_expert
-from .lora_keys import NormalisedKeys, normalise
+from .lora_keys import NormalisedKeys, detect_layout, normalise, wan_layers
+from .lora_reasons import nothing_fits
+from .lora_shapes import misfit
 
 MODEL_PREFIX = "diffusion_model."
 CACHED_FILES = 4  # files kept in memory, so that changing a strength does not read them again
+# A LoKr of four keys per linear layer, with biases and norms, needs about 3,000 keys and 500 kB of header on the 14B model with VACE.
+MAX_KEYS = 10_000
+MAX_HEADER_BYTES = 4_000_000
+LORA_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """A LoRA file in memory: its tensors as stored, its metadata and its expert."""
+    """A LoRA file in memory.
+
+    Attributes:
+        name: The file's name.
+        tensors: Its tensors as stored.
+        metadata: Of the file.
+        guess: The expert it was made for.
+        layout: Name of its key layout; `mixed` when no single one describes it.
+        path: Where it lies; None for tensors that came from elsewhere.
+    """
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str]
     guess: ExpertGuess
+    layout: str = "mixed"
+    path: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +66,10 @@ class FittedLora:
         ranks: The ranks that occur, ascending.
         alphas: The alphas that occur, ascending; empty when the file has none (alpha is the rank then).
         notes: What was left out and why.
+        layers: How many layers of the model are changed.
+        kinds: Kind of adapter (`lora`, `loha`, `lokr`, `diff`, …) -> how many weights.
+        left_out: Kind of key that was left out (`image_branch`, `text_encoder`, `duplicate`, `unknown`, `misfit`) -> how many keys.
+        memory_bytes: Of the tensors that are used.
     """
 
     patches: dict[str, object]
@@ -53,6 +78,10 @@ class FittedLora:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     notes: tuple[str, ...]
+    layers: int = 0
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    memory_bytes: int = 0
 
 
 _cache: OrderedDict[tuple[str, int, int], LoraFile] = OrderedDict()
@@ -69,26 +98,38 @@ def read_lora(path: Path) -> LoraFile:
         The file.
 
     Raises:
-        ValueError: Not a safetensors file, truncated, empty, or with NaN or infinity in it.
+        ValueError: Not a safetensors file, truncated, empty, too many keys, no floating-point numbers, or with NaN or infinity in it.
     """
     if path.suffix.lower() not in (".safetensors", ".sft"):
         raise ValueError(
             f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read."
         )
-    header = read_header(path, "LoRA")
+    header = read_header(path, "LoRA", limit_bytes=MAX_HEADER_BYTES)
     status = path.stat()
     key = (str(path), status.st_mtime_ns, status.st_size)
     with _cache_lock:
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-    if not tensors:
-        raise ValueError(f"{path.name} holds no tensors. Choose another file.")
+    _check_header(path.name, header)
+    try:
+        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} cannot be read ({str(error)[:300]}). Download or copy it again.") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{path.name}: {name} holds NaN or infinity. The training of this LoRA failed; choose another file or an earlier checkpoint.")
-    lora = LoraFile(name=path.name, tensors=tensors, metadata=header.metadata, guess=guess_expert(path.name, header.metadata))
+            raise ValueError(
+                f"{path.name}: {name[:200]} holds NaN or infinity. The training of this LoRA failed; choose another file or an earlier checkpoint."
+            )
+    layout = detect_layout(normalise(tensors, wan_layers()))
+    lora = LoraFile(
+        name=path.name,
+        tensors=tensors,
+        metadata=header.metadata,
+        guess=guess_expert(path.name, header.metadata),
+        layout=layout.name if layout else "mixed",
+        path=path,
+    )
     with _cache_lock:
         _cache[key] = lora
         while len(_cache) > CACHED_FILES:
@@ -113,59 +154,116 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
     keys = normalise(lora.tensors, layers)
     patches: dict[str, object] = {}
     used_keys: set[str] = set()
-    misfits: list[str] = []
+    misfits: dict[str, str] = {}
     ranks, alphas = set(), set()
-    for layer, parts in keys.layers.items():
-        tensors = {f"{layer}.{part}": lora.tensors[key] for part, key in parts.items()}
-        problem = _misfit(layer, parts, lora, weight_shapes, layers[layer])
+    for layer, names in keys.layers.items():
+        parts = _parts(lora, names)
+        weight_key = layers[layer]
+        problem = misfit(layer, parts, tuple(weight_shapes[weight_key]), _shape(weight_shapes, weight_key.removesuffix(".weight") + ".bias"))
         if problem:
             if layer.startswith("blocks."):
                 raise ValueError(f"{lora.name} does not fit this model: {problem}. Choose a LoRA that was made for this size of Wan.")
-            misfits.append(problem)
+            misfits[layer] = problem
             continue
-        layer_patches = comfy.lora.load_lora(tensors, {layer: layers[layer]}, log_missing=False)
-        layer_patches = {key: patch for key, patch in layer_patches.items() if key in weight_shapes}
-        if not layer_patches:
-            continue
-        patches.update(layer_patches)
-        used_keys.update(parts.values())
-        if "lora_down.weight" in parts:
-            ranks.add(lora.tensors[parts["lora_down.weight"]].shape[0])
+        patches.update(comfy.lora.load_lora({f"{layer}.{part}": tensor for part, tensor in parts.items()}, {layer: weight_key}, log_missing=False))
+        used_keys.update(names.values())
+        ranks.update(_rank(parts))
         if "alpha" in parts:
-            alphas.add(float(lora.tensors[parts["alpha"]]))
-    notes = _notes(keys, misfits)
+            alphas.add(float(parts["alpha"]))
     if not patches:
-        raise ValueError(f"{lora.name}: 0 of {len(lora.tensors)} keys fit this model. {_nothing_fits_reason(lora, keys, misfits)}")
+        reason = nothing_fits(tuple(lora.tensors), keys.text_encoder, keys.image_branch, tuple(misfits.values()))
+        raise ValueError(f"{lora.name}: 0 of {len(lora.tensors)} keys fit this model. {reason}")
+    kinds = [patch[0] if isinstance(patch, tuple) else patch.name for patch in patches.values()]
     return FittedLora(
-        patches=patches, applied_keys=len(used_keys), total_keys=len(lora.tensors), ranks=tuple(sorted(ranks)), alphas=tuple(sorted(alphas)), notes=notes
+        patches=patches,
+        applied_keys=len(used_keys),
+        total_keys=len(lora.tensors),
+        ranks=tuple(sorted(ranks)),
+        alphas=tuple(sorted(alphas)),
+        notes=_notes(lora, keys, tuple(misfits.values())),
+        layers=len(keys.layers) - len(misfits),
+        kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        left_out=_left_out(keys, misfits),
+        memory_bytes=sum(lora.tensors[key].nbytes for key in used_keys),
     )
 
 
-def _misfit(layer: str, parts: Mapping[str, str], lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]], weight_key: str) -> str:
-    """Say what does not fit in one layer; empty when everything does."""
-    weight = tuple(weight_shapes[weight_key])
-    down = lora.tensors[parts["lora_down.weight"]] if "lora_down.weight" in parts else None
-    up = lora.tensors[parts["lora_up.weight"]] if "lora_up.weight" in parts else None
-    if (down is None) != (up is None):
-        return f"layer {layer} has a {'down' if up is None else 'up'} weight only"
-    if down is not None and up is not None:
-        if min(down.ndim, up.ndim) < 2 or 0 in (*down.shape, *up.shape):
-            return f"layer {layer} has weights of shape {tuple(down.shape)} and {tuple(up.shape)}, which are no matrices"
-        made_for = (up.shape[0], down[0].numel())
-        here = (weight[0], int(torch.Size(weight[1:]).numel()))
-        if made_for != here:
-            return f"layer {layer} was made for {made_for[1]} inputs and {made_for[0]} outputs, the model has {here[1]} inputs and {here[0]} outputs"
-        if up[0].numel() != down.shape[0]:
-            return f"layer {layer} has rank {down.shape[0]} in its down weight and {up[0].numel()} in its up weight"
-    for part in ("diff", "diff_b"):
-        target = weight_key if part == "diff" else weight_key.removesuffix(".weight") + ".bias"
-        if part in parts and tuple(lora.tensors[parts[part]].shape) != tuple(weight_shapes.get(target, ())):
-            return f"layer {layer} has a difference of shape {tuple(lora.tensors[parts[part]].shape)}, the model's is {tuple(weight_shapes.get(target, ()))}"
-    alpha = lora.tensors[parts["alpha"]] if "alpha" in parts else None
-    return f"layer {layer} has an alpha of shape {tuple(alpha.shape)}" if alpha is not None and alpha.numel() != 1 else ""
+def _check_header(name: str, header: Header) -> None:
+    """Refuse what cannot be a LoRA before any of its numbers are read."""
+    if not header.shapes:
+        raise ValueError(f"{name} holds no tensors. Choose another file.")
+    if len(header.shapes) > MAX_KEYS:
+        raise ValueError(f"{name} has {len(header.shapes)} keys; no LoRA for Wan has more than {MAX_KEYS}. Choose another file.")
+    for key, dtype in header.dtypes.items():
+        # Some trainers store alpha as a whole number.
+        if dtype not in LORA_DTYPES and not (key.endswith("alpha") and dtype in ("I16", "I32", "I64")):
+            raise ValueError(
+                f"{name}: {key[:200]} is stored as {dtype}; a LoRA's numbers must be floating point ({', '.join(LORA_DTYPES)}). Choose another file."
+            )
 
 
-def _notes(keys: NormalisedKeys, misfits: list[str]) -> tuple[str, ...]:
+def _parts(lora: LoraFile, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Collect one layer's tensors in the form that the host's adapters read."""
+    parts = {part: lora.tensors[key] for part, key in names.items()}
+    if "dora_scale" in parts and parts["dora_scale"].ndim == 1:
+        parts["dora_scale"] = parts["dora_scale"][:, None]  # PEFT's form; without the axis the host would make a matrix of it
+    if "alpha" in parts:
+        parts["alpha"] = parts["alpha"].float()
+    elif "lora_down.weight" in parts and parts["lora_down.weight"].ndim:
+        alpha = metadata_alpha(lora.metadata, parts["lora_down.weight"].shape[0])
+        if alpha is not None:
+            parts["alpha"] = torch.tensor(alpha)
+    return parts
+
+
+def metadata_alpha(metadata: Mapping[str, str], rank: int) -> float | None:
+    """Read alpha from what diffusers writes into the file's metadata (`lora_adapter_metadata`), where PEFT's adapter config ends up.
+
+    Args:
+        metadata: Of the file.
+        rank: Of the layer.
+
+    Returns:
+        The alpha that makes alpha / rank the factor of the trainer; None when the metadata say nothing. Rank-stabilised LoRA divides by the
+        root of the rank (arXiv 2312.03732), so its alpha is given times that root.
+    """
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
+    except ValueError:
+        logging.getLogger("reward_lab").warning("The LoRA's metadata lora_adapter_metadata is not JSON and is left out.")
+        return None
+    values = {str(key).rsplit(".", 1)[-1]: value for key, value in config.items()} if isinstance(config, dict) else {}
+    alpha = values.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        return None
+    return alpha * math.sqrt(rank) if values.get("use_rslora") is True else float(alpha)
+
+
+def _shape(weight_shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, ...] | None:
+    return tuple(weight_shapes[key]) if key in weight_shapes else None
+
+
+def _rank(parts: Mapping[str, torch.Tensor]) -> set[int]:
+    """Return the rank of one layer's adapter, where it has one."""
+    for part, axis in (("lora_down.weight", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+        if part in parts:
+            return {parts[part].shape[axis]}
+    return set()
+
+
+def _left_out(keys: NormalisedKeys, misfits: Mapping[str, str]) -> dict[str, int]:
+    """Count the keys that were left out, by kind; kinds without keys are left out too."""
+    counts = {
+        "image_branch": len(keys.image_branch),
+        "text_encoder": len(keys.text_encoder),
+        "duplicate": len(keys.duplicates),
+        "unknown": len(keys.unknown),
+        "misfit": sum(len(keys.layers[layer]) for layer in misfits),
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _notes(lora: LoraFile, keys: NormalisedKeys, misfits: tuple[str, ...]) -> tuple[str, ...]:
     """List what was left out, by kind."""
     notes = []
     if keys.image_branch:
@@ -173,23 +271,15 @@ def _notes(keys: NormalisedKeys, misfits: list[str]) -> tuple[str, ...]:
     if keys.text_encoder:
         notes.append(f"{len(keys.text_encoder)} keys for a text encoder left out")
     if keys.duplicates:
-        notes.append(f"{len(keys.duplicates)} keys name a layer twice, the first counts: {keys.duplicates[0]}")
+        notes.append(f"{len(keys.duplicates)} keys name a layer twice, the first counts: {keys.duplicates[0][:120]}")
     if keys.unknown:
-        notes.append(f"{len(keys.unknown)} unknown keys left out, for example {keys.unknown[0]}")
+        notes.append(f"{len(keys.unknown)} unknown keys left out, for example {keys.unknown[0][:120]}")
+    is_peft = any("lora_magnitude_vector" in key for key in lora.tensors)
+    if is_peft:
+        notes.append("PEFT DoRA: ComfyUI divides by the norm of the base weight where PEFT divides by that of the changed one, so the result differs a little")
+    if lora.layout.startswith("peft") and not any(key.endswith("alpha") for key in lora.tensors) and "lora_adapter_metadata" not in lora.metadata:
+        notes.append("a PEFT file keeps alpha in adapter_config.json, not in the file; alpha = rank is taken, set the strength to alpha / rank if it differs")
     notes.extend(misfits[:3])
     if len(misfits) > 3:
         notes.append(f"{len(misfits) - 3} more layers do not fit")
     return tuple(notes)
-
-
-def _nothing_fits_reason(lora: LoraFile, keys: NormalisedKeys, misfits: list[str]) -> str:
-    """Explain why nothing could be applied."""
-    if misfits:
-        return f"Its layers have other sizes: {misfits[0]}."
-    if len(keys.text_encoder) == len(lora.tensors):
-        return "All of them are for a text encoder."
-    if len(keys.image_branch) == len(lora.tensors):
-        return "All of them are for the image branch of Wan2.1."
-    if any(key.endswith((".weight", ".bias")) and "lora" not in key.lower() for key in keys.unknown):
-        return f"It looks like a model, not a LoRA (key {keys.unknown[0]}); load it as a model."
-    return f"It was made for another model (key {next(iter(lora.tensors))})."

@@ -1,29 +1,40 @@
 """Applies LoRA rows to both experts: clones, the host's weight adapters, and a report of what was applied.
 
 The models given are never changed: patches go on a clone and the host keeps the original weights. All rows are fitted to both models
-before the first is applied, so a bad row costs nothing.
+before the first is applied, so a bad row costs nothing. A row is merged into the weights by the host, or runs beside them (`lora_bypass`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from . import paths
-from .experts import EXPERTS, guess_expert, other_expert
-from .lora_file import FittedLora, LoraFile, fit, read_lora
-from .lora_rows import LoraRow, check_rows, fingerprint, parse_rows
+from .block_strengths import parse_block_strengths
+from .experts import EXPERTS, guess_expert
+from .lora_bypass import UnmergedRow, add_rows, quantised_kind, split_patches, weight_shapes
+from .lora_file import MODEL_PREFIX, FittedLora, LoraFile, fit, read_lora
+from .lora_rows import APPLICATIONS, LoraRow, application_of, check_rows, fingerprint, parse_rows
+from .lora_slots import repeat_warnings, slot_warnings
 
-__all__ = ["AppliedRows", "RowReport", "apply_rows", "check_rows", "fingerprint", "model_expert", "parse_rows"]
+__all__ = ["APPLICATIONS", "AppliedRows", "RowReport", "apply_rows", "check_rows", "fingerprint", "model_expert", "parse_rows"]
 
 EXPERT_ATTACHMENT = "reward_lab_expert"
+_fits: dict[int, dict[int, FittedLora]] = {}  # by the identity of the file in memory; an entry goes when the file does
 MAX_TOTAL_STRENGTH = 1.0  # above, reward LoRAs are reported to overcook: field.md section 5 row 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowReport:
-    """What became of one row. `applied_*` counts keys of the file; None where the row does not act on that expert."""
+    """What became of one row.
+
+    `applied_*` counts keys of the file; None where the row does not act on that expert. `unmerged` names the experts beside whose weights it runs.
+    `kinds`, `left_out` and `memory_bytes` are those of `FittedLora`, `layout` is that of the file.
+    """
 
     file: str
     applied_high: int | None
@@ -33,6 +44,11 @@ class RowReport:
     low: float = 0.0
     detail: str = ""
     warnings: tuple[str, ...] = ()
+    unmerged: tuple[str, ...] = ()
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    memory_bytes: int = 0
+    layout: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data for the page."""
@@ -43,13 +59,19 @@ class RowReport:
             "total": self.total,
             "detail": self.detail,
             "warnings": list(self.warnings),
+            "unmerged": list(self.unmerged),
+            "kinds": dict(self.kinds),
+            "left_out": dict(self.left_out),
+            "memory_bytes": self.memory_bytes,
+            "layout": self.layout,
         }
 
     def text(self) -> str:
         """Return the row as lines of the report."""
         counts = []
         for expert, applied, strength in (("high", self.applied_high, self.high), ("low", self.applied_low, self.low)):
-            counts.append(f"{expert} {strength:g}: " + ("not applied" if applied is None else f"applied {applied} of {self.total} keys"))
+            how = ", unmerged" if expert in self.unmerged else ""
+            counts.append(f"{expert} {strength:g}: " + ("not applied" if applied is None else f"applied {applied} of {self.total} keys{how}"))
         lines = [f"{self.file} ({self.detail})" if self.detail else self.file, "  " + "; ".join(counts)]
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
@@ -73,36 +95,106 @@ def model_expert(model: Any) -> str | None:
     return guess_expert(source[0]).expert if source and isinstance(source[0], str) else None
 
 
-def apply_rows(model_high: Any, model_low: Any, rows: Sequence[LoraRow]) -> AppliedRows:
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How one row is applied to one expert: patches for the host to merge, by factor, and what runs beside the weights."""
+
+    file: str
+    strength: float
+    merged: dict[float, dict[str, Any]] = field(default_factory=dict)
+    unmerged: UnmergedRow | None = None
+    is_beside: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def apply_rows(
+    model_high: Any, model_low: Any, rows: Sequence[LoraRow], application: str = "auto", *, locate: Callable[[str], Path] | None = None
+) -> AppliedRows:
     """Apply rows to clones of both models.
 
     Args:
-        model_high: MODEL of the high-noise expert.
-        model_low: MODEL of the low-noise expert.
+        model_high: MODEL of the high-noise expert; None applies nothing to it.
+        model_low: MODEL of the low-noise expert; None applies nothing to it.
         rows: The rows; those switched off, and strengths of 0, change nothing.
+        application: `merged`, `bypass`, or `auto`: merged, but beside the weights where these are quantised or the strength follows sigma.
+        locate: Returns the path of a row's file; without it, the file is one of the host's LoRA folder.
 
     Returns:
         Both clones and the report.
 
     Raises:
-        ValueError: A file is missing, broken, holds NaN, or does not fit; nothing was applied then.
+        ValueError: A file is missing, broken, holds NaN, or does not fit, or a curve is to be merged; nothing was applied then.
     """
-    models = {"high": model_high, "low": model_low}
-    shapes = {expert: {key: tuple(value.shape) for key, value in model.model_state_dict().items()} for expert, model in models.items()}
-    loras = [read_lora(paths.model_path("loras", row.file)) if row.on else None for row in rows]
+    models = {expert: model for expert, model in (("high", model_high), ("low", model_low)) if model is not None}
+    shapes = {expert: weight_shapes(model) for expert, model in models.items()}
+    quantised = {expert: quantised_kind(model) for expert, model in models.items()}
+    locate = locate or partial(paths.model_path, "loras")
+    loras = [read_lora(locate(row.file)) if row.on else None for row in rows]
     fitted = [_fit_row(row, lora, shapes) for row, lora in zip(rows, loras, strict=True)]
+    plans = [
+        {expert: _plan(row, expert, models[expert], lora, fitting, application_of(row, application), quantised[expert]) for expert, fitting in fits.items()}
+        for row, lora, fits in zip(rows, loras, fitted, strict=True)
+    ]
     clones = {expert: model.clone() for expert, model in models.items()}
-    for row, fits in zip(rows, fitted, strict=True):
-        for expert, fitting in fits.items():
-            done = clones[expert].add_patches(fitting.patches, strength_patch=row.strength(expert))
-            if len(done) != len(fitting.patches):
-                raise RuntimeError(f"{row.file}: the host took {len(done)} of {len(fitting.patches)} layers on the {expert}-noise expert.")
-    reports = [_report(row, lora, fits) for row, lora, fits in zip(rows, loras, fitted, strict=True)]
+    for expert, clone in clones.items():
+        _apply(clone, [plan[expert] for plan in plans if expert in plan])
+    reports = [_report(row, lora, fits, plan) for row, lora, fits, plan in zip(rows, loras, fitted, plans, strict=True)]
     general = _general_warnings(models, rows)
-    lines = [report.text() for report in reports] + [f"warning: {warning}" for warning in general]
+    general_notes = [f"{expert} noise: {kind} weights" for expert, kind in quantised.items() if kind]
+    lines = [report.text() for report in reports] + general_notes + [f"warning: {warning}" for warning in general]
     return AppliedRows(
-        model_high=clones["high"], model_low=clones["low"], rows=reports, report="\n".join(lines) or "No LoRA: both models pass through unchanged."
+        model_high=clones.get("high"),
+        model_low=clones.get("low"),
+        rows=reports,
+        report="\n".join(lines) or "No LoRA: both models pass through unchanged.",
     )
+
+
+def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: FittedLora, application: str, quantised: str) -> _Plan:
+    """Decide how one row is applied to one expert. Changes nothing."""
+    factors = _layer_factors(row, fitting, len(model.model.diffusion_model.blocks))
+    strength = row.strength(expert)
+    is_beside = application == "bypass" or (application == "auto" and (bool(quantised) or not row.curve.is_constant()))
+    # The host (0.30.0) passes over bare parameters such as a block's modulation when it merges, so these always run beside the weights.
+    beside = {key: patch for key, patch in fitting.patches.items() if is_beside or not key.endswith((".weight", ".bias"))}
+    terms, merge_keys = split_patches(model, lora, beside)
+    notes = ()
+    if merge_keys and not row.curve.is_constant():
+        raise ValueError(
+            f"{row.file}: {len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA), for example "
+            f"{merge_keys[0]}; these can only be merged and cannot follow sigma. Remove the curve of this row."
+        )
+    if merge_keys:
+        notes = (f"{len(merge_keys)} layers are of a kind that depends on the base weights (DoRA, OFT, BOFT, GLoRA) and were merged",)
+    unmerged = None
+    if terms.model.keys:
+        changed = {key: factor for key, factor in factors.items() if factor != 1.0}
+        unmerged = UnmergedRow(name=row.file, patcher=terms, strength=strength, curve=row.curve, factors=changed)
+    merge_keys += [key for key in fitting.patches if key not in beside]
+    merged: dict[float, dict[str, Any]] = {}
+    for key in merge_keys:
+        factor = factors[key] * row.curve.at(1.0)
+        if factor != 0.0:
+            merged.setdefault(factor, {})[key] = fitting.patches[key]
+    return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, is_beside=is_beside, notes=notes)
+
+
+def _layer_factors(row: LoraRow, fitting: FittedLora, blocks: int) -> dict[str, float]:
+    """Return the per-block factor of every patched weight of a model with `blocks` blocks."""
+    if not row.blocks:
+        return dict.fromkeys(fitting.patches, 1.0)
+    strengths = parse_block_strengths(row.blocks, blocks)
+    return {key: strengths.factor(key.removeprefix(MODEL_PREFIX).rpartition(".")[0]) for key in fitting.patches}
+
+
+def _apply(clone: Any, plans: Sequence[_Plan]) -> None:
+    """Apply all rows to one clone, in an order that does not depend on theirs: sums of floats do."""
+    for plan in sorted(plans, key=lambda plan: (plan.file, plan.strength, sorted(plan.merged))):
+        for factor, patches in sorted(plan.merged.items()):
+            done = clone.add_patches(patches, strength_patch=plan.strength * factor)
+            if len(done) != len(patches):
+                raise RuntimeError(f"{plan.file}: the host took {len(done)} of {len(patches)} layers.")
+    add_rows(clone, [plan.unmerged for plan in plans if plan.unmerged is not None])
 
 
 def _fit_row(row: LoraRow, lora: LoraFile | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, FittedLora]:
@@ -110,23 +202,36 @@ def _fit_row(row: LoraRow, lora: LoraFile | None, shapes: Mapping[str, Mapping[s
     if lora is None:
         return {}
     fits = {}
-    for expert in EXPERTS:
+    for expert in shapes:
         if row.strength(expert) != 0.0:
             try:
-                fits[expert] = fit(lora, shapes[expert])
+                fits[expert] = _fit_once(lora, shapes[expert])
             except ValueError as error:
                 raise ValueError(f"On the {expert}-noise expert: {error}") from error
     return fits
 
 
-def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora]) -> RowReport:
+def _fit_once(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> FittedLora:
+    """Fit a file to a model's shapes, or return what came out last time: a new strength must not take the time of reading all keys."""
+    if id(lora) not in _fits:
+        weakref.finalize(lora, _fits.pop, id(lora), None)
+        _fits[id(lora)] = {}
+    known = _fits[id(lora)]
+    signature = hash(frozenset(shapes.items()))
+    if signature not in known:
+        known[signature] = fit(lora, shapes)
+    return known[signature]
+
+
+def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora], plans: Mapping[str, _Plan]) -> RowReport:
     """Say what became of one row."""
     if lora is None:
         return RowReport(file=row.file, applied_high=None, applied_low=None, total=0, detail="off")
     counts = {expert: fits[expert].applied_keys if expert in fits else None for expert in EXPERTS}
-    warnings = list(_slot_warnings(row, lora))
-    for fitting in fits.values():
-        warnings.extend(note for note in fitting.notes if note not in warnings)
+    warnings = slot_warnings(lora, {"high": row.high, "low": row.low})
+    fitting = next(iter(fits.values()), None)
+    for found in (*fits.values(), *plans.values()):
+        warnings.extend(note for note in found.notes if note not in warnings)
     return RowReport(
         file=row.file,
         applied_high=counts["high"],
@@ -136,6 +241,11 @@ def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora])
         low=row.low,
         detail=_detail(lora, fits),
         warnings=tuple(warnings),
+        unmerged=tuple(expert for expert, plan in plans.items() if plan.is_beside),
+        kinds=fitting.kinds if fitting else {},
+        left_out=fitting.left_out if fitting else {},
+        memory_bytes=fitting.memory_bytes if fitting else 0,
+        layout=lora.layout,
     )
 
 
@@ -151,31 +261,19 @@ def _detail(lora: LoraFile, fits: Mapping[str, FittedLora]) -> str:
     return ", ".join(words)
 
 
-def _slot_warnings(row: LoraRow, lora: LoraFile) -> list[str]:
-    """Warn about a LoRA that acts on the expert it was not made for."""
-    warnings = []
-    made_for, source = lora.guess.expert, lora.guess.source
-    if made_for is not None:
-        other = other_expert(made_for)
-        if row.strength(other) != 0.0 and row.strength(made_for) == 0.0:
-            warnings.append(f"its {source} says {made_for} noise, but it acts on the {other}-noise expert only; swap the two strengths")
-        elif row.strength(other) != 0.0:
-            warnings.append(f"its {source} says {made_for} noise, but it acts on both experts; set the strength on {other} noise to 0 unless you mean it")
-    if "wan2.1" in lora.name.lower():
-        warnings.append("made for Wan2.1; the Wan2.2 reward LoRAs' page once linked a Wan2.1 file by mistake")
-    return warnings
-
-
 def _general_warnings(models: Mapping[str, Any], rows: Sequence[LoraRow]) -> list[str]:
     """Warn about what concerns several rows or the models."""
     warnings = []
     active = [row for row in rows if row.on]
-    files = [row.file for row in active]
-    warnings.extend(f"{file} stands in {files.count(file)} rows; their strengths add up" for file in sorted(set(files)) if files.count(file) > 1)
+    warnings.extend(repeat_warnings([(row.file, {expert: row.strength(expert) for expert in EXPERTS}) for row in active]))
     for expert in EXPERTS:
         total = sum(row.strength(expert) for row in active)
         if abs(total) > MAX_TOTAL_STRENGTH + 1e-9:
             warnings.append(f"strengths on the {expert}-noise expert add up to {total:g}; above {MAX_TOTAL_STRENGTH:g} reward LoRAs tend to overcook")
+        if expert not in models:
+            if total:
+                warnings.append(f"no {expert}-noise model is connected; the strengths on it change nothing but the lists for other packs")
+            continue
         is_expert = model_expert(models[expert])
         if is_expert not in (None, expert):
             warnings.append(f"the model connected as {expert} noise is the {is_expert}-noise expert")

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import paths
+from .sigma_curve import SigmaCurve, parse_curve
 
 MAX_STRENGTH = 100.0  # the range of the host's own LoRA loaders
-ROW_KEYS = ("on", "file", "high", "low")
+ROW_KEYS = ("on", "file", "high", "low", "curve", "blocks", "application")
+APPLICATIONS = ("auto", "merged", "bypass")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRow:
-    """One row: a LoRA file with a strength for each expert."""
+    """One row: a LoRA file with a strength for each expert.
+
+    Attributes:
+        file: Name in the host's LoRA folder.
+        high: Strength on the high-noise expert.
+        low: Strength on the low-noise expert.
+        on: False leaves the row out.
+        curve: Factor on both strengths over sigma.
+        blocks: Factors per block, as text (`block_strengths`); empty is 1 everywhere.
+        application: `merged` or `bypass` for this row; empty follows the node.
+    """
 
     file: str
     high: float
     low: float
     on: bool = True
+    curve: SigmaCurve = field(default_factory=SigmaCurve)
+    blocks: str = ""
+    application: str = ""
 
     def strength(self, expert: str) -> float:
         """Return the strength for `high` or `low`."""
@@ -30,13 +45,15 @@ def parse_rows(text: str) -> list[LoraRow]:
     """Read the rows of the widget.
 
     Args:
-        text: JSON list of `{"on": bool, "file": str, "high": number, "low": number}`. Empty text is no rows. Left-out strengths are 0.
+        text: JSON list of `{"on": bool, "file": str, "high": number, "low": number}`, each with `"curve"`, `"blocks"` and `"application"` (texts) if
+            wanted. Empty text is no rows. Left-out strengths are 0.
 
     Returns:
         The rows in order, those that are switched off too.
 
     Raises:
-        ValueError: Not JSON, not a list of objects, an unknown name, no file, or a strength that is no finite number within ±100.
+        ValueError: Not JSON, not a list of objects, an unknown name, no file, a strength that is no finite number within ±100, or a
+            curve or application that is none.
     """
     if not text.strip():
         return []
@@ -49,11 +66,12 @@ def parse_rows(text: str) -> list[LoraRow]:
     return [_row(number, entry) for number, entry in enumerate(entries, start=1)]
 
 
-def check_rows(text: str | None) -> bool | str:
+def check_rows(text: str | None, application: str | None = "auto") -> bool | str:
     """Check the rows the way the host's `validate_inputs` wants it.
 
     Args:
         text: The widget's text; None when it is linked and not known yet.
+        application: The node's `application`; None when it is linked.
 
     Returns:
         True, or the message to show on the node.
@@ -64,9 +82,22 @@ def check_rows(text: str | None) -> bool | str:
         for row in parse_rows(text):
             if row.on:
                 paths.model_path("loras", row.file)
+                application_of(row, application or "auto")
     except ValueError as error:
         return str(error)
     return True
+
+
+def application_of(row: LoraRow, application: str) -> str:
+    """Return how a row is to be applied: its own wish, else the node's.
+
+    Raises:
+        ValueError: A strength over sigma is to be merged: merged weights are the same at every sigma.
+    """
+    wanted = row.application or application
+    if wanted == "merged" and not row.curve.is_constant():
+        raise ValueError(f"{row.file} has a strength over sigma, which cannot be merged into the weights. Set application to 'auto' or 'bypass'.")
+    return wanted
 
 
 def fingerprint(text: str | None) -> str:
@@ -94,7 +125,18 @@ def _row(number: int, entry: object) -> LoraRow:
     file = entry.get("file", "")
     if not isinstance(file, str) or (is_on and not file):
         raise ValueError(f"LoRA row {number} has no file. Choose one of models/loras, or switch the row off.")
-    return LoraRow(file=file, high=_strength(number, entry, "high"), low=_strength(number, entry, "low"), on=is_on)
+    texts = {name: entry.get(name, "") for name in ("curve", "blocks", "application")}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"LoRA row {number}: {name!r} is {value!r}; it must be text.")
+    if texts["application"] not in ("", *APPLICATIONS):
+        raise ValueError(f"LoRA row {number}: 'application' is {texts['application']!r}; it must be one of {', '.join(APPLICATIONS)}, or empty.")
+    try:
+        curve = parse_curve(texts["curve"])
+    except ValueError as error:
+        raise ValueError(f"LoRA row {number}: {error}") from error
+    strengths = {expert: _strength(number, entry, expert) for expert in ("high", "low")}
+    return LoraRow(file=file, on=is_on, curve=curve, blocks=texts["blocks"].strip(), application=texts["application"], **strengths)
 
 
 def _strength(number: int, entry: dict, expert: str) -> float:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 REWARD_MODEL_FOLDER = "reward_models"
-REWARD_MODEL_EXTENSIONS = (".safetensors", ".pt", ".pth")
+REWARD_MODEL_EXTENSIONS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def register_model_folders() -> None:
@@ -64,6 +64,30 @@ def sweeps_folder() -> Path:
 def input_folder() -> Path:
     """Return the host's input folder."""
     return Path(folder_paths.get_input_directory())
+
+
+def input_path(name: str) -> Path:
+    """Return the file or folder that a user named: an absolute path, or a name in the input folder.
+
+    Raises:
+        ValueError: The name is empty, leaves the input folder, or nothing is there.
+    """
+    path = Path(name.strip().strip('"')).expanduser()
+    if not name.strip():
+        raise ValueError("No file or folder is named. Give an absolute path, or a name in the input folder.")
+    if not path.is_absolute():
+        folder = input_folder().resolve()
+        path = (folder / path).resolve()
+        if not path.is_relative_to(folder):
+            raise ValueError(f"{name!r} leaves the input folder {folder}. Give a name in it, or an absolute path.")
+    if not path.exists():
+        raise ValueError(f"There is no file or folder {path}. Give an absolute path, or a name in the input folder.")
+    return path
+
+
+def scores_folder() -> Path:
+    """Return `<output>/reward_lab/scores`; made when first written to."""
+    return Path(folder_paths.get_output_directory()) / "reward_lab" / "scores"
 
 
 def output_result(path: Path) -> dict[str, str]:

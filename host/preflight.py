@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from ..lora_train.config import TrainConfig
 from ..lora_train.plan import check_disk
 from ..lora_train.safetensors_file import Header, read_header
+from ..reward_models.spec import RewardModelSpec
 from .experts import guess_expert
 
 _TEXT_KEY = "text_embedding.0.weight"
@@ -24,7 +26,10 @@ def check(config: TrainConfig, folder: Path) -> None:
             enough disk.
     """
     headers = {name: _header(getattr(config.models, name), role) for name, role in ROLES.items()}
-    _header(config.reward.path, "reward model")
+    if config.reward.kind == "pavrm":
+        raise ValueError("the reward is a PAVRM, which scores latents; reward backpropagation decodes frames: use an image or video reward, or a mix of them")
+    for file in RewardModelSpec.from_dict(asdict(config.reward)).files():
+        _header(file, "reward model")
     for slot in ("high", "low"):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
     _check_widths(config, headers)
@@ -34,7 +39,7 @@ def check(config: TrainConfig, folder: Path) -> None:
 def _header(path: str, role: str) -> Header | None:
     if path.endswith(".safetensors"):
         return read_header(path, role)
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"the {role} {path} does not exist; check the path or download the file")
     return None
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..testlab import sweep
-from . import paths, training
+from . import lora_routes, paths, training
 
 RUN_FILE_FOLDERS = ("samples", "checkpoints")
 MAX_LOG_LINES = 2000
@@ -39,9 +39,11 @@ def register() -> None:
         ("/reward_lab/runs/{id}/files/{name:.+}", send_run_file),
         ("/reward_lab/loras", list_loras),
         ("/reward_lab/sweeps/{name}/{path:.+}", send_sweep_file),
+        *lora_routes.GET_ROUTES,
     ):
         server.routes.get(path)(_answering_errors(handler))
-    server.routes.post("/reward_lab/runs/{id}/stop")(_answering_errors(stop_run))
+    for path, handler in (("/reward_lab/runs/{id}/stop", stop_run), *lora_routes.POST_ROUTES):
+        server.routes.post(path)(_answering_errors(handler))
 
 
 def _answering_errors(handler: Handler) -> Handler:

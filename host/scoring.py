@@ -1,47 +1,50 @@
-"""Scores IMAGE batches with reward models on the host's device, and draws the curve.
+"""Scores videos with reward models on the host's device, for the nodes.
 
-Models stay loaded between scores, at most CACHED_MODELS of them, and are offered to nobody else: the host is asked for the memory
-first, so it can unload its own models.
+Models are handed to the host's memory manager: it loads them, makes room for others, and frees them. At most CACHED_MODELS stay in main memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
 import torch
 
 from ..reward_models.base import score_in_chunks
-from ..reward_models.spec import RewardModelSpec
-from ..testlab.plot import Curve, line_chart
-from . import paths
+from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec
+from . import media, paths, reward_loading, score_files, video_prompts
+from .score_store import ScoreStore, key_of, write_csv
 
 logger = logging.getLogger("reward_lab")
 
-REWARD_KINDS = ("hpsv2.1", "mps")
+REWARD_KINDS = ("hpsv2.1", "mps", "pickscore", "aesthetic", "face", "dynamic_degree", "flicker", "drift", "pavrm")
 RESIZE_MODES = ("default", "letterbox", "crop", "squash")
-FRAMES_PER_CHUNK = 16
 CACHED_MODELS = 2
+NO_FILE = "(none)"
 
 _models: OrderedDict[str, Any] = OrderedDict()
 _models_lock = threading.Lock()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoScore:
-    """Scores of one video. `per_frame` has one reward per frame, `reward` is their mean as the reward model defines it."""
+    """Scores of one video. `per_frame` has one reward per frame, `reward` is the video's as the reward model defines it (mostly their mean)."""
 
     model_name: str
     prompt: str
     reward: float
     per_frame: tuple[float, ...]
+    name: str = ""
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def best_frame(self) -> int:
@@ -57,7 +60,7 @@ class VideoScore:
         """Return one line for the node."""
         best, worst = self.best_frame, self.worst_frame
         return (
-            f"{self.model_name}: {self.reward:.4f} over {len(self.per_frame)} frames; "
+            f"{self.name + ': ' if self.name else ''}{self.model_name}: {self.reward:.4f} over {len(self.per_frame)} frames; "
             f"best frame {best} ({self.per_frame[best]:.4f}), worst frame {worst} ({self.per_frame[worst]:.4f})"
         )
 
@@ -65,11 +68,13 @@ class VideoScore:
         """Return everything as plain data."""
         return {
             "reward_model": self.model_name,
+            "name": self.name,
             "prompt": self.prompt,
             "reward": self.reward,
             "per_frame": list(self.per_frame),
             "best_frame": self.best_frame,
             "worst_frame": self.worst_frame,
+            "parts": self.parts,
         }
 
     def to_json(self) -> str:
@@ -77,8 +82,15 @@ class VideoScore:
         return json.dumps(self.to_dict())
 
 
-def reward_model_spec(kind: str, file: str, resize: str, antialias: bool) -> RewardModelSpec:
+def reward_model_spec(kind: str, file: str, resize: str, antialias: bool, **options: Any) -> RewardModelSpec:
     """Make the value of a REWARD_MODEL socket.
+
+    Args:
+        kind: One of `REWARD_KINDS`.
+        file: Name in models/reward_models, or `NO_FILE` for kinds without one.
+        resize: One of `RESIZE_MODES`.
+        antialias: Filter before shrinking.
+        **options: Further options, see `spec.OPTIONS_OF`; those that the kind does not know are left out.
 
     Raises:
         ValueError: An unknown kind or resize mode, or no such file.
@@ -87,10 +99,27 @@ def reward_model_spec(kind: str, file: str, resize: str, antialias: bool) -> Rew
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(REWARD_KINDS)}.")
     if resize not in RESIZE_MODES:
         raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.")
-    options: dict[str, Any] = {"antialias": antialias}
-    if resize != "default":
-        options["resize"] = resize
-    return RewardModelSpec(kind=kind, path=str(paths.model_path(paths.REWARD_MODEL_FOLDER, file)), options=options)
+    known = OPTIONS_OF[kind]
+    given = {"antialias": antialias, **({} if resize == "default" else {"resize": resize}), **options}
+    given = {name: value for name, value in given.items() if name in known and value is not None}
+    if kind in PATHLESS:
+        return RewardModelSpec(kind=kind, path="", options=given)
+    path = paths.model_path(paths.REWARD_MODEL_FOLDER, "" if file == NO_FILE else file)
+    if kind == "pavrm" and path.name.startswith("diffusion_pytorch_model"):
+        # HY-Video-PRFL's checkpoints are folders; any file in one stands for all of it.
+        path = path.parent
+    return RewardModelSpec(kind=kind, path=str(path), options=given)
+
+
+def require_text(spec: RewardModelSpec, prompt: str) -> None:
+    """Refuse an empty prompt for models that read it: on a node it is a widget that was forgotten.
+
+    Raises:
+        ValueError: The prompt is empty and the model needs one.
+    """
+    kinds = [RewardModelSpec.from_dict(row["reward"]).kind for row in spec.options.get("rows", ())] or [spec.kind]
+    if not prompt.strip() and any(kind in ("hpsv2.1", "mps", "pickscore") for kind in kinds):
+        raise ValueError("The prompt is empty. Write what the video should show; reward models score frames for a text.")
 
 
 def score_images(images_FHWC: torch.Tensor, spec: RewardModelSpec, prompt: str) -> VideoScore:
@@ -109,52 +138,93 @@ def score_images(images_FHWC: torch.Tensor, spec: RewardModelSpec, prompt: str) 
     """
     if images_FHWC.ndim != 4 or images_FHWC.shape[0] == 0:
         raise ValueError(f"The video has no frames (shape {tuple(images_FHWC.shape)}). Connect the decoded frames of one video.")
-    if not prompt.strip():
-        raise ValueError("The prompt is empty. Write what the video should show; reward models score frames for a text.")
+    require_text(spec, prompt)
     device = comfy.model_management.get_torch_device()
     model = _loaded(spec, device)
+    height, width = images_FHWC.shape[1:3]
     # Weights that were made inside the host's inference mode could never be trained through, so the mode is left for all of it.
     with torch.inference_mode(False), torch.no_grad():
         frames_BFCHW = images_FHWC[..., :3].movedim(-1, 1)[None].to(device=device, dtype=torch.float32).clone().clamp_(0.0, 1.0)
-        output = score_in_chunks(model, frames_BFCHW, [prompt], FRAMES_PER_CHUNK)
-    per_frame = tuple(float(value) for value in output.per_frame[0].cpu())
-    return VideoScore(model_name=model.name, prompt=prompt, reward=float(output.per_video[0]), per_frame=per_frame)
+        output = score_in_chunks(model, frames_BFCHW, [prompt], reward_loading.frames_per_chunk(height, width))
+    return _video_score(model.name, "", prompt, score_files.as_numbers(output, 0))
 
 
-def plot_scores(score: VideoScore) -> torch.Tensor:
-    """Draw the scores over the frames.
+def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str = "") -> list[VideoScore]:
+    """Score a video file, or every video of a folder; what was scored before is taken from the store.
 
-    Returns:
-        IMAGE [1, H, W, 3].
+    Args:
+        path: File or folder; relative ones are looked for in the host's input folder.
+        spec: Which reward model.
+        prompt: For all videos, where `prompts_file` is empty.
+        prompts_file: A prompt per video, see video_prompts.py.
+
+    Raises:
+        ValueError: Nothing to score, or prompts and videos do not fit.
     """
-    curve = Curve(label=score.model_name, values=score.per_frame)
-    title = f"{score.model_name}: {score.reward:.4f}"
-    return paths.image_tensor(line_chart([curve], title=title, subtitle=score.prompt, x_label="frame", mark_extremes=True))
+    found = paths.input_path(path)
+    clips = media.find_clips([found])
+    if prompts_file.strip():
+        prompts = video_prompts.read(paths.input_path(prompts_file), [clip.name for clip in clips])
+    else:
+        require_text(spec, prompt)
+        prompts = [prompt] * len(clips)
+    device = comfy.model_management.get_torch_device()
+    bar = comfy.utils.ProgressBar(len(clips))
+
+    def on_progress(done: int, total: int, _name: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=str(device))
+    store = ScoreStore(paths.scores_folder() / f"{key_of(str(found.resolve()))[:24]}.jsonl")
+    with torch.inference_mode(False):
+        rows = score_files.score(job, store, on_progress, load=lambda: _loaded(spec, device))
+    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
 
 
-def plot_run(rewards: Sequence[float], losses: Sequence[float], title: str) -> torch.Tensor:
-    """Draw reward and loss of a training run over its steps.
+def save_table(scores: Sequence[VideoScore], name: str) -> Path:
+    """Write scores as CSV to the output folder; returns the path."""
+    rows = [{**score.to_dict(), "per_video": score.reward, "name": score.name or name} for score in scores]
+    path = paths.scores_folder() / f"{key_of([score.to_dict() for score in scores])[:16]}.csv"
+    write_csv(path, rows)
+    return path
 
-    Returns:
-        IMAGE [1, H, W, 3].
-    """
-    curves = [Curve(label="reward", values=tuple(rewards), smooth=True), Curve(label="loss", values=tuple(losses), smooth=True, axis="right")]
-    return paths.image_tensor(line_chart(curves, title=title, x_label="step", first_x=1))
+
+def _video_score(model_name: str, name: str, prompt: str, numbers: dict[str, Any]) -> VideoScore:
+    return VideoScore(
+        model_name=model_name,
+        name=name,
+        prompt=prompt,
+        reward=numbers["per_video"],
+        per_frame=tuple(numbers["per_frame"]),
+        parts=numbers["parts"],
+    )
 
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> Any:
-    """Return a loaded reward model, from memory when the file has not changed."""
-    status = Path(spec.path).stat()
-    key = json.dumps([spec.to_dict(), status.st_mtime_ns, status.st_size, str(device)], sort_keys=True)
+    """Return a loaded reward model on the host's device, from memory when its files have not changed."""
+    files = [[file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size] for file in spec.files() if Path(file).exists()]
+    key = json.dumps([spec.to_dict(), files, str(device)], sort_keys=True, default=str)
+    offload = comfy.model_management.unet_offload_device() if device.type != "cpu" else device
     with _models_lock:
-        if key in _models:
-            _models.move_to_end(key)
-            return _models[key]
-        while len(_models) >= CACHED_MODELS:
-            _models.popitem(last=False)
-        if device.type != "cpu":
-            comfy.model_management.free_memory(status.st_size * 2, device)
-        logger.info("loading reward model %s from %s", spec.kind, spec.path)
+        if key not in _models:
+            while len(_models) >= CACHED_MODELS:
+                _models.popitem(last=False)
+            logger.info("loading reward model %s from %s", spec.kind, spec.path or "no file")
+            with torch.inference_mode(False):
+                model = reward_loading.load(spec, offload)
+                patchers = [comfy.model_patcher.ModelPatcher(network, device, offload) for network in networks(model)]
+            _models[key] = model, patchers
+        _models.move_to_end(key)
+        model, patchers = _models[key]
         with torch.inference_mode(False):
-            _models[key] = spec.load(device=device)
-        return _models[key]
+            comfy.model_management.load_models_gpu(patchers, force_full_load=True)
+        return model
+
+
+def networks(model: Any) -> list[torch.nn.Module]:
+    """Every network with weights in a reward model, those of a mix's rewards included."""
+    if hasattr(model, "components"):
+        return [network for component in model.components for network in networks(component.model)]
+    found = [getattr(model, "network", None), getattr(getattr(model, "find_landmarks", None), "network", None)]
+    return [network for network in found if network is not None]

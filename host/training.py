@@ -22,7 +22,7 @@ from ..lora_train.safetensors_file import read_header
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
 from ..runs.store import RunInfo, RunStore, read_config
-from . import courtesy, events, paths, preflight, scoring
+from . import courtesy, events, paths, preflight, score_pictures
 from .experts import EXPERTS, guess_expert
 from .lora_keys import normalise, split_key
 
@@ -147,7 +147,7 @@ def follow_living_runs() -> None:
 def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
     """Return a run of these settings that is active or finished, made after the files that it was trained on."""
     wanted = config.to_dict()
-    inputs = [*wanted["models"].values(), wanted["reward"]["path"]]
+    inputs = [*wanted["models"].values(), *RewardModelSpec.from_dict(wanted["reward"]).files()]
     newest_input = max(Path(file).stat().st_mtime for file in inputs)
     for info in runs.list():
         is_finished = info.state == "finished" and info.files and all(Path(file).is_file() for file in info.files)
@@ -203,7 +203,7 @@ def run_result(run_id: str, wait: bool) -> RunResult:
         raise ValueError(f"Run {run_id} has written no LoRA yet (step {info.step} of {info.steps}, {info.state}). Switch 'wait' on, or run this node later.")
     steps = [event for event in runs.events(run_id) if event.get("event") == "step"]
     loss_map = {"loss": _numbers(steps, "loss"), "reward": _numbers(steps, "reward")}
-    chart = scoring.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
+    chart = score_pictures.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
     reward = f", reward {info.reward:.4f}" if info.reward is not None else ""
     return RunResult(
         loras={expert: host_lora(file) for expert, file in files.items()},

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,13 +148,13 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from ..reward_models.spec import RewardModelSpec
     from ..runs import lease
     from ..runs.store import append_event
+    from . import reward_loading
     from .samples import SampleFiles
     from .text import PromptEncoder, load_text_encoder
     from .training_mode import training_mode
     from .vae import load_decoder
     from .wan import load_backbone
 
-    spec = RewardModelSpec(kind=config.reward.kind, path=config.reward.path, options=config.reward.options)
     prompts = all_prompts(config)
     encoder = PromptEncoder(load_text_encoder(config.models.text_encoder))
     contexts = dict(zip(prompts, encoder.encode(prompts), strict=True))
@@ -166,7 +167,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
     }
     decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
-    reward = spec.load(device)
+    reward = reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward)), device)
     logger.info("loaded both experts, the VAE and the reward model %s", config.reward.kind)
 
     with ExitStack() as stack:

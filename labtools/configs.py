@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .cache import REPO
 from .errors import LabError
 
+REWARD_FILES = ("clip", "detector", "landmarks", "reference")
 MODEL_FILES = ("high", "low", "text_encoder", "vae")
 
 
@@ -29,12 +31,26 @@ def read_config(path: Path, repo: Path = REPO) -> dict:
         raise LabError(f"The config {path} holds a {type(values).__name__}, not an object of settings.", remedy="Write it as {...}.")
     folders = (path.absolute().parent, Path.cwd(), repo / "pocket" / "weights")
     # Wrong types pass through: the reader of the settings names them better.
-    for section, names in (("models", MODEL_FILES), ("reward", ("path",))):
-        entries = values.get(section)
-        for name in names if isinstance(entries, dict) else ():
-            if isinstance(entries.get(name), str) and entries[name]:
-                entries[name] = _absolute(entries[name], f"{section}.{name}", folders)
+    _resolve(values.get("models"), MODEL_FILES, "models", folders)
+    _resolve_reward(values.get("reward"), "reward", folders)
     return values
+
+
+def _resolve(entries: Any, names: tuple[str, ...], section: str, folders: tuple[Path, ...]) -> None:
+    for name in names if isinstance(entries, dict) else ():
+        if isinstance(entries.get(name), str) and entries[name]:
+            entries[name] = _absolute(entries[name], f"{section}.{name}", folders)
+
+
+def _resolve_reward(reward: Any, section: str, folders: tuple[Path, ...]) -> None:
+    """Paths of a reward model; those of a mix lie in its rows."""
+    _resolve(reward, ("path",), section, folders)
+    options = reward.get("options") if isinstance(reward, dict) else None
+    _resolve(options, REWARD_FILES, f"{section}.options", folders)
+    rows = options.get("rows") if isinstance(options, dict) else None
+    for index, row in enumerate(rows if isinstance(rows, list) else ()):
+        if isinstance(row, dict):
+            _resolve_reward(row.get("reward"), f"{section}.options.rows[{index}].reward", folders)
 
 
 def _absolute(name: str, setting: str, folders: tuple[Path, ...]) -> str:

@@ -24,6 +24,8 @@ EXPERT_CHOICES = ("high", "low", "both")
 METHODS = ("reward_backprop",)
 DTYPES = ("auto", "fp32", "bf16")
 SAVE_DTYPES = ("bf16", "fp16", "fp32")
+# Equal to reward_models.spec.PATHLESS, which this layer may not import; a test compares them.
+PATHLESS_REWARDS = ("dynamic_degree", "flicker", "drift", "mix")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -63,15 +65,15 @@ class ModelFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSource:
-    """Which reward model: kind, weights file, and options for its loader (`resize`, `antialias`, ...)."""
+    """Which reward model: kind, weights file (empty for `PATHLESS_REWARDS`), and options for its loader (`resize`, `antialias`, ..., a mix's `rows`)."""
 
     kind: str
-    path: str
+    path: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(bool(self.kind.strip()), "reward.kind is empty; give the kind of reward model, such as hpsv2.1")
-        _require(bool(self.path.strip()), "reward.path is empty; give the path of the reward model's weights")
+        _require(bool(self.path.strip()) or self.kind in PATHLESS_REWARDS, "reward.path is empty; give the path of the reward model's weights")
 
 
 @dataclass(frozen=True, kw_only=True)

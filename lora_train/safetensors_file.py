@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
+# Bytes of one number by the format's name for its type; types of less than a byte are left to the safetensors library.
+DTYPE_BYTES = {
+    name: size
+    for size, names in (
+        (1, ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")),
+        (2, ("I16", "U16", "F16", "BF16")),
+        (4, ("I32", "U32", "F32")),
+        (8, ("I64", "U64", "F64", "C64")),
+    )
+    for name in names
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +42,16 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: str | Path, what: str = "model file") -> Header:
+def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int = _HEADER_LIMIT_BYTES) -> Header:
     """Read and check the header of a safetensors file; no tensor is read.
 
     Args:
         what: name of the file's role, for messages.
+        limit_bytes: longer headers are refused unread; LoRA files need far less than models may have.
 
     Raises:
-        ValueError: missing, empty, not safetensors, an entry without valid shape and offsets, or a file shorter than its header promises.
+        ValueError: missing, empty, not safetensors, a header that is too long or names a key twice, an entry whose type, shape and offsets do not
+            fit each other, or a file shorter than its header promises.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,13 +62,15 @@ def read_header(path: str | Path, what: str = "model file") -> Header:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _HEADER_LIMIT_BYTES:
             raise ValueError(f"the {what} {path} ({size_bytes} bytes) is not a safetensors file; pick the .safetensors version or download it again")
+        if length > limit_bytes:
+            raise ValueError(f"the {what} {path} has a header of {length} bytes; at most {limit_bytes} are read here; choose another file")
         raw = file.read(length)
     if len(raw) < length:
         raise ValueError(f"the {what} {path} is truncated: its header alone is {length} bytes, the file has {size_bytes}; download it again")
     try:
-        entries = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"the {what} {path} has an unreadable safetensors header ({error}); download it again") from error
+        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the {what} {path} has an unreadable safetensors header ({str(error)[:200]}); download it again") from error
     if not isinstance(entries, dict):
         raise ValueError(f"the {what} {path} has an unreadable safetensors header (a {type(entries).__name__}, not an object); download it again")
     metadata = entries.pop("__metadata__", None) or {}
@@ -72,14 +88,27 @@ def read_header(path: str | Path, what: str = "model file") -> Header:
     )
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; a name that stands there twice is a damaged or made-up file, and which one counts would be chance."""
+    built = dict(pairs)
+    if len(built) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} stands in it twice")
+    return built
+
+
 def _is_entry(entry: Any) -> bool:
-    """Tell whether a header entry has a type, a shape and two offsets in order."""
+    """Tell whether a header entry has a type, a shape and two offsets that fit each other."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        return False
+    number_bytes = DTYPE_BYTES.get(entry["dtype"])
+    return offsets[0] <= offsets[1] if number_bytes is None else prod(shape) * number_bytes == offsets[1] - offsets[0]
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

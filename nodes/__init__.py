@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import paths, routes, training
+from .inspect_lora import InspectLoRA
 from .loras import LoadLoRAs
 from .models import WanModels
 from .prompts import Prompts
-from .rewards import RewardModelNode, ScoreVideo
+from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
 from .testlab import TestLabCell, TestLabGrid
 from .train import RunResult, TrainLoRA
@@ -16,9 +17,12 @@ from .train import RunResult, TrainLoRA
 NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     WanModels,
     LoadLoRAs,
+    InspectLoRA,
     SampleWan22,
     RewardModelNode,
+    MixRewards,
     ScoreVideo,
+    ScoreLatent,
     Prompts,
     TrainLoRA,
     RunResult,

@@ -1,7 +1,8 @@
 """Socket types of the pack's own. Values are plain data, so that other packs can make and read them.
 
 `WAN_FILES`: dict with `high`, `low`, `text_encoder`, `vae` (absolute paths) and `weight_dtype`. `REWARD_MODEL`: a `RewardModelSpec`.
-`PROMPTS`: list of dicts `{"text": str, "weight": float}`. `RUN`: the id of a training run.
+`PROMPTS`: list of dicts `{"text": str, "weight": float}`. `RUN`: the id of a training run. `WANVIDLORA` (of kijai's WanVideoWrapper) and
+`LORA_STACK` (of the stacking loaders) are other packs' types that this pack writes.
 """
 
 from __future__ import annotations
@@ -12,3 +13,5 @@ WanFiles = io.Custom("WAN_FILES")
 RewardModel = io.Custom("REWARD_MODEL")
 Prompts = io.Custom("PROMPTS")
 Run = io.Custom("RUN")
+WanVideoLora = io.Custom("WANVIDLORA")
+LoraStack = io.Custom("LORA_STACK")

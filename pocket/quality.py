@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..host import pavrm as host_pavrm
+from ..host.training_mode import training_mode
 from ..reward_models.loader import load_reward_model
 from . import oracle, world
 from .generate import Generator, as_clips
@@ -69,12 +71,17 @@ def preference_accuracy(weights: Path, kind: str, count: int = 240) -> dict[str,
 
 
 @torch.no_grad()
-def pavrm_accuracy(weights: Path, count: int = 160) -> dict[str, float]:
-    """Share of held-out latents whose motion is judged right, by noise level."""
+def pavrm_accuracy(weights: Path, count: int = 160, models: Sequence[host_pavrm.Pavrm] = ()) -> dict[str, float] | list[dict[str, float]]:
+    """Share of held-out latents whose motion is judged right, by noise level.
+
+    Args:
+        models: PAVRMs to measure on the same latents, a result each; none measures the pocket one as the pack loads it.
+    """
     rng = random.Random(105)
     torch.manual_seed(105)
     scenes = [scene for scene in held_out_scenes(3 * count, 106) if any(thing.motion != "still" for thing in scene.things)][:count]
-    module, encode_text, model = latents.load_vae(weights), text.Encoder(weights), pavrm.load(weights)
+    module, encode_text = latents.load_vae(weights), text.Encoder(weights)
+    measured = list(models) or [host_pavrm.load(weights / pavrm.FILE_NAME)]
     kinds = [("flicker", "frozen", "wrong_way")[index // 2 % 3] if index % 2 else "good" for index in range(count)]
     clips, texts = [], []
     for scene, kind in zip(scenes, kinds, strict=True):
@@ -83,12 +90,14 @@ def pavrm_accuracy(weights: Path, count: int = 160) -> dict[str, float]:
         texts.append(world.caption(pavrm.wrong_way(scene, rng) if kind == "wrong_way" else scene))
     x0 = torch.cat([latents.encode(module, np.stack(clips[start : start + 20])) for start in range(0, count, 20)])
     label, context = torch.tensor([kind == "good" for kind in kinds]), encode_text(texts)
-    result = {}
+    results: list[dict[str, float]] = [{} for _ in measured]
     for sigma in (0.05, 0.2, 0.4, 0.6, 0.8, 0.9):
         noisy = (1 - sigma) * x0 + sigma * torch.randn_like(x0)
-        logit = model(noisy, torch.full((count,), sigma), context)
-        result[f"sigma {sigma}"] = float(((logit > 0) == label).float().mean())
-    return result
+        for model, result in zip(measured, results, strict=True):
+            with training_mode(), torch.no_grad():
+                logit = model.score(noisy, torch.full((count,), round(sigma * host_pavrm.TIMESTEPS)), list(context)).logit
+            result[f"sigma {sigma}"] = float(((logit > 0) == label).float().mean())
+    return results if models else results[0]
 
 
 def generator_quality(weights: Path, count: int = 128, seed: int = 107) -> dict[str, float]:

@@ -31,6 +31,15 @@ VIT_H_14: Mapping[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
 
+# Sizes of OpenAI's ViT-L/14, on which the LAION aesthetic predictor stands; OpenAI's towers use quick GELU.
+# Source: open_clip 3.3.0, model_configs/ViT-L-14-quickgelu.json (MIT).
+VIT_L_14: Mapping[str, Any] = {
+    "embed_dim": 768,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
+}
+
 _LOG = logging.getLogger("reward_lab")
 
 START_ID = 49406
@@ -145,6 +154,18 @@ def config_from_shapes(state: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     return VIT_H_14
 
 
+def is_vit_l_14(state: Mapping[str, Tensor]) -> bool:
+    """Whether the image tower of open_clip-named weights has exactly the sizes of ViT-L/14."""
+    vision = VIT_L_14["vision_cfg"]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    shapes = {
+        "visual.conv1.weight": (vision["width"], 3, vision["patch_size"], vision["patch_size"]),
+        "visual.positional_embedding": (patches + 1, vision["width"]),
+        "visual.proj": (vision["width"], VIT_L_14["embed_dim"]),
+    }
+    return all(key in state and tuple(state[key].shape) == shape for key, shape in shapes.items())
+
+
 def tower_dtype(model: CLIP) -> torch.dtype:
     """Dtype of the matrices of the image tower, in which prepared pictures must arrive."""
     return model.visual.conv1.weight.dtype
@@ -246,10 +267,12 @@ def tokenize(prompts: Sequence[str], *, is_plain: bool = False, pad_id: int = 0)
     return ids_BP
 
 
-def warn_if_cut(prompts: Sequence[str], *, is_plain: bool = False) -> None:
-    """Log a warning for every prompt that does not fit 77 ids, with the words where it is cut."""
+def warn_about(prompts: Sequence[str], *, is_plain: bool = False) -> None:
+    """Log a warning for every empty prompt, and for every one that does not fit 77 ids, with the words where it is cut."""
     tokenizer = _tokenizer(is_plain)
     for prompt in prompts:
+        if not prompt.strip():
+            _LOG.warning("A prompt is empty: its scores compare the frames with no text at all and mean little.")
         ids = tokenizer.encode(prompt)
         room = CONTEXT_LENGTH - 2
         if len(ids) > room:

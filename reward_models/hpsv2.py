@@ -96,7 +96,7 @@ class HPSv2Reward:
         return RewardOutput(per_frame=cosine_BF, per_video=cosine_BF.mean(dim=1), parts={f"hps_{self.resize}": cosine_BF})
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        clip.warn_if_cut(prompts)
+        clip.warn_about(prompts)
         ids_BP = clip.tokenize(prompts).to(self.device)
         return functional.normalize(_wide(self.network.encode_text(ids_BP)), dim=-1)
 

@@ -49,13 +49,19 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def identify(state: Mapping[str, object]) -> str:
-    """Name what a state dict (without wrapper prefixes) is: `mps`, `open_clip`, `hf_clip`, `pavrm`, `pavrm_query`, `pavrm_mlp`, `wan`, `lora` or `unknown`."""
+    """Name what a state dict (without wrapper prefixes) is: one of the keys of `DESCRIPTIONS`."""
     if _MPS_SENTINEL in state:
         return "mps"
     if _OPEN_CLIP_SENTINEL in state:
         return "open_clip"
     if _HF_SENTINEL in state:
         return "hf_clip"
+    if "layers.0.weight" in state and "layers.7.weight" in state:
+        return "aesthetic_head"
+    if "conv1.weight" in state and "layer1.0.bn1.weight" in state and "features.weight" in state:
+        return "arcface"
+    if "query_attention.queries" in state and any(key.startswith("lora.") for key in state):
+        return "pavrm_lora"
     if "query_attention.queries" in state and "mlp.fc1.weight" in state:
         return "pavrm"
     if "queries" in state and "multihead_attn.in_proj_weight" in state:
@@ -73,7 +79,10 @@ DESCRIPTIONS = {
     "mps": "an MPS model (CLIP with a cross model)",
     "open_clip": "a CLIP in open_clip's layout (HPSv2-like, no cross model)",
     "hf_clip": "a CLIP in Hugging Face's layout (no cross model)",
+    "aesthetic_head": "the head of the LAION aesthetic predictor",
+    "arcface": "an ArcFace recogniser",
     "pavrm": "a PAVRM file",
+    "pavrm_lora": "a PAVRM stored as a LoRA over a generator's first blocks",
     "pavrm_query": "the query attention of a PAVRM",
     "pavrm_mlp": "the score head of a PAVRM",
     "lora": "a LoRA",

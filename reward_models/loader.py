@@ -7,6 +7,7 @@ Does not: download, or hold models; callers decide how long one lives.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,43 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import clip, hpsv2, layouts, mps
+from . import aesthetic, clip, face, hpsv2, layouts, measures, mix, mps, pickscore, published
 from .base import RewardModel
+from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, RewardModelSpec
 from .weights import Weights, load_into, read_weights
 
-KINDS: tuple[str, ...] = ("hpsv2.1", "mps")
-ALIASES: Mapping[str, str] = {"hpsv2": "hpsv2.1"}
+_LOG = logging.getLogger("reward_lab")
 
 
 def load_reward_model(
-    kind: str,
-    weights: str | Path,
-    *,
-    config: Mapping[str, Any] | str | Path | None = None,
-    resize: str | None = None,
-    antialias: bool = True,
-    condition: str | None = None,
-    threshold: float = 0.01,
-    normalise: str = "sample",
-    scale: str = "raw",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    kind: str, weights: str | Path = "", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
 ) -> RewardModel:
     """Load a reward model.
 
     Args:
-        kind: one of `KINDS` or `ALIASES`.
-        weights: safetensors, `.pt`, `.pth`, `.bin`; open_clip, Hugging Face, MPS and imscore layouts; whole pickled modules are read, not run.
-        config: sizes: a dict, a JSON file, JSON text, or "ViT-H-14". None looks in this order: safetensors metadata "config", `<stem>.json` beside the
-            file, the shapes of the full-size ViT-H/14.
-        resize: None (official for the kind: letterbox for hpsv2.1, crop for mps), "letterbox", "crop" or "squash" (VideoX-Fun).
-        antialias: filter before shrinking; see the model.
-        condition: MPS only: a name in `mps.CONDITIONS` or a text; None is "overall".
-        threshold: MPS only: mask threshold, 0.01 or 0.3.
-        normalise: MPS only: "sample" or "batch".
-        scale: MPS only: "raw" (official) or "cosine" (VideoX-Fun) is the reward.
+        kind: one of `spec.KINDS` or `spec.ALIASES`.
+        weights: safetensors, `.pt`, `.pth`, `.bin`; open_clip, Hugging Face, MPS and imscore layouts; whole pickled modules are read, not run. Empty for
+            the kinds in `spec.PATHLESS`.
         device: where to put it.
         dtype: of the matrices; norms, positions and the final dot product stay at least float32.
+        **options: those of the kind in `spec.OPTIONS_OF`; None means the default:
+            config: sizes: a dict, a JSON file, JSON text, or "ViT-H-14" / "ViT-L-14". Else looked for in this order: safetensors metadata "config",
+                `<stem>.json` beside the file, the shapes of the full-size model.
+            resize: "letterbox" (default of hpsv2.1), "crop" (default of the others) or "squash" (VideoX-Fun).
+            antialias: filter before shrinking (default True); see the model.
+            condition, threshold, normalise: see `mps.MPSReward`. scale: "raw" (default) or "cosine".
+            clip: aesthetic only: weights of OpenAI's CLIP ViT-L/14, where the file holds the head alone.
+            detector, landmarks, reference, missing: see `face.FaceReward`.
+            rows: mix only: list of {"name", "reward": spec as dict, "weight", "centre", "scale"}.
 
     Returns:
         The model: eval mode, frozen, usable for frame gradients even when this is called under `torch.inference_mode()`.
@@ -59,32 +51,62 @@ def load_reward_model(
         ValueError: unknown kind or option; the file is missing, damaged, holds another model (which is named), lacks keys (named) or has NaN; no config.
     """
     kind = ALIASES.get(kind, kind)
+    if kind == "pavrm":
+        raise ValueError("A PAVRM scores latents, not frames: use it with Score Latent (PAVRM) or `lab.py score-latent`.")
     if kind not in KINDS:
         raise ValueError(f"Reward model kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    if kind != "mps" and (condition is not None or threshold != 0.01 or normalise != "sample" or scale != "raw"):
-        raise ValueError(f"condition, threshold, normalise and scale belong to mps; {kind} has none of them.")
+    options = {name: value for name, value in options.items() if value is not None}
+    foreign = sorted(set(options) - set(OPTIONS_OF[kind]))
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)} cannot be set for {kind}; its options are {', '.join(OPTIONS_OF[kind]) or 'none'}.")
+    if not weights and kind not in PATHLESS:
+        raise ValueError(f"{kind} needs a weight file; give one.")
     with torch.inference_mode(False):
-        content = read_weights(weights)
-        read = {"hpsv2.1": _hps_network, "mps": _mps_network}[kind]
-        network = read(content, Path(weights), config)
+        if kind in measures.BUILD:
+            return measures.BUILD[kind]()
+        if kind == "mix":
+            return _mix(options.get("rows", ()), device, dtype)
+        if kind == "face":
+            return face.load(weights, device=device, dtype=dtype, **options)
+        _check_published(kind, Path(weights))
+        config, clip_file = options.pop("config", None), options.pop("clip", None)
+        content, path = read_weights(weights), Path(weights)
+        if kind == "mps":
+            network = _mps_network(content, path, config)
+        elif kind == "aesthetic":
+            network = _aesthetic_network(content, path, config, clip_file)
+        else:
+            network = _clip_network(content, path, config, kind)
         clip.cast_towers(network, dtype)
-        network.to(device)
-        if kind == "hpsv2.1":
-            return hpsv2.HPSv2Reward(network, resize=resize or hpsv2.DEFAULT_RESIZE, use_antialias=antialias)
-        return mps.MPSReward(
-            network,
-            resize=resize or mps.DEFAULT_RESIZE,
-            use_antialias=antialias,
-            condition=condition or "overall",
-            threshold=threshold,
-            normalise=normalise,
-            scale=scale,
-        )
+        return _MODELS[kind](network.to(device), **{_ARGUMENT.get(name, name): value for name, value in options.items()})
 
 
-def _hps_network(content: Weights, path: Path, config: Mapping[str, Any] | str | Path | None) -> nn.Module:
+_MODELS = {"hpsv2.1": hpsv2.HPSv2Reward, "mps": mps.MPSReward, "pickscore": pickscore.PickScoreReward, "aesthetic": aesthetic.AestheticReward}
+_ARGUMENT = {"antialias": "use_antialias"}
+
+
+def _check_published(kind: str, path: Path) -> None:
+    known = published.known_file(path)
+    if known is None or known.kind == kind:
+        return
+    if (kind, known.kind) == ("hpsv2.1", "hpsv2"):
+        _LOG.warning("%s has the size of the published %s; it is used all the same.", path, known.what)
+        return
+    raise ValueError(f"{path} has the size of the published {known.what}; load it with kind {known.kind}, or choose the file of {kind}.")
+
+
+def _mix(rows: Any, device: torch.device | str, dtype: torch.dtype) -> RewardModel:
+    components = []
+    for row in rows:
+        numbers = {name: float(row[name]) for name in ("weight", "centre", "scale") if name in row}
+        model = RewardModelSpec.from_dict(row["reward"]).load(device, dtype)
+        components.append(mix.Component(name=str(row.get("name") or model.name), model=model, **numbers))
+    return mix.MixReward(components)
+
+
+def _clip_network(content: Weights, path: Path, config: Mapping[str, Any] | str | Path | None, kind: str) -> nn.Module:
     if content.kind not in ("open_clip", "hf_clip"):
-        raise _wrong_model(content, path, "hpsv2.1", "a CLIP")
+        raise _wrong_model(content, path, kind, "a CLIP")
     state = layouts.hf_to_open_clip(content.state) if content.kind == "hf_clip" else content.state
     sizes = _find_config(content, path, config, lambda: clip.config_from_shapes(state))
     sizes = clip.from_hf_config(sizes) if "vision_config" in sizes else sizes
@@ -99,6 +121,24 @@ def _mps_network(content: Weights, path: Path, config: Mapping[str, Any] | str |
     return _materialise(lambda: mps.build(sizes), state, str(path))
 
 
+def _aesthetic_network(content: Weights, path: Path, config: Mapping[str, Any] | str | Path | None, clip_file: str | Path | None) -> nn.Module:
+    """Head and image tower from one file or from two; text towers in the CLIP file are left out, anything else unknown is an error."""
+    head = {key: value for key, value in content.state.items() if key.startswith("layers.")}
+    if aesthetic.FIRST_KEY not in head:
+        raise _wrong_model(content, path, "aesthetic", "the head of the LAION aesthetic predictor")
+    if clip_file:
+        content, path = read_weights(clip_file), Path(clip_file)
+        if content.kind not in ("open_clip", "hf_clip"):
+            raise _wrong_model(content, path, "aesthetic", "a CLIP ViT-L/14")
+    elif "visual.conv1.weight" not in content.state:
+        raise ValueError(f"{path} holds the head alone; give the weights of OpenAI's CLIP ViT-L/14 as well (option clip, --clip).")
+    state = layouts.hf_to_open_clip(content.state) if content.kind == "hf_clip" else content.state
+    sizes = _find_config(content, path, config, lambda: clip.VIT_L_14 if clip.is_vit_l_14(state) else None)
+    sizes = clip.from_hf_config(sizes) if "vision_config" in sizes else sizes
+    tower = {key: value for key, value in state.items() if key.startswith("visual.")}
+    return _materialise(lambda: aesthetic.build(sizes), {**tower, **head}, str(path))
+
+
 def _mps_config_from_shapes(state: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     sizes = clip.config_from_shapes({key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")})
     # With the full-size towers the cross model has the published sizes too; anything else fails the strict key check by name.
@@ -106,9 +146,13 @@ def _mps_config_from_shapes(state: Mapping[str, Tensor]) -> Mapping[str, Any] | 
 
 
 def _wrong_model(content: Weights, path: Path, kind: str, wanted: str) -> ValueError:
-    hint = {"mps": " Load it with kind mps.", "open_clip": " Load it with kind hpsv2.1.", "hf_clip": " Load it with kind hpsv2.1."}.get(content.kind, "")
+    hint = _KIND_OF.get(content.kind, "")
+    hint = f" Load it with kind {hint}." if hint else ""
     keys = ", ".join(sorted(content.state)[:4])
     return ValueError(f"{path} is {layouts.DESCRIPTIONS[content.kind]} (keys {keys}, ...), but {wanted} is needed for {kind}.{hint}")
+
+
+_KIND_OF = {"mps": "mps", "open_clip": "hpsv2.1", "hf_clip": "hpsv2.1 or pickscore", "aesthetic_head": "aesthetic", "arcface": "face", "pavrm": "pavrm"}
 
 
 def _find_config(
@@ -125,23 +169,26 @@ def _find_config(
     found = from_shapes()
     if found is None:
         raise ValueError(
-            f"{path} is not the full-size ViT-H/14 and its numbers of heads cannot be read off the weights; give the sizes as config, "
+            f"{path} is not the full-size model and its numbers of heads cannot be read off the weights; give the sizes as config, "
             f"as {beside.name} beside it, or as safetensors metadata 'config'."
         )
     return found
+
+
+_NAMED = {"ViT-H-14": clip.VIT_H_14, "ViT-L-14": clip.VIT_L_14}
 
 
 def _parse_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config.get("model_cfg", config)
     text = str(config)
-    if text == "ViT-H-14":
-        return clip.VIT_H_14
+    if text in _NAMED:
+        return _NAMED[text]
     if text.lstrip().startswith("{"):
         return _as_config(text, "the given config")
     path = Path(text)
     if not path.is_file():
-        raise ValueError(f"There is no config file {path}; give a JSON file, JSON text, or ViT-H-14.")
+        raise ValueError(f"There is no config file {path}; give a JSON file, JSON text, or {' or '.join(_NAMED)}.")
     return _as_config(path.read_text(encoding="utf-8-sig"), str(path))
 
 
@@ -160,5 +207,6 @@ def _materialise(build: Callable[[], nn.Module], state: Mapping[str, Tensor], wh
     with torch.device("meta"):
         network = build()
     load_into(network, state, what)
-    clip.restore_causal_mask(network.clip if isinstance(network, mps.MPS) else network)
+    if not isinstance(network, aesthetic.AestheticNetwork):
+        clip.restore_causal_mask(network.clip if isinstance(network, mps.MPS) else network)
     return network

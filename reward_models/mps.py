@@ -9,6 +9,8 @@ Shape letters: B pairs or videos, F frames, M pictures, P prompt positions, T im
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,6 +176,28 @@ def export_state_dict(network: MPS) -> dict[str, Tensor]:
     return state
 
 
+def parse_condition(condition: str) -> tuple[tuple[str, str, float], ...]:
+    """Name, text and weight of every condition in an option.
+
+    Args:
+        condition: see `MPSReward`.
+
+    Raises:
+        ValueError: a weight that is no finite number, or all of them 0.
+    """
+    entries = [entry.partition("=") for entry in condition.split(",")]
+    if not all(sign and name.strip() in CONDITIONS for name, sign, _ in entries):
+        name = condition if condition in CONDITIONS else "own"
+        return ((name, CONDITIONS.get(condition, condition), 1.0),)
+    try:
+        weights = {name.strip(): float(value) for name, _, value in entries}
+    except ValueError as error:
+        raise ValueError(f"condition is {condition!r}; weights per dimension are numbers, as in 'aesthetics=0.3, quality=0.7'.") from error
+    if not any(weights.values()) or not all(math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"condition is {condition!r}; at least one weight must differ from 0, and all must be finite.")
+    return tuple((name, CONDITIONS[name], weight) for name, weight in weights.items())
+
+
 class MPSReward:
     """Frozen MPS.
 
@@ -181,7 +205,7 @@ class MPSReward:
         network: loaded weights; set to eval mode and frozen.
         resize: "crop" (official), "squash" (what VideoX-Fun trains with) or "letterbox".
         use_antialias: True with "crop" follows Pillow's 8-bit arithmetic exactly, as the official processor; False is a plain float resize.
-        condition: a name in `CONDITIONS` or any text.
+        condition: a name in `CONDITIONS`, any text, or a weight per dimension such as "aesthetics=0.3, quality=0.7": the weighted sum of their scores.
         threshold: see `condition_mask`.
         normalise: see `condition_mask`.
         scale: which number is the reward: "raw" = exp(logit_scale) * cosine (official, about 9 for ordinary pictures) or "cosine" (VideoX-Fun, about
@@ -214,12 +238,13 @@ class MPSReward:
         self.network = network.eval().requires_grad_(False)
         self.resize = resize
         self.use_antialias = use_antialias
-        self.condition = CONDITIONS.get(condition, condition)
-        self.is_experimental = self.condition != CONDITIONS["overall"]
+        self.conditions = parse_condition(condition)
+        self.is_experimental = any(text != CONDITIONS["overall"] for _, text, _ in self.conditions)
         self.threshold = threshold
         self.normalise = normalise
         self.scale = scale
         self.mixes_prompts = normalise == "batch"
+        self._batch: tuple[str, ...] | None = None
         self.range_note = (
             "exp(logit_scale) x cosine, higher is better; ordinary pictures lie around 9; two scores of one prompt give a preference by softmax"
             if scale == "raw"
@@ -248,22 +273,37 @@ class MPSReward:
         size_px = self.network.clip.visual.image_size[0]
         return prepare(pixels_MCHW, size_px, resize=self.resize, use_antialias=self.use_antialias, is_pillow=True)
 
-    def masks(self, prompts: Sequence[str]) -> Tensor:
-        """Bool [B, 77]: prompt positions that are not masked by the condition."""
+    def in_batch_of(self, prompts: Sequence[str]) -> MPSReward:
+        """This model with the batch of `normalise="batch"` fixed to `prompts`, so that videos can be scored one by one, whatever their sizes."""
+        fixed = copy.copy(self)
+        fixed._batch = tuple(prompts)
+        fixed.mixes_prompts = False
+        return fixed
+
+    def masks(self, prompts: Sequence[str], condition: str | None = None) -> Tensor:
+        """Bool [B, 77]: prompt positions that are not masked by the condition text (None: the first of the model's)."""
+        condition = self.conditions[0][1] if condition is None else condition
+        others = list(self._batch or ()) if self.normalise == "batch" else []
         with torch.no_grad():
-            similarity_BP = best_similarity(self._states(prompts), self._states([self.condition]))
-        return condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)
+            similarity_BP = best_similarity(self._states([*prompts, *others]), self._states([condition]))
+        return condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)[: len(prompts)]
 
     def score_prepared(self, pixels_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """As `score`, for frames that are already resized and normalised."""
         videos, frames = pixels_BFCHW.shape[:2]
         image_MTD = self.network.image_tokens(pixels_BFCHW.flatten(0, 1).to(clip.tower_dtype(self.network.clip)))
-        text_BPD, keep_BP, end_B = self._states(prompts), self.masks(prompts), self._ends(prompts)
-        text_MPD, keep_MP, end_M = (x.repeat_interleave(frames, dim=0) for x in (text_BPD, keep_BP, end_B))
-        cosine_BF = self.network.cosine(image_MTD, text_MPD, end_M, keep_MP).unflatten(0, (videos, frames))
+        text_BPD, end_B = self._states(prompts), self._ends(prompts)
+        text_MPD, end_M = (x.repeat_interleave(frames, dim=0) for x in (text_BPD, end_B))
+        cosine_BF, parts = torch.zeros(()), {}
+        for name, text, weight in self.conditions:
+            keep_MP = self.masks(prompts, text).repeat_interleave(frames, dim=0)
+            own_BF = self.network.cosine(image_MTD, text_MPD, end_M, keep_MP).unflatten(0, (videos, frames))
+            cosine_BF = weight * own_BF + cosine_BF.to(own_BF.device)
+            if len(self.conditions) > 1:
+                parts[f"mps_cosine_{name}"] = own_BF
         raw_BF = cosine_BF * _wide(self.network.clip.logit_scale).exp()
         reward_BF = raw_BF if self.scale == "raw" else cosine_BF
-        return RewardOutput(per_frame=reward_BF, per_video=reward_BF.mean(dim=1), parts={"mps_raw": raw_BF, "mps_cosine": cosine_BF})
+        return RewardOutput(per_frame=reward_BF, per_video=reward_BF.mean(dim=1), parts={"mps_raw": raw_BF, "mps_cosine": cosine_BF, **parts})
 
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """MPS per frame and their mean; see `base.RewardModel.score`.
@@ -275,7 +315,7 @@ class MPSReward:
         return self.score_prepared(self.prepare(frames_BFCHW.flatten(0, 1)).unflatten(0, frames_BFCHW.shape[:2]), prompts)
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        clip.warn_if_cut(prompts, is_plain=True)
+        clip.warn_about(prompts, is_plain=True)
         return self.network.text_states(tokenize(prompts).to(self.device))
 
 

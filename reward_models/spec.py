@@ -9,7 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base import RewardModel
 
-OPTIONS = ("config", "resize", "antialias", "condition", "threshold", "normalise", "scale")
+# Kinds without weights of their own.
+PATHLESS = ("dynamic_degree", "flicker", "drift", "mix")
+KINDS = ("hpsv2.1", "mps", "pickscore", "aesthetic", "face", *PATHLESS)
+ALIASES: Mapping[str, str] = {"hpsv2": "hpsv2.1", "hps": "hpsv2.1", "aesthetic_v2": "aesthetic", "laion_aesthetic": "aesthetic"}
+
+_PICTURE = ("config", "resize", "antialias")
+# Which options a kind understands; any other that is given is an error, so that nothing is left out in silence. A PAVRM scores latents (host/pavrm.py).
+OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "hpsv2.1": _PICTURE,
+    "mps": (*_PICTURE, "condition", "threshold", "normalise", "scale"),
+    "pickscore": (*_PICTURE, "scale"),
+    "aesthetic": (*_PICTURE, "clip"),
+    "face": ("detector", "landmarks", "reference", "missing"),
+    "pavrm": ("query", "head", "generator"),
+    **dict.fromkeys(PATHLESS, ()),
+    "mix": ("rows",),
+}
+OPTIONS = tuple(dict.fromkeys(name for names in OPTIONS_OF.values() for name in names))
+_FILE_OPTIONS = ("clip", "detector", "landmarks", "reference", "query", "head", "generator")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,8 +35,8 @@ class RewardModelSpec:
     """A reward model by name.
 
     Attributes:
-        kind: one of `loader.KINDS`.
-        path: weight file.
+        kind: one of `KINDS`, or "pavrm" (which scores latents, host/pavrm.py).
+        path: weight file; empty for the kinds in `PATHLESS`.
         options: keyword arguments of `loader.load_reward_model`, of the names in `OPTIONS`; JSON values only.
     """
 
@@ -27,7 +45,7 @@ class RewardModelSpec:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.kind or not self.path:
+        if not self.kind or not (self.path or self.kind in PATHLESS):
             raise ValueError(f"A reward model needs a kind and a file, got kind {self.kind!r} and file {self.path!r}.")
         unknown = sorted(set(self.options) - set(OPTIONS))
         if unknown:
@@ -45,10 +63,16 @@ class RewardModelSpec:
             ValueError: an entry is missing or unknown.
         """
         unknown = sorted(set(data) - {"kind", "path", "options"})
-        missing = [name for name in ("kind", "path") if name not in data]
+        missing = [name for name in ("kind", "path") if name not in data and not (name == "path" and data.get("kind") in PATHLESS)]
         if unknown or missing:
             raise ValueError(f"Reward model entry: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; it takes kind, path, options.")
-        return cls(kind=data["kind"], path=str(data["path"]), options=dict(data.get("options") or {}))
+        return cls(kind=data["kind"], path=str(data.get("path", "")), options=dict(data.get("options") or {}))
+
+    def files(self) -> list[str]:
+        """Every file that the model is made of, those of a mix's rewards included."""
+        own = [self.path] if self.path else []
+        own += [str(self.options[name]) for name in _FILE_OPTIONS if self.options.get(name)]
+        return own + [file for row in self.options.get("rows", ()) for file in RewardModelSpec.from_dict(row["reward"]).files()]
 
     def load(self, device: Any = "cpu", dtype: Any = None) -> RewardModel:
         """Load the model.

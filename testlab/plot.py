@@ -112,6 +112,33 @@ def line_chart(
     return picture.resize(size_px, Image.Resampling.LANCZOS)
 
 
+def with_pictures(chart: Image.Image, pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Put pictures with a caption each in a row under a chart.
+
+    Args:
+        chart: From `line_chart`.
+        pictures: Caption and picture.
+
+    Returns:
+        An RGB picture of the chart's width.
+    """
+    gap, line = 28, 26
+    room = (chart.width - gap * (len(pictures) + 1)) // max(1, len(pictures))
+    small = []
+    for caption, picture in pictures:
+        scale = min(room / picture.width, room * 0.6 / picture.height)
+        small.append((caption, picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS)))
+    height = chart.height + line + max((picture.height for _, picture in small), default=0) + gap
+    sheet = Image.new("RGB", (chart.width, height), BACKGROUND)
+    sheet.paste(chart, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for index, (caption, picture) in enumerate(small):
+        x = gap + index * (room + gap)
+        draw.text((x, chart.height), shorten(caption, 14, room), font=font(14), fill=(BEST, WORST)[index] if len(small) == 2 else TEXT)
+        sheet.paste(picture.convert("RGB"), (x, chart.height + line))
+    return sheet
+
+
 def _y_scale(curves: Sequence[Curve]) -> tuple[float, float, list[float]] | None:
     """Return low, high and ticks for the curves of one axis; None without any finite value."""
     values = [value for curve in curves for value in curve.values if math.isfinite(value)]

@@ -144,3 +144,17 @@ def chromium_path() -> str:
     if not found:
         skip_or_fail("no Chromium found. Install it (Debian and Ubuntu: sudo apt install chromium), or set REWARD_LAB_CHROMIUM to its path")
     return found
+
+
+def assert_gradient(gradient_CHW, expected: dict) -> None:
+    """Compare a gradient with recorded points, norm and size, at the tolerances of the fixtures' README."""
+    for channel, row, column, value in expected["points"]:
+        assert gradient_CHW[channel, row, column].item() == pytest.approx(value, abs=1e-4 * expected["abs_max"])
+    assert gradient_CHW.norm().item() == pytest.approx(expected["l2_norm"], rel=1e-4)
+    assert gradient_CHW.abs().max().item() == pytest.approx(expected["abs_max"], rel=1e-4)
+
+
+@pytest.fixture
+def gradient_check():
+    """The function `assert_gradient`."""
+    return assert_gradient

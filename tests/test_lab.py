@@ -52,7 +52,7 @@ def test_it_uses_the_standard_library_only() -> None:
 def test_help_lists_every_sub_command() -> None:
     done = run_lab("--help")
     assert done.returncode == 0
-    for name in ("demo", "test", "serve", "train", "plan", "bench", "setup"):
+    for name in ("demo", "test", "serve", "train", "plan", "bench", "lora", "setup"):
         assert re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE), name
 
 

@@ -2,6 +2,7 @@
 /** Registers the pack with the front-end. The only module with effects on import. */
 import { addStyleSheet } from "./dom.js";
 import * as host from "./host.js";
+import { chooseOfficial, convertLayout } from "./lora_actions.js";
 import { createRowsView } from "./lora_rows.js";
 import { createRunView, createTextView } from "./node_views.js";
 import { mount, reveal } from "./panel.js";
@@ -12,7 +13,7 @@ const ROWS_NODE = "RewardLabLoadLoRAs";
 const RUN_NODE = "RewardLabTrainLoRA";
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
-const TEXT_NODES = ["RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
+const TEXT_NODES = ["RewardLabInspectLoRA", "RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
 /** Room for a LoRA's name beside two strengths. */
 const ROWS_WIDTH_PX = 580;
 /** A node this much higher than its rows still counts as fitted. */
@@ -103,6 +104,8 @@ function addRows(node) {
     },
     listFiles: () => host.getJson("/reward_lab/loras"),
     onError: (message) => host.toast("error", "The LoRA files could not be listed", message),
+    convert: (anchor, file, onDone) => void convertLayout(host, anchor, file, onDone),
+    download: (anchor, onDone) => void chooseOfficial(host, anchor, onDone),
     onResize: (height_px) => {
       if (height_px === height) return;
       const [width, needed] = node.computeSize();

@@ -14,16 +14,18 @@ let closeOpenList = null;
  * @param {string[]} options.files
  * @param {string} options.current
  * @param {string} options.emptyText what to say when there are no files at all
+ * @param {string} [options.prompt] what the search field says while it is empty
+ * @param {(file: string) => string} [options.note] a second line for an entry
  * @param {(file: string) => void} options.onPick
  */
-export function openFilePicker(anchor, { files, current, emptyText, onPick }) {
+export function openFilePicker(anchor, { files, current, emptyText, prompt, note, onPick }) {
   closeOpenList?.();
   let active = Math.max(0, files.indexOf(current));
   let shown = files;
   const search = el("input", {
     class: "rl-picker-search",
     type: "text",
-    placeholder: `Search ${files.length} files`,
+    placeholder: prompt ?? `Search ${files.length} files`,
     "aria-label": "Search files",
     spellcheck: "false",
   });
@@ -49,7 +51,7 @@ export function openFilePicker(anchor, { files, current, emptyText, onPick }) {
   const render = () => {
     list.replaceChildren(
       ...(shown.length
-        ? shown.map((file, i) => option(file, i === active, file === current, () => pick(file)))
+        ? shown.map((file, i) => option(file, note?.(file) ?? "", i === active, file === current, () => pick(file)))
         : [el("div", { class: "rl-picker-none", text: files.length ? "No file matches." : emptyText })]),
     );
     list.querySelector("[aria-selected='true']")?.scrollIntoView({ block: "nearest" });
@@ -81,13 +83,14 @@ export function openFilePicker(anchor, { files, current, emptyText, onPick }) {
 
 /**
  * @param {string} file
+ * @param {string} note
  * @param {boolean} isActive
  * @param {boolean} isCurrent
  * @param {() => void} pick
  */
-function option(file, isActive, isCurrent, pick) {
+function option(file, note, isActive, isCurrent, pick) {
   const cut = Math.max(file.lastIndexOf("/"), file.lastIndexOf("\\")) + 1;
-  const parts = [cut ? el("span", { class: "rl-picker-folder", text: file.slice(0, cut) }) : null, el("span", { text: file.slice(cut) })];
+  const parts = [cut ? el("span", { class: "rl-picker-folder", text: file.slice(0, cut) }) : null, el("span", { text: file.slice(cut) }), note ? el("div", { class: "rl-picker-note", text: note }) : null];
   const row = el("div", { class: `rl-picker-option${isCurrent ? " rl-current" : ""}`, role: "option", "aria-selected": String(isActive), title: file }, [
     el("span", { class: "rl-picker-name" }, parts),
     isCurrent ? icon("check") : null,

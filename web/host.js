@@ -43,11 +43,13 @@ export async function getJson(path) {
  * POST to a route of the pack.
  *
  * @param {string} path starts with `/reward_lab/`
+ * @param {unknown} [body] sent as JSON
  * @returns {Promise<any>}
  * @throws {Error} with the server's own message when the answer is not 2xx
  */
-export async function postJson(path) {
-  return readJson(await api.fetchApi(path, { method: "POST" }), path);
+export async function postJson(path, body) {
+  const content = body === undefined ? {} : { body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
+  return readJson(await api.fetchApi(path, { method: "POST", ...content }), path);
 }
 
 /**

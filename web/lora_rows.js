@@ -3,9 +3,12 @@
  * The rows of `Load Reward LoRAs`. The node's own `rows` text widget stays the only truth: it is hidden, this view reads and
  * writes its JSON. So workflows, the API and the TestLab see plain text, and the node also works without this page.
  */
+import { curveIcon } from "./curve_editor.js";
 import { el, icon, onceAFrame, shieldFromCanvas } from "./dom.js";
 import { openFilePicker } from "./file_picker.js";
 import { changeRow, expertOf, matchReports, moveRow, newRow, parseRows, rowStatus, totals, writeRows } from "./rows_model.js";
+import { detailsHeight, rowDetails } from "./row_details.js";
+import { isConstant, parseCurve } from "./sigma_curve.js";
 import { strengthField } from "./strength_field.js";
 
 /** @typedef {import("./rows_model.js").Row} Row */
@@ -20,10 +23,12 @@ const SUM_WARNING = 1.0;
  * @param {(text: string) => void} options.write
  * @param {() => Promise<string[]>} options.listFiles
  * @param {(message: string) => void} options.onError
+ * @param {(anchor: HTMLElement, file: string, onDone: (file: string) => void) => void} options.convert asks for a layout and converts a file
+ * @param {(anchor: HTMLElement, onDone: (file: string) => void) => void} options.download asks for an official file and downloads it
  * @param {(height_px: number) => void} options.onResize the height that the rows need changed
  * @returns {{ element: HTMLElement, refresh(): void, setReports(reports: RowReport[]): void, height_px(): number, destroy(): void }}
  */
-export function createRowsView({ read, write, listFiles, onError, onResize }) {
+export function createRowsView({ read, write, listFiles, onError, convert, download, onResize }) {
   const list = el("div", { class: "rl-rows" });
   const foot = el("div", { class: "rl-rows-foot" });
   const element = el("div", { class: "rl-root rl-rows-root" }, [header(), list, foot]);
@@ -31,6 +36,8 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
   let rows = [];
   /** @type {Array<RowReport | null>} report of each row, null where there is none or the row changed since */
   let reports = [];
+  /** @type {boolean[]} rows whose details are folded out */
+  let isOpen = [];
   let lastText = "";
   shieldFromCanvas(element);
 
@@ -51,18 +58,26 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
       onError(/** @type {Error} */ (error).message);
     }
   };
-  const drag = startDrag(list, (from, to) => save(moveRow(rows, from, to), moveRow(reports, from, to)));
+  const drag = startDrag(list, (from, to) => {
+    isOpen = moveRow(rows.map((_, i) => isOpen[i] ?? false), from, to);
+    save(moveRow(rows, from, to), moveRow(reports, from, to));
+  });
 
   const renderFoot = () => {
     const add = el("button", { class: "rl-button rl-add", type: "button" }, [icon("plus"), el("span", { text: "Add LoRA" })]);
     add.addEventListener("click", () => void pick(add, "", (file) => save([...rows, newRow(file)], [...reports, null])));
+    const official = el("button", { class: "rl-button rl-official", type: "button", title: "Download a reward LoRA of the authors from the Hugging Face hub" }, [
+      icon("download"),
+      el("span", { text: "Official files…" }),
+    ]);
+    official.addEventListener("click", () => download(official, (file) => save([...rows, newRow(file)], [...reports, null])));
     const sum = totals(rows);
     const isMuch = sum.high > SUM_WARNING || sum.low > SUM_WARNING;
     const text = sum.active ? `sum  high ${sum.high.toFixed(2)}  ·  low ${sum.low.toFixed(2)}` : "";
     const title = isMuch
       ? "Sums above about 1 tend to burn the picture and freeze motion. Compare strengths with TestLab."
       : "Sum of the active strengths on each expert.";
-    foot.replaceChildren(add, el("span", { class: `rl-sum${isMuch ? " rl-warn" : ""}`, text, title }));
+    foot.replaceChildren(el("div", { class: "rl-foot-buttons" }, [add, official]), el("span", { class: `rl-sum${isMuch ? " rl-warn" : ""}`, text, title }));
   };
   const render = () => {
     const { error } = parseRows(read());
@@ -72,15 +87,22 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
     else
       list.replaceChildren(
         ...rows.map((row, i) =>
-          rowElement(row, reports[i] ?? null, i, {
+          rowElement(row, reports[i] ?? null, i, isOpen[i] ?? false, {
             edit,
             pick,
             drag,
-            remove: () =>
+            unfold: () => {
+              isOpen[i] = !isOpen[i];
+              render();
+            },
+            convert: (/** @type {HTMLElement} */ anchor) => convert(anchor, row.file, (file) => edit(i, { file })),
+            remove: () => {
+              isOpen.splice(i, 1);
               save(
                 rows.filter((_, at) => at !== i),
                 reports.filter((_, at) => at !== i),
-              ),
+              );
+            },
           }),
         ),
       );
@@ -89,13 +111,14 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
   };
   const sizeWatch = onceAFrame(() => onResize(height_px()));
   const height_px = () =>
-    30 + 34 + (rows.length ? rows.reduce((sum, row, i) => sum + 32 + (statusOf(row, reports[i] ?? null) ? 18 : 0) + warningCount(reports[i]) * 16, 0) : 48);
+    30 + 34 + (rows.length ? rows.reduce((sum, row, i) => sum + rowHeight(row, reports[i] ?? null, isOpen[i] ?? false), 0) : 48);
   const refresh = () => {
     const text = read();
     if (text === lastText && list.childElementCount) return;
     lastText = text;
     rows = parseRows(text).rows;
     reports = rows.map(() => null);
+    isOpen = [];
     render();
   };
   refresh();
@@ -110,6 +133,15 @@ export function createRowsView({ read, write, listFiles, onError, onResize }) {
     height_px,
     destroy: () => sizeWatch.cancel(),
   };
+}
+
+/**
+ * @param {Row} row
+ * @param {RowReport | null} report
+ * @param {boolean} isOpen
+ */
+function rowHeight(row, report, isOpen) {
+  return 32 + (statusOf(row, report) ? 18 : 0) + warningCount(report) * 16 + (isOpen ? detailsHeight(row, report) : 0);
 }
 
 /** @param {RowReport | null | undefined} report */
@@ -147,9 +179,10 @@ function statusOf(row, report) {
  * @param {Row} row
  * @param {RowReport | null} report
  * @param {number} index
- * @param {{ edit: Function, pick: Function, drag: Function, remove: () => void }} actions
+ * @param {boolean} isOpen
+ * @param {{ edit: Function, pick: Function, drag: Function, unfold: () => void, convert: (anchor: HTMLElement) => void, remove: () => void }} actions
  */
-function rowElement(row, report, index, actions) {
+function rowElement(row, report, index, isOpen, actions) {
   const handle = el("span", { class: "rl-handle", title: "Drag to reorder" }, [icon("bars")]);
   handle.addEventListener("pointerdown", (event) => actions.drag(event, index));
   const toggle = el("button", {
@@ -174,13 +207,37 @@ function rowElement(row, report, index, actions) {
   };
   const remove = el("button", { class: "rl-icon-button", type: "button", title: "Remove", "aria-label": "Remove" }, [icon("times")]);
   remove.addEventListener("click", actions.remove);
-  const line = el("div", { class: "rl-row-line" }, [handle, toggle, file, strength("high"), strength("low"), remove]);
+  const line = el("div", { class: "rl-row-line" }, [handle, toggle, file, strength("high"), strength("low"), moreButton(row, isOpen, actions.unfold), remove]);
   const status = statusOf(row, report);
   const notes = status
     ? [el("div", { class: "rl-status", data: { tone: status.tone } }, [el("i", { class: "rl-dot" }), el("span", { text: status.text })])]
     : [];
   for (const warning of (status?.warnings ?? []).slice(0, 3)) notes.push(el("div", { class: "rl-row-warning", text: warning, title: warning }));
-  return el("div", { class: `rl-row${row.on ? "" : " rl-off"}`, data: { index: String(index) } }, [line, ...notes]);
+  const edit = (/** @type {Partial<Row>} */ change, redraw = true) => actions.edit(index, change, redraw);
+  const details = isOpen ? rowDetails(row, report, { edit, convert: actions.convert }) : null;
+  return el("div", { class: `rl-row${row.on ? "" : " rl-off"}`, data: { index: String(index) } }, [line, ...notes, details]);
+}
+
+/**
+ * The button that folds the details out. It shows the curve where there is one, and is marked where the row has more than strengths.
+ *
+ * @param {Row} row
+ * @param {boolean} isOpen
+ * @param {() => void} unfold
+ */
+function moreButton(row, isOpen, unfold) {
+  const { points, error } = parseCurve(row.curve ?? "");
+  const told = [row.curve ? `strength over sigma: ${row.curve}` : "", row.blocks ? `blocks: ${row.blocks}` : ""].filter(Boolean).join("\n");
+  const more = el("button", {
+    class: `rl-icon-button rl-more${row.curve || row.blocks ? " rl-marked" : ""}${error ? " rl-warn" : ""}`,
+    type: "button",
+    "aria-expanded": String(isOpen),
+    "aria-label": "Details",
+    title: told || "Strength over sigma, strengths per block, report",
+  });
+  more.append(points.length && !isConstant(points) ? curveIcon(points) : icon("sliders-h"));
+  more.addEventListener("click", unfold);
+  return more;
 }
 
 /**

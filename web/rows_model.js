@@ -7,6 +7,9 @@
  * @property {string} file
  * @property {number} high strength on the high-noise expert
  * @property {number} low strength on the low-noise expert
+ * @property {string} [curve] factor on both strengths over sigma
+ * @property {string} [blocks] factors per block
+ * @property {string} [application] `merged` or `bypass` for this row alone
  */
 
 /**
@@ -16,6 +19,12 @@
  * @property {number | null} applied_low
  * @property {number} total
  * @property {string[]} warnings
+ * @property {string} [detail] expert, layers, rank and alpha in words
+ * @property {string[]} [unmerged] experts beside whose weights the row runs
+ * @property {Record<string, number>} [kinds] kind of adapter -> weights
+ * @property {Record<string, number>} [left_out] kind of key -> keys
+ * @property {number} [memory_bytes]
+ * @property {string} [layout] name of the file's key layout
  */
 
 /** @typedef {{ tone: "good" | "warn" | "bad", text: string, warnings: string[] }} RowStatus */
@@ -101,8 +110,20 @@ export function changeRow(rows, index, change) {
   return rows.map((row, i) => {
     if (i !== index) return row;
     if (change.file !== undefined && !row.file) return { ...row, ...newRow(change.file), on: row.on };
-    return { ...row, ...change };
+    return withoutEmpty({ ...row, ...change });
   });
+}
+
+/**
+ * A row without the texts that say nothing, so that plain rows stay short.
+ *
+ * @param {Row} row
+ * @returns {Row}
+ */
+function withoutEmpty(row) {
+  const plain = { ...row };
+  for (const name of /** @type {const} */ (["curve", "blocks", "application"])) if (plain[name] === "") delete plain[name];
+  return plain;
 }
 
 /**
@@ -188,4 +209,32 @@ export function rowStatus(row, report) {
   const isBad = sides.some(({ applied }) => applied === 0);
   const isPart = sides.some(({ applied }) => applied < report.total) || warnings.length > 0;
   return { tone: isBad ? "bad" : isPart ? "warn" : "good", text: `applied ${text}`, warnings };
+}
+
+/** Words for the kinds of keys that a report may say were left out, and whether that loses nothing. */
+const LEFT_OUT = Object.freeze({
+  image_branch: "of Wan2.1's image branch (nothing is lost)",
+  text_encoder: "for a text encoder",
+  duplicate: "naming a layer twice",
+  unknown: "unknown",
+  misfit: "of layers with another size",
+});
+
+/**
+ * The facts of a report, one line each.
+ *
+ * @param {RowReport} report
+ * @returns {string[]}
+ */
+export function reportFacts(report) {
+  const facts = [];
+  if (report.detail) facts.push(report.detail);
+  const kinds = Object.entries(report.kinds ?? {}).map(([kind, count]) => `${count} ${kind}`);
+  const bytes = report.memory_bytes ?? 0;
+  const size = bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : bytes >= 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${Math.ceil(bytes / 1e3)} kB`;
+  const how = report.unmerged?.length ? `unmerged on ${report.unmerged.join(" and ")} noise` : "merged into the weights";
+  if (kinds.length) facts.push([kinds.join(", "), bytes ? size : "", report.layout ? `layout ${report.layout}` : "", how].filter(Boolean).join(" · "));
+  const left = Object.entries(report.left_out ?? {}).map(([kind, count]) => `${count} keys ${LEFT_OUT[/** @type {keyof typeof LEFT_OUT} */ (kind)] ?? kind}`);
+  if (left.length) facts.push(`left out: ${left.join("; ")}`);
+  return facts;
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from reward_lab.host.block_strengths import PRESETS as BLOCK_PRESETS
 from reward_lab.lora_train.events import Failed, Started, Step, to_line
 from reward_lab.tests.browser import frontend
 
@@ -52,6 +53,13 @@ def rows_node(page) -> Any:
 
 def rows_of(page: Any) -> list[dict[str, Any]]:
     return json.loads(frontend.node_widget(page, "RewardLabLoadLoRAs", "rows"))
+
+
+def unfold(page: Any, number: int) -> None:
+    """Fold a row out and bring the whole node into view; playwright's own scrolling would shift the canvas for the tests after it."""
+    page.get_by_label("Details").nth(number).click()
+    page.wait_for_selector(".rl-details")
+    frontend.fit_view(page)
 
 
 def test_examples_are_templates_of_the_front_end(server, client) -> None:
@@ -134,6 +142,77 @@ def test_reports_appear_on_the_rows(rows_node) -> None:
     assert page.locator(".rl-row-warning").inner_text() == "28 keys are not in this model"
 
 
+def test_a_curve_is_chosen_typed_and_drawn(rows_node) -> None:
+    page = rows_node
+    unfold(page, 0)
+    picture = page.locator(".rl-curve")
+    picture.wait_for()
+    assert page.locator(".rl-curve-point").count() == 0
+    page.get_by_label("Preset of the strength over sigma").select_option("above 0.875")
+    assert rows_of(page)[0]["curve"] == "above 0.875"
+    assert page.locator(".rl-curve-point").count() == 4
+    page.get_by_label("Strength over sigma", exact=True).fill("1:0, 0.5:1, 0:0.5")
+    page.keyboard.press("Enter")
+    assert rows_of(page)[0]["curve"] == "1:0, 0.5:1, 0:0.5" and "curve" not in rows_of(page)[1]
+    assert page.locator(".rl-more").first.locator("polyline").count() == 1  # the folded row shows it too
+    # High and low each draw their side of the boundary.
+    lines = page.locator(".rl-curve-line").evaluate_all("(all) => all.map((one) => [one.dataset.expert, one.getAttribute('points').split(' ').length])")
+    assert dict(lines).keys() == {"high", "low"} and all(count > 5 for _, count in lines)
+    page.get_by_label("Strength over sigma", exact=True).fill("2:0")
+    page.keyboard.press("Enter")
+    assert "0 to 1" in page.locator(".rl-curve-error").inner_text()
+
+
+def test_points_of_a_curve_are_added_dragged_and_removed(rows_node) -> None:
+    page = rows_node
+    unfold(page, 0)
+    page.get_by_label("Strength over sigma", exact=True).fill("1:0, 0.5:0, 0:1")
+    page.keyboard.press("Enter")
+    point = page.locator(".rl-curve-point").nth(1).bounding_box()
+    x, y = point["x"] + point["width"] / 2, point["y"] + point["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 400, steps=5)
+    page.mouse.up()
+    assert rows_of(page)[0]["curve"] == "1:0, 0.5:1, 0:1"
+    box = page.locator(".rl-curve").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.5)
+    assert len(rows_of(page)[0]["curve"].split(",")) == 4
+    page.locator(".rl-curve-point").nth(1).click(button="right")
+    assert rows_of(page)[0]["curve"] == "1:0, 0.5:1, 0:1"
+
+
+def test_strengths_per_block_are_typed_or_chosen(rows_node) -> None:
+    page = rows_node
+    unfold(page, 1)
+    page.get_by_label("Strengths per block", exact=True).fill("0-9:0.5, ffn:0")
+    page.keyboard.press("Enter")
+    assert rows_of(page)[1]["blocks"] == "0-9:0.5, ffn:0"
+    page.get_by_label("Preset of the strengths per block").select_option("attention only")
+    assert rows_of(page)[1]["blocks"] == "attention only"
+    page.get_by_label("Preset of the strengths per block").select_option("")
+    assert "blocks" not in rows_of(page)[1]
+
+
+def test_presets_are_those_of_the_server() -> None:
+    text = (Path(__file__).parents[2] / "web" / "row_details.js").read_text(encoding="utf-8")
+    assert text.count(json.dumps(list(BLOCK_PRESETS[1:]))) == 1
+
+
+def test_official_files_and_layouts_are_offered(rows_node, server) -> None:
+    page = rows_node
+    page.get_by_role("button", name="Official files…").click()
+    entries = page.locator(".rl-picker-option")
+    entries.nth(3).wait_for()
+    assert entries.count() == 4 and "HPSv2.1, high noise" in entries.first.inner_text()
+    page.keyboard.press("Escape")
+    unfold(page, 0)
+    page.get_by_role("button", name="Convert layout…").click()
+    page.get_by_label("Search files").fill("peft")
+    assert page.locator(".rl-picker-option").count() >= 1
+    page.keyboard.press("Escape")
+
+
 def test_text_that_is_not_rows_is_told_and_left_alone(rows_node) -> None:
     page = rows_node
     page.evaluate("() => { const n = window.app.graph.nodes[0]; n.configure({ ...n.serialize(), widgets_values: ['[{'] }); }")
@@ -183,3 +262,36 @@ def test_run_button_runs_the_first_example(repo, pocket_server, page) -> None:
     texts = page.locator(".rl-text").all_inner_texts()
     assert any("switch" in text.lower() for text in texts), texts
     assert any("0." in text for text in texts), texts
+
+
+@pytest.mark.workflow
+def test_curve_report_conversion_and_heat_map_in_a_real_run(repo, pocket_server, page) -> None:
+    frontend.load_graph(page, json.loads((repo / "example_workflows" / f"{EXAMPLES[0]}.json").read_text(encoding="utf-8")))
+    file = rows_of(page)[0]["file"]
+    page.evaluate(
+        """(file) => {
+            const node = window.LiteGraph.createNode('RewardLabInspectLoRA');
+            window.app.graph.add(node);
+            const loader = window.app.graph.nodes.find((n) => n.type === 'RewardLabLoadLoRAs');
+            node.pos = [loader.pos[0], loader.pos[1] + 500];
+            node.widgets.find((w) => w.name === 'lora').value = file;
+            loader.getInputNode(0).connect(loader.getInputLink(0).origin_slot, node, 'model_high');
+        }""",
+        file,
+    )
+    frontend.fit_view(page)
+    unfold(page, 0)
+    page.get_by_label("Preset of the strength over sigma").select_option("ramp")
+    frontend.press_run(page)
+    page.wait_for_selector(".rl-fact >> nth=1", timeout=300_000)
+    facts = page.locator(".rl-fact").all_inner_texts()
+    assert any("unmerged on high noise" in fact for fact in facts), facts
+    heat_map = "() => { const i = window.app.graph.nodes.find((n) => n.type === 'RewardLabInspectLoRA')?.imgs?.[0]; return i?.naturalWidth > 100; }"
+    page.wait_for_function(heat_map, timeout=300_000)
+    page.get_by_role("button", name="Convert layout…").click()
+    page.get_by_label("Search files").fill("peft")
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "(file) => JSON.parse(window.app.graph.nodes.find((n) => n.type === 'RewardLabLoadLoRAs').widgets[0].value)[0].file !== file", arg=file
+    )
+    assert (pocket_server.base / "models" / "loras" / rows_of(page)[0]["file"]).is_file()

@@ -238,7 +238,7 @@ def _generation(models: ModelSet) -> dict[str, Node]:
         "loras": Node(
             kind="RewardLabLoadLoRAs",
             width_px=580,
-            height_px=250,  # room for what the rows report
+            height_px=360,  # room for what the rows report
             values={"rows": _rows(models)},
             links={"model_high": ("models", "model_high"), "model_low": ("models", "model_low")},
         ),

@@ -79,12 +79,13 @@ def case_rows(expert: str, case: str) -> list[tuple[str, float, float]]:
     return rows
 
 
-def test_every_recorded_output(fixtures: Path, models) -> None:
+@pytest.mark.parametrize("application", ["merged", "bypass"])
+def test_every_recorded_output(fixtures: Path, models, application: str) -> None:
     inputs, expected = load_file(fixtures / "inputs.safetensors"), load_file(fixtures / "expected.safetensors")
     errors = {}
     for name, output in expected.items():
         expert, number, case = name.split(".", 2)
-        result = LoadLoRAs.execute(models["high"], models["low"], rows_text(*case_rows(expert, case)))
+        result = LoadLoRAs.execute(models["high"], models["low"], rows_text(*case_rows(expert, case)), application)
         model = result.args[0 if expert == "high" else 1]
         errors[name] = relative_error(predict(model, inputs, f"{expert}.{number}"), output)
     assert len(errors) == 24
@@ -95,6 +96,7 @@ def test_report_and_page_data(fixtures: Path, models) -> None:
     result = LoadLoRAs.execute(models["high"], models["low"], rows_text((official("high", "HPS2.1"), 0.5, 0.0)))
     row = result.ui["reward_lab_rows"][0]
     assert (row["applied_high"], row["applied_low"], row["total"], row["warnings"]) == (90, None, 90, [])
+    assert (row["kinds"], row["left_out"], row["unmerged"]) == ({"lora": 30}, {}, []) and row["memory_bytes"] > 0
     assert "applied 90 of 90 keys" in result.args[2] and "30 layers, rank 8, alpha 4" in result.args[2]
 
 
@@ -215,6 +217,10 @@ def test_truncated_missing_and_foreign_files(fixtures: Path, models, lora_folder
         '[{"high": 1}]',
         '[{"file": "x", "hihg": 1}]',
         '[{"file": "x", "high": 1e9}]',
+        '[{"file": "x", "curve": "2:1"}]',
+        '[{"file": "x", "curve": 5}]',
+        '[{"file": "x", "blocks": 1}]',
+        '[{"file": "x", "application": "fused"}]',
     ],
 )
 def test_bad_rows_are_refused_before_the_run(text: str) -> None:

@@ -8,13 +8,21 @@ pytestmark = pytest.mark.host
 
 NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
-    "RewardLabLoadLoRAs": ["model_high", "model_low", "rows"],
+    "RewardLabInspectLoRA": ["lora", "compare_with", "model_high", "model_low"],
+    "RewardLabLoadLoRAs": ["model_high", "model_low", "rows", "application"],
     "RewardLabSampleWan22": [
         *("model_high", "model_low", "positive", "negative", "latent", "seed", "steps", "shift"),
         *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
     ],
-    "RewardLabRewardModel": ["kind", "file", "resize", "antialias"],
-    "RewardLabScoreVideo": ["images", "reward_model", "prompt"],
+    "RewardLabRewardModel": [
+        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference"),
+    ],
+    "RewardLabMixRewards": [
+        *(f"{name}_{number}" for number in range(1, 5) for name in ("reward", "weight", "centre", "scale")),
+        *("measure_baseline", "baseline_folder", "baseline_prompts"),
+    ],
+    "RewardLabScoreVideo": ["images", "reward_model", "prompt", "video", "path", "prompts_file"],
+    "RewardLabScoreLatent": ["latent", "positive", "reward_model", "sigmas", "seed"],
     "RewardLabPrompts": ["text", "file"],
     "RewardLabTrainLoRA": [
         *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),

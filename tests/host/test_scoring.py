@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +15,10 @@ pytest.importorskip("comfy.model_management", reason="needs ComfyUI on the path"
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
 
-from reward_lab.host import paths, scoring  # noqa: E402
+from reward_lab.host import paths, score_pictures, scoring  # noqa: E402
+from reward_lab.lora_train.config import PATHLESS_REWARDS  # noqa: E402
 from reward_lab.nodes.rewards import RewardModelNode, ScoreVideo  # noqa: E402
-from reward_lab.reward_models import loader  # noqa: E402
+from reward_lab.reward_models.spec import KINDS, PATHLESS  # noqa: E402
 
 pytestmark = pytest.mark.host
 
@@ -26,26 +28,38 @@ def spec(pocket_models: list[dict], repo: Path, tmp_path: Path, monkeypatch: pyt
     """The pocket HPS model, chosen through the node."""
     shutil.copy(repo / "pocket" / "weights" / "pocket_HPS_v2.1.safetensors", tmp_path / "tiny.safetensors")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, paths.REWARD_MODEL_FOLDER, ([str(tmp_path)], {".safetensors"}))
-    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    for name in ("temp", "output", "input"):
+        monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda name=name: str(tmp_path / name))
     return RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "default", True).args[0]
 
 
+def plot_height_without_pictures(output) -> int:
+    """Height of the bare chart; the best and the worst frame stand below it."""
+    score = json.loads(output.args[2])
+    return score_pictures.plot_scores(scoring.VideoScore(model_name="x", prompt="", reward=0.0, per_frame=tuple(score["per_frame"]))).shape[1]
+
+
 def test_kinds_are_those_of_the_loader() -> None:
-    assert set(scoring.REWARD_KINDS) <= set(loader.KINDS)
+    # A mix is made by its own node; a PAVRM is loaded by host/pavrm.py.
+    assert {*scoring.REWARD_KINDS, "mix"} == {*KINDS, "pavrm"}
+    assert PATHLESS_REWARDS == PATHLESS
 
 
 @pytest.mark.parametrize("in_inference_mode", [False, True])
 def test_scores_are_the_models_own(spec, in_inference_mode: bool) -> None:
     images = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(in_inference_mode):
-        output = ScoreVideo.execute(images, spec, "a red square")
-    reward, plot, text = output.args
+        output = ScoreVideo.execute(spec, "a red square", images)
+    reward, plot, text, table = output.args
     expected = spec.load().score(images.movedim(-1, 1)[None], ["a red square"])
     values = json.loads(text)
     assert values["per_frame"] == pytest.approx(expected.per_frame[0].tolist(), abs=1e-5)
     assert reward == pytest.approx(float(expected.per_video[0]), abs=1e-5)
     assert values["per_frame"][values["best_frame"]] == max(values["per_frame"]) and plot.shape[-1] == 3
     assert len(output.ui["images"]) == 1 and "best frame" in output.ui["text"][0]
+    rows = list(csv.DictReader(Path(table).read_text(encoding="utf-8").splitlines()))
+    assert [float(row["hps_letterbox"]) for row in rows if row["frame"]] == values["parts"]["hps_letterbox"]["per_frame"] == values["per_frame"]
+    assert plot.shape[1] > plot_height_without_pictures(output)
 
 
 def test_model_is_loaded_once_until_its_file_changes(spec) -> None:
@@ -60,9 +74,13 @@ def test_model_is_loaded_once_until_its_file_changes(spec) -> None:
 
 def test_what_cannot_be_scored_is_refused(spec) -> None:
     with pytest.raises(ValueError, match="no frames"):
-        ScoreVideo.execute(torch.zeros(0, 8, 8, 3), spec, "a cat")
+        ScoreVideo.execute(spec, "a cat", torch.zeros(0, 8, 8, 3))
     with pytest.raises(ValueError, match="prompt is empty"):
-        ScoreVideo.execute(torch.zeros(1, 8, 8, 3), spec, " ")
+        ScoreVideo.execute(spec, " ", torch.zeros(1, 8, 8, 3))
+    with pytest.raises(ValueError, match="got nothing to score"):
+        ScoreVideo.execute(spec, "a cat")
+    with pytest.raises(ValueError, match="got images, path"):
+        ScoreVideo.execute(spec, "a cat", torch.zeros(1, 8, 8, 3), path="x.mp4")
     with pytest.raises(ValueError, match="not among the reward_models files"):
         RewardModelNode.execute("hpsv2.1", "absent.pt", "default", True)
     with pytest.raises(ValueError, match="resize is 'round'"):

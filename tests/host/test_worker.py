@@ -144,3 +144,22 @@ def test_refuses_before_any_work(launch, settings, tmp_path):
     store, run_id, worker = launch(settings | {"models": cases[0][0]})
     assert worker.wait(TIMEOUT_S) == 2
     assert "truncated" in store.get(run_id).error and store.get(run_id).state == "failed"
+
+
+def test_a_mix_of_rewards_trains(launch, settings, tmp_path):
+    """A frame reward and a measure of the whole video, centred, scaled and weighted, through the real worker."""
+    settings["reward"] = {
+        "kind": "mix",
+        "options": {
+            "rows": [
+                {"name": "looks", "reward": settings["reward"], "weight": 1.0, "centre": 0.1, "scale": 0.05},
+                {"name": "steady", "reward": {"kind": "flicker", "path": "", "options": {}}, "weight": 0.5},
+            ]
+        },
+    }
+    settings.update(expert="high", steps=1, sample_every=0, objective={"mode": "x0", "strategy": "random", "decode": "all"})
+    store, run_id, worker = launch(settings)
+    assert worker.wait(TIMEOUT_S) == 0, store.log_tail(run_id, 40)
+    (step,) = [event for event in store.events(run_id) if event["event"] == "step"]
+    assert step["grad_norm"] > 0 and step["reward"] == step["reward"]
+    assert any("mix" in Path(file).name for file in store.get(run_id).files)

@@ -62,17 +62,3 @@ def frames(videos: int, count: int, height_px: int = 20, width_px: int = 27, see
 def make_frames():
     """The function `frames`."""
     return frames
-
-
-def assert_gradient(gradient_CHW: torch.Tensor, expected: dict) -> None:
-    """Compare a gradient with recorded points, norm and size, at the tolerances of the fixtures' README."""
-    for channel, row, column, value in expected["points"]:
-        assert gradient_CHW[channel, row, column].item() == pytest.approx(value, abs=1e-4 * expected["abs_max"])
-    assert gradient_CHW.norm().item() == pytest.approx(expected["l2_norm"], rel=1e-4)
-    assert gradient_CHW.abs().max().item() == pytest.approx(expected["abs_max"], rel=1e-4)
-
-
-@pytest.fixture
-def gradient_check():
-    """The function `assert_gradient`."""
-    return assert_gradient

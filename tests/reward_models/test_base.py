@@ -123,6 +123,12 @@ def test_text_cache_is_bounded_and_keeps_what_was_used_last():
     assert cache(["x", "y", "z", "x"]).shape == (4, 2)
 
 
+def test_an_empty_prompt_is_scored_with_a_warning(tiny_hps, make_frames, caplog):
+    """The recorded fixtures score one, so it is no error; who asks for it is told."""
+    assert tiny_hps.score(make_frames(1, 1), [" "]).per_video.isfinite().all()
+    assert "prompt is empty" in caplog.text
+
+
 def test_a_cut_prompt_is_told(tiny_hps, make_frames, caplog):
     with caplog.at_level("WARNING", logger="reward_lab"):
         tiny_hps.score(make_frames(1, 1), ["word " * 74 + "the last ones do not fit"])
@@ -144,7 +150,7 @@ BAD_INPUT = [
     (GOOD * float("inf"), ["x"], r"\[0,1\] is needed"),
     (GOOD, ["x", "y"], "2 prompts were given for 1 videos"),
     (GOOD, "x", "got one string"),
-    (GOOD, ["  "], "Prompt 0 is empty"),
+    (GOOD, [3], "Prompt 0 is int, not a text"),
 ]
 
 

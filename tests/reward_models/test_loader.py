@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reward_lab.reward_models import clip, hpsv2, layouts, mps
-from reward_lab.reward_models.loader import KINDS, load_reward_model
-from reward_lab.reward_models.spec import RewardModelSpec
+from reward_lab.reward_models import aesthetic, clip, hpsv2, layouts, mps
+from reward_lab.reward_models.loader import load_reward_model
+from reward_lab.reward_models.spec import KINDS, OPTIONS, OPTIONS_OF, RewardModelSpec
 from reward_lab.reward_models.weights import load_into
 
 
@@ -35,7 +35,7 @@ def test_config_may_be_a_dict_a_file_or_text(scorers, hps_file, hps_config):
 
 
 def test_config_from_metadata_then_from_the_file_beside(scorers, hps_file, hps_config, tmp_path):
-    with pytest.raises(ValueError, match="not the full-size ViT-H/14.*hps.json beside it"):
+    with pytest.raises(ValueError, match="not the full-size model.*hps.json beside it"):
         load_reward_model("hpsv2.1", hps_file)
     (tmp_path / "hps.json").write_text("\ufeff" + json.dumps(hps_config))
     load_reward_model("hpsv2.1", hps_file)
@@ -82,9 +82,9 @@ def test_wrong_model_under_the_right_name(scorers, shared_fixtures):
 
 
 def test_unknown_kind_and_foreign_options(hps_file):
-    with pytest.raises(ValueError, match="'hps' is unknown; choose one of hpsv2.1, mps"):
-        load_reward_model("hps", hps_file)
-    with pytest.raises(ValueError, match="belong to mps"):
+    with pytest.raises(ValueError, match="'hpsv3' is unknown; choose one of hpsv2.1, mps"):
+        load_reward_model("hpsv3", hps_file)
+    with pytest.raises(ValueError, match="threshold cannot be set for hpsv2.1"):
         load_reward_model("hpsv2.1", hps_file, threshold=0.3)
 
 
@@ -129,16 +129,20 @@ def _tower_keys(layers_name: str, layers: int, width: int, mlp: int) -> dict[str
     return keys
 
 
-def full_size_hf_keys() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of laion's ViT-H/14 in Hugging Face layout, written from the published list and not from our code."""
-    keys = {"logit_scale": (), "text_projection.weight": (1024, 1024), "visual_projection.weight": (1024, 1280)}
-    keys |= {"text_model.embeddings.token_embedding.weight": (49408, 1024), "text_model.embeddings.position_embedding.weight": (77, 1024)}
-    keys |= {"text_model.final_layer_norm.weight": (1024,), "text_model.final_layer_norm.bias": (1024,)}
-    keys |= {"vision_model.embeddings.class_embedding": (1280,), "vision_model.embeddings.position_embedding.weight": (257, 1280)}
-    keys |= {"vision_model.embeddings.patch_embedding.weight": (1280, 3, 14, 14)}
+def full_size_hf_keys(embed: int = 1024, text: tuple = (1024, 24, 4096), vision: tuple = (1280, 32, 5120)) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a CLIP in Hugging Face layout, written from the published list and not from our code; by default laion's ViT-H/14.
+
+    Towers are given as (width, layers, MLP width).
+    """
+    keys = {"logit_scale": (), "text_projection.weight": (embed, text[0]), "visual_projection.weight": (embed, vision[0])}
+    keys |= {"text_model.embeddings.token_embedding.weight": (49408, text[0]), "text_model.embeddings.position_embedding.weight": (77, text[0])}
+    keys |= {"text_model.final_layer_norm.weight": (text[0],), "text_model.final_layer_norm.bias": (text[0],)}
+    keys |= {"vision_model.embeddings.class_embedding": (vision[0],), "vision_model.embeddings.position_embedding.weight": (257, vision[0])}
+    keys |= {"vision_model.embeddings.patch_embedding.weight": (vision[0], 3, 14, 14)}
     for norm in ("pre_layrnorm", "post_layernorm"):
-        keys |= {f"vision_model.{norm}.weight": (1280,), f"vision_model.{norm}.bias": (1280,)}
-    return keys | _tower_keys("text_model.encoder.layers", 24, 1024, 4096) | _tower_keys("vision_model.encoder.layers", 32, 1280, 5120)
+        keys |= {f"vision_model.{norm}.weight": (vision[0],), f"vision_model.{norm}.bias": (vision[0],)}
+    towers = (("text_model.encoder.layers", text), ("vision_model.encoder.layers", vision))
+    return keys | {key: shape for name, (width, layers, mlp) in towers for key, shape in _tower_keys(name, layers, width, mlp).items()}
 
 
 def full_size_mps_keys() -> dict[str, tuple[int, ...]]:
@@ -186,6 +190,21 @@ def test_full_size_mps_takes_every_published_key():
     assert {key: tuple(value.shape) for key, value in mps.export_state_dict(network).items()} == keys
 
 
+def test_full_size_pickscore_and_aesthetic_take_every_published_key():
+    """PickScore is laion's ViT-H/14; the aesthetic predictor stands on OpenAI's ViT-L/14 and brings ten tensors of its own."""
+    with torch.device("meta"):
+        network, predictor = hpsv2.build(clip.VIT_H_14), aesthetic.build(clip.VIT_L_14)
+    load_into(network, layouts.hf_to_open_clip(on_meta(full_size_hf_keys())), "PickScore")
+    state = layouts.hf_to_open_clip(on_meta(full_size_hf_keys(768, (768, 12, 3072), (1024, 24, 4096))))
+    assert clip.is_vit_l_14(state) and clip.config_from_shapes(state) is None
+    sizes, places = (768, 1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
+    head = {f"layers.{place}.weight": (sizes[i + 1], sizes[i]) for i, place in enumerate(places)}
+    head |= {f"layers.{place}.bias": (sizes[i + 1],) for i, place in enumerate(places)}
+    tower = {key: value for key, value in state.items() if key.startswith("visual.")}
+    load_into(predictor, {**tower, **on_meta(head)}, "aesthetic")
+    assert sum(parameter.numel() for parameter in predictor.visual.parameters()) == 303_966_208
+
+
 def test_full_size_is_recognised_only_when_whole():
     state = layouts.hf_to_open_clip(on_meta(full_size_hf_keys()))
     shorter = {key: value for key, value in state.items() if not key.startswith("visual.transformer.resblocks.31.")}
@@ -201,5 +220,11 @@ def test_the_bundled_config_is_open_clips_own():
     assert {key: config[key] for key in clip.VIT_H_14} == dict(clip.VIT_H_14)
 
 
-def test_kinds_are_what_nodes_offer():
-    assert KINDS == ("hpsv2.1", "mps")
+def test_every_kind_has_its_options_and_says_what_it_cannot_take():
+    assert set(OPTIONS_OF) == {*KINDS, "pavrm"} and {name for names in OPTIONS_OF.values() for name in names} <= set(OPTIONS)
+    with pytest.raises(ValueError, match="condition cannot be set for hpsv2.1"):
+        load_reward_model("hpsv2", "x.pt", condition="overall")
+    with pytest.raises(ValueError, match="scores latents, not frames"):
+        load_reward_model("pavrm", "x.safetensors")
+    with pytest.raises(ValueError, match="mps needs a weight file"):
+        load_reward_model("mps")

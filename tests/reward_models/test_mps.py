@@ -218,3 +218,19 @@ def test_export_gives_the_published_layout(scorers, load):
 def test_impossible_options_are_refused(load, options):
     with pytest.raises(ValueError, match=str(next(iter(options)))):
         load(**options)
+
+
+def test_weights_per_dimension_are_the_weighted_sum(tiny_mps, make_frames):
+    frames, prompts = make_frames(2, 3), ["a red square", "a quantity of things"]
+    singles = {}
+    for name in ("aesthetics", "quality"):
+        singles[name] = mps.MPSReward(tiny_mps.network, use_antialias=False, condition=name, threshold=0.3).score(frames, prompts)
+    model = mps.MPSReward(tiny_mps.network, use_antialias=False, condition="aesthetics=0.3, quality=-0.7", threshold=0.3)
+    output = model.score(frames, prompts)
+    expected = 0.3 * singles["aesthetics"].per_video - 0.7 * singles["quality"].per_video
+    torch.testing.assert_close(output.per_video, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.parts["mps_cosine_quality"], singles["quality"].parts["mps_cosine"])
+    assert model.is_experimental and mps.parse_condition("a text, with = in it") == (("own", "a text, with = in it", 1.0),)
+    for wrong in ("quality=much", "quality=0", "quality=inf"):
+        with pytest.raises(ValueError, match="condition is 'quality="):
+            mps.MPSReward(tiny_mps.network, condition=wrong)

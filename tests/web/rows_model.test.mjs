@@ -7,6 +7,7 @@ import {
   moveRow,
   newRow,
   parseRows,
+  reportFacts,
   rowStatus,
   searchFiles,
   tidyStrength,
@@ -118,4 +119,22 @@ test("the status is green, amber or red", () => {
   assert.equal(rowStatus({ ...row, low: 0.5 }, report).tone, "bad");
   assert.equal(rowStatus(row, { ...report, applied_low: null }).tone, "good");
   assert.equal(rowStatus({ ...row, high: 0 }, { ...report, applied_high: null, applied_low: null }).text, "both strengths were 0");
+});
+
+test("texts that say nothing are left out of the row", () => {
+  const rows = [{ on: true, file: HIGH, high: 0.5, low: 0 }];
+  const curved = changeRow(rows, 0, { curve: "ramp", blocks: "0:0.5" });
+  assert.deepEqual(curved, [{ ...rows[0], curve: "ramp", blocks: "0:0.5" }]);
+  assert.deepEqual(changeRow(curved, 0, { curve: "", blocks: "" }), rows);
+});
+
+test("the facts of a report name kinds, memory, layout, application and what was left out", () => {
+  const report = { file: HIGH, applied_high: 3, applied_low: null, total: 7, warnings: [] };
+  assert.deepEqual(reportFacts(report), []);
+  const full = { ...report, detail: "rank 8", kinds: { lora: 30 }, left_out: { image_branch: 4 }, memory_bytes: 2.5e6, layout: "videox-fun", unmerged: ["high"] };
+  assert.deepEqual(reportFacts(full), [
+    "rank 8",
+    "30 lora · 2.5 MB · layout videox-fun · unmerged on high noise",
+    "left out: 4 keys of Wan2.1's image branch (nothing is lost)",
+  ]);
 });

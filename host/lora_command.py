@@ -1,0 +1,191 @@
+"""The command line's `lab.py lora`: inspect, apply, convert, extract, download. Exit status 0, or 2 when refused; `--json` prints one object.
+
+A new verb is one function for its arguments, one that runs it and returns what to print, and one line in VERBS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+
+from .lora_apply import apply_and_run
+from .lora_base import base_from_file
+from .lora_convert import convert
+from .lora_download import download
+from .lora_extract import DTYPES, extract
+from .lora_inspect import inspect_files
+from .lora_keys import LAYOUTS
+from .official_loras import OFFICIAL, STRENGTH_NOTE, official_named
+
+REFUSED = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a verb prints: text for people, data for programs, and whether it was refused."""
+
+    text: str
+    data: dict[str, Any]
+    is_refused: bool = False
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb and return the exit status."""
+    options = _parse(argv)
+    try:
+        answer = VERBS[options.verb][1](options)
+    except ValueError as error:
+        answer = Answer(text=f"Error: {error}", data={"verdict": "refused", "reason": str(error)}, is_refused=True)
+    if options.json:
+        print(json.dumps(answer.data, allow_nan=False))
+    else:
+        print(answer.text, file=sys.stderr if answer.is_refused else sys.stdout)
+    return REFUSED if answer.is_refused else 0
+
+
+def run_inspect(options: argparse.Namespace) -> Answer:
+    """Say what is in a LoRA file and what a model would take of it; with a second file, how the two differ."""
+    bases = [base_from_file(Path(options.base))] if options.base else []
+    found = inspect_files([Path(file) for file in options.files], bases)
+    if options.image:
+        found.picture.save(options.image)
+    refused = [report for report in found.reports if report.verdict == "refused"]
+    return Answer(text=found.text(), data=found.to_dict(), is_refused=bool(refused))
+
+
+def run_apply(options: argparse.Namespace) -> Answer:
+    """Run one fp32 forward of a model with LoRA rows on given inputs, and write what it predicts."""
+    done = apply_and_run(Path(options.base), options.row, Path(options.inputs), Path(options.out), overwrite=options.force)
+    data = {"verdict": "ok", "file": str(done.path), "outputs": list(done.outputs), "rows": [row.to_dict() for row in done.rows], "report": done.report}
+    return Answer(text=f"{done.report}\n{done.path}: {', '.join(done.outputs)}", data=data)
+
+
+def run_convert(options: argparse.Namespace) -> Answer:
+    """Rewrite a LoRA file in another key layout."""
+    done = convert(Path(options.source), Path(options.target), options.layout, overwrite=options.force)
+    lines = [f"{done.path}: {done.keys} keys, {done.source_layout} -> {done.layout}", *(f"  {note}" for note in done.notes)]
+    return Answer(
+        text="\n".join(lines),
+        data={
+            "verdict": "ok",
+            "file": str(done.path),
+            "keys": done.keys,
+            "source_layout": done.source_layout,
+            "layout": done.layout,
+            "notes": list(done.notes),
+        },
+    )
+
+
+def run_extract(options: argparse.Namespace) -> Answer:
+    """Make a LoRA from a trained full model and the base it was trained from."""
+    done = extract(
+        Path(options.full),
+        Path(options.base),
+        Path(options.target),
+        rank=options.rank,
+        layout_name=options.layout,
+        dtype=options.dtype,
+        overwrite=options.force,
+        device=comfy.model_management.get_torch_device(),
+        progress=_progress,
+    )
+    data = {name: value for name, value in done.__dict__.items() if name != "path"}
+    data.update(verdict="ok", file=str(done.path), worst=[list(entry) for entry in done.worst], missing=list(done.missing))
+    return Answer(text=done.text(), data=data)
+
+
+def run_download(options: argparse.Namespace) -> Answer:
+    """Download an official reward LoRA; without a name, list them."""
+    if not options.name:
+        lines = [f"{lora.name}  {lora.reward}, {lora.expert} noise, {lora.steps} steps{'; ' + lora.advice if lora.advice else ''}" for lora in OFFICIAL]
+        return Answer(text="\n".join([*lines, STRENGTH_NOTE]), data={"verdict": "ok", "official": [lora.to_dict() for lora in OFFICIAL]})
+    lora = official_named(options.name)
+    done = download(lora, Path(options.to))
+    state = "was there already and is whole" if done.was_there else "is downloaded and checked"
+    checked = f"sha256 {done.sha256} (from the hub)" if done.sha256 else "hash unknown"
+    lines = [f"{done.path} {state}: {done.size_bytes} bytes, {checked}", *(f"  warning: {warning}" for warning in done.warnings)]
+    data = {
+        "verdict": "ok",
+        "file": str(done.path),
+        "bytes": done.size_bytes,
+        "sha256": done.sha256,
+        "was_there": done.was_there,
+        "warnings": list(done.warnings),
+    }
+    return Answer(text="\n".join(lines), data=data)
+
+
+def arguments_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a LoRA file; a second one is compared with it")
+    parser.add_argument("--base", metavar="MODEL", help="diffusion model to compare with: a safetensors file, an index of shards, or their folder")
+    parser.add_argument("--image", metavar="PNG", help="also write the heat map")
+
+
+def arguments_apply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="MODEL", help="diffusion model file")
+    parser.add_argument(
+        "--row", action="append", default=[], metavar="FILE:STRENGTH[:merge|bypass]", help="a LoRA with its strength; may be given several times"
+    )
+    parser.add_argument("--inputs", required=True, metavar="IN", help="safetensors with latent, timestep, context and, if the model takes it, concat")
+    parser.add_argument("--out", required=True, metavar="OUT", help="safetensors file to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
+
+
+def arguments_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="a LoRA file in any layout")
+    parser.add_argument("target", metavar="OUT", help="the file to write")
+    parser.add_argument("--layout", required=True, help=f"one of {', '.join(layout.name for layout in LAYOUTS)}")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
+
+
+def arguments_extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("full", metavar="FULL", help="the trained model: a safetensors file, an index of shards, or their folder")
+    parser.add_argument("base", metavar="BASE", help="the model it was trained from, in the same forms")
+    parser.add_argument("target", metavar="OUT", help="the LoRA to write")
+    parser.add_argument("--rank", type=int, required=True, help="rank of every layer")
+    parser.add_argument("--layout", default="videox-fun", help="key layout (default: videox-fun)")
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="type of the numbers (default: bf16)")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
+
+
+def arguments_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="an official reward LoRA, such as high-noise-HPS2.1; left out: list them")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="where to put it")
+
+
+Verb = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Answer]]
+VERBS: dict[str, Verb] = {
+    "inspect": (arguments_inspect, run_inspect),
+    "apply": (arguments_apply, run_apply),
+    "convert": (arguments_convert, run_convert),
+    "extract": (arguments_extract, run_extract),
+    "download": (arguments_download, run_download),
+}
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Read the arguments."""
+    parser = argparse.ArgumentParser(prog="lab.py lora", description=__doc__.split("\n\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (add_arguments, run) in VERBS.items():
+        sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        add_arguments(sub)
+    options = parser.parse_args(argv)
+    if options.verb == "inspect" and len(options.files) > 2:
+        parser.error("inspect takes one file, or two to compare")
+    return options
+
+
+def _progress(done: int, of: int) -> None:
+    """Show how far a long verb is, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r{done} of {of} weights", end="\n" if done == of else "", file=sys.stderr, flush=True)

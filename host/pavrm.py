@@ -1,0 +1,234 @@
+"""PAVRM on the host's WanModel: scores a noisy latent without decoding it, differentiable in the latent.
+
+The trunk is the host's own WanModel cut to the tapped blocks, or the first blocks of a generator that is loaded anyway (pavrm_lora.py). The head is
+reward_models/pavrm.py. Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7 (Apache-2.0).
+Differs in: the time embedding runs in float32 (upstream float64; features move by 1e-5); every sample is scored on its own.
+
+Call it inside `training_mode()` when gradients are wanted: the host's fast rotary kernel has none.
+
+Shape letters: B samples, C F H W latent, P prompt tokens, D width, L video tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import comfy.ldm.wan.model
+import comfy.ops
+import torch
+
+from ..reward_models import pavrm as head_module
+from ..reward_models.pavrm import PavrmHead, PavrmOutput
+from ..reward_models.weights import load_into
+from . import pavrm_files
+from .training_mode import attention
+
+LATENT_CHANNELS = 16
+TIMESTEPS = 1000
+_MASK_CHANNELS = 4
+# Channels of other VAEs, so that the message can say whose latent it is.
+_FOREIGN = {4: "an SD or SDXL VAE", 3: "pixels, not latents", 48: "the Wan2.2 5B VAE", 128: "an LTX VAE", 1: "a mask"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageCondition:
+    """What an image-to-video trunk sees of the first frame.
+
+    Attributes:
+        clip_BPD: CLIP vision tokens [B, 257, 1280]; None for models without them (Wan2.2).
+        latent_BCFHW: latents of (first frame, then zeros), 16 channels in model space, or 20 with the four mask channels in front.
+    """
+
+    clip_BPD: torch.Tensor | None = None
+    latent_BCFHW: torch.Tensor | None = None
+
+
+class Pavrm:
+    """A frozen PAVRM.
+
+    Args:
+        model: WanModel; of a trunk of its own, or a generator's.
+        head: query attention and score head.
+        taps: blocks, counted from 1, whose output is pooled.
+        adapted: context manager that turns a generator into the trunk; nothing for a trunk of its own.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, head: PavrmHead, taps: Sequence[int], adapted: Callable[[], contextmanager] | None = None, *, dtype=torch.float32
+    ):
+        self.model = model
+        self.head = head
+        self.taps = tuple(taps)
+        self.dtype = dtype
+        self._adapted = adapted
+        width = head.query_attention.queries.shape[-1]
+        if model.dim != width:
+            raise ValueError(f"The trunk is {model.dim} wide, the head {width}; they belong to different PAVRMs.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.patch_embedding.weight.device
+
+    def to(self, device: torch.device | str) -> Pavrm:
+        """Move trunk and head; returns itself."""
+        with torch.inference_mode(False):
+            self.model.to(device)
+            self.head.to(device)
+        return self
+
+    def score(
+        self, latent_BCFHW: torch.Tensor, timestep_B: torch.Tensor, texts_PD: Sequence[torch.Tensor], image: ImageCondition | None = None
+    ) -> PavrmOutput:
+        """Logit and probability of every noisy latent.
+
+        Args:
+            latent_BCFHW: as the transformer sees it (model space), noise included.
+            timestep_B: whole numbers 0 to 1000; upstream trains on truncated ones.
+            texts_PD: text encoder output per sample, any length up to the model's; zeros are added.
+            image: for image-to-video trunks.
+
+        Raises:
+            ValueError: a mask or the latent of another VAE, text of another width or too long, a sample without text, a missing image condition.
+        """
+        return self.head(self.features(latent_BCFHW, timestep_B, texts_PD, image))
+
+    def features(
+        self, latent_BCFHW: torch.Tensor, timestep_B: torch.Tensor, texts_PD: Sequence[torch.Tensor], image: ImageCondition | None = None
+    ) -> list[torch.Tensor]:
+        """Output [B, L, D] of every tapped block, in the order of `taps`; see `score`."""
+        self.check_latent(latent_BCFHW)
+        if len(texts_PD) != len(latent_BCFHW) or len(timestep_B) != len(latent_BCFHW):
+            raise ValueError(f"{len(latent_BCFHW)} latents, {len(texts_PD)} texts and {len(timestep_B)} timesteps were given; one each is needed.")
+        if not ((timestep_B >= 0) & (timestep_B <= TIMESTEPS)).all():
+            raise ValueError(f"Timesteps {timestep_B.tolist()} leave 0 to {TIMESTEPS}; give 1000 x sigma.")
+        context_BPD = torch.stack([self._padded(text_PD) for text_PD in texts_PD])
+        x_BCFHW, extra = self._with_image(latent_BCFHW.to(self.device, self.dtype), image)
+        with ExitStack() as stack:
+            if self._adapted is not None:
+                stack.enter_context(self._adapted())
+            outputs = stack.enter_context(_tapped(self.model, self.taps))
+            options = {"optimized_attention_override": attention, "patches_replace": {"dit": _skipped(self.model, max(self.taps))}}
+            self.model(x_BCFHW, timestep_B.to(self.device, torch.float32), context_BPD, transformer_options=options, **extra)
+        return [outputs[tap] for tap in self.taps]
+
+    @staticmethod
+    def check_latent(latent_BCFHW: torch.Tensor) -> None:
+        """Refuse what is not a Wan2.1 latent.
+
+        Raises:
+            ValueError: another rank or number of channels (whose VAE it is is named where it can be told), empty, NaN or infinity.
+        """
+        shape = tuple(latent_BCFHW.shape)
+        if latent_BCFHW.ndim != 5 or shape[1] != LATENT_CHANNELS:
+            what = _FOREIGN.get(shape[1] if latent_BCFHW.ndim in (4, 5) else 1, "something else") if latent_BCFHW.ndim > 1 else "something else"
+            raise ValueError(f"The latent has shape {shape}, that is {what}; a Wan2.1 latent [B, {LATENT_CHANNELS}, F, H, W] is needed.")
+        if latent_BCFHW.numel() == 0 or not latent_BCFHW.isfinite().all():
+            raise ValueError(f"The latent of shape {shape} is empty or holds NaN or infinity; the sampling before it failed.")
+
+    def _padded(self, text_PD: torch.Tensor) -> torch.Tensor:
+        width, length = self.model.text_embedding[0].weight.shape[1], self.model.text_len
+        if text_PD.ndim != 2 or text_PD.shape[1] != width or not 1 <= len(text_PD) <= length:
+            raise ValueError(f"The text has shape {tuple(text_PD.shape)}; this PAVRM reads 1 to {length} tokens of width {width}: use its text encoder.")
+        # Upstream pads with zeros before the text embedding and does not mask them; the host leaves that to the caller.
+        return torch.nn.functional.pad(text_PD.to(self.device, self.dtype), (0, 0, 0, length - len(text_PD)))
+
+    def _with_image(self, x_BCFHW: torch.Tensor, image: ImageCondition | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        image = image or ImageCondition()
+        extra = {} if image.clip_BPD is None else {"clip_fea": image.clip_BPD.to(self.device, self.dtype)}
+        if getattr(self.model, "img_emb", None) is not None and not extra:
+            raise ValueError("This PAVRM is an image-to-video one and needs the CLIP vision tokens of the first frame (image_embeds, [B, 257, 1280]).")
+        wanted = self.model.in_dim - LATENT_CHANNELS
+        if wanted == 0:
+            return x_BCFHW, extra
+        condition = image.latent_BCFHW
+        if condition is None:
+            raise ValueError(f"This PAVRM reads {wanted} further channels: give the latents of the first frame followed by zeros (condition).")
+        condition = condition.to(self.device, self.dtype)
+        if condition.shape[1] == wanted - _MASK_CHANNELS:
+            mask = condition.new_zeros(len(condition), _MASK_CHANNELS, *condition.shape[2:])
+            mask[:, :, 0] = 1
+            condition = torch.cat([mask, condition], dim=1)
+        if condition.shape[1] != wanted or condition.shape[2:] != x_BCFHW.shape[2:]:
+            raise ValueError(
+                f"The condition has shape {tuple(condition.shape)}, the latent {tuple(x_BCFHW.shape)}; {wanted - _MASK_CHANNELS} or {wanted} channels of the "
+                "same frames, height and width are needed."
+            )
+        return torch.cat([x_BCFHW, condition.expand(len(x_BCFHW), -1, -1, -1, -1)], dim=1), extra
+
+
+@contextmanager
+def _tapped(model: torch.nn.Module, taps: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    outputs: dict[int, torch.Tensor] = {}
+    hooks = []
+    try:
+        for tap in set(taps):
+            hooks.append(model.blocks[tap - 1].register_forward_hook(lambda _module, _args, output, tap=tap: outputs.__setitem__(tap, output)))
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _skipped(model: torch.nn.Module, last: int) -> dict:
+    """Patches that let blocks above the last tapped one do nothing; a trunk of its own has none."""
+    return {("double_block", index): lambda arguments, _extra: {"img": arguments["img"]} for index in range(last, len(model.blocks))}
+
+
+def load(
+    trunk: str | Path,
+    query: str | Path | None = None,
+    head: str | Path | None = None,
+    *,
+    taps: tuple[int, ...] | None = None,
+    use_folded: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Pavrm:
+    """Load a frozen PAVRM with a trunk of its own.
+
+    Args:
+        trunk: checkpoint folder, Wan file, or our single file (which holds the head too).
+        query: `query_attention_step_N.ckpt`.
+        head: `mlp_step_N.ckpt`.
+        taps: tapped blocks counted from 1; None takes what the file says, else the last one.
+        use_folded: see `reward_models.pavrm.PavrmHead`.
+        device: where to put it.
+        dtype: of the trunk; the head stays in float32.
+
+    Raises:
+        ValueError: see `pavrm_files.read_trunk` and `reward_models.pavrm.load_head`; keys are missing (named); trunk and head do not fit.
+    """
+    read = pavrm_files.read_trunk(trunk, taps=taps)
+    if query is None and head is not None:
+        raise ValueError(f"{head} is a score head without its query attention; give query_attention_step_N.ckpt as well.")
+    scorer = head_module.load_head(query or trunk, head, use_folded=use_folded)
+    with torch.inference_mode(False):
+        model = build_trunk(read, str(trunk))
+        return Pavrm(cast_trunk(model, dtype), scorer, read.taps, dtype=dtype).to(device)
+
+
+def build_trunk(read: pavrm_files.Trunk, what: str) -> torch.nn.Module:
+    """The host's WanModel with these weights and no work in its head; every key is checked.
+
+    Raises:
+        ValueError: keys are missing, left over or misshapen (named).
+    """
+    with torch.device("meta"):
+        model = comfy.ldm.wan.model.WanModel(**read.sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    # The output head plays no part, but the host's forward ends with one.
+    zeros = {f"head.{key}": torch.zeros(value.shape) for key, value in model.head.state_dict().items()}
+    load_into(model, {**read.state, **zeros}, what)
+    return model.eval().requires_grad_(False)
+
+
+def cast_trunk(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Cast the matrices; the patch embedding stays in float32, in which the host computes it. Parameters stay fresh and frozen."""
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            target = torch.float32 if path == "patch_embedding" else dtype
+            module._parameters[name] = torch.nn.Parameter(parameter.detach().to(target), requires_grad=False)
+    return model

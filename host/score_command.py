@@ -1,0 +1,183 @@
+"""`lab.py score`, `score-latent` and `pavrm-lora`: options as JSON in, one JSON document or a table out. Entry of a process started by launch.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
+
+
+def main(argv: list[str]) -> int:
+    """Run `score`, `score-latent` or `pavrm-lora` (first argument) with the options in the second, a JSON object; returns the exit status.
+
+    Failures that are foreseen end with one sentence on standard error and status 1.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    options = json.loads(argv[1])
+    try:
+        document = {"score": _score, "score-latent": _score_latent, "pavrm-lora": _pavrm_lora}[argv[0]](options)
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    if options.get("json") or "videos" not in document:
+        print(json.dumps(document))
+    else:
+        print(_table(document))
+    return 0
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and os.environ.get("REWARD_LAB_CPU") != "1" else "cpu"
+
+
+def _dtype(name: str | None):
+    import torch
+
+    return {None: torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _spec(options: dict[str, Any]) -> RewardModelSpec:
+    kind = ALIASES.get(options["kind"], options["kind"])
+    if kind == "pavrm":
+        raise ValueError("A PAVRM scores latents, not frames: use `lab.py score-latent`.")
+    if kind not in KINDS:
+        raise ValueError(f"--kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    if kind == "mix":
+        return _mix_spec(options)
+    if not options.get("weights") and kind not in PATHLESS:
+        raise ValueError(f"--kind {kind} needs --weights FILE.")
+    names = ("config", "resize", "condition", "threshold", "normalise", "scale", "clip", "detector", "landmarks", "reference", "missing")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    if options.get("antialias") is not None:
+        given["antialias"] = options["antialias"] == "on"
+    return RewardModelSpec(kind=kind, path=options.get("weights") or "", options=given)
+
+
+def _mix_spec(options: dict[str, Any]) -> RewardModelSpec:
+    """A mix is described by a JSON file, rows of {"name", "reward": {"kind", "path", "options"}, "weight", "centre", "scale"}; paths start beside it."""
+    if not options.get("config"):
+        raise ValueError('--kind mix needs --config MIX.json: {"rows": [{"reward": {"kind": ..., "path": ...}, "weight": 1, "centre": 0, "scale": 1}, ...]}.')
+    path = Path(options["config"])
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))["rows"]
+        for row in rows:
+            if row["reward"].get("path"):
+                row["reward"]["path"] = str(path.parent / row["reward"]["path"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the description of a reward mix ({type(error).__name__}: {error}).") from error
+    return RewardModelSpec(kind="mix", path="", options={"rows": rows})
+
+
+def _score(options: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from . import media, score_files, score_store, video_prompts
+
+    spec = _spec(options)
+    clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
+    prompts = _prompts(options, spec, [clip.name for clip in clips], video_prompts.read)
+    job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
+    store = score_store.ScoreStore(_store_path(options, clips))
+    gradients: dict[str, torch.Tensor] | None = {} if options.get("gradients") else None
+    with torch.inference_mode(False), score_files.collected_warnings() as warnings:
+        videos = score_files.score(job, store, score_files.progress_bar(), gradients)
+    if options.get("csv"):
+        score_store.write_csv(options["csv"], videos)
+    if gradients is not None:
+        from safetensors.torch import save_file
+
+        save_file(gradients, options["gradients"])
+    document = {"kind": spec.kind, **_description(spec), "videos": videos, "warnings": list(dict.fromkeys([*warnings, *_kept_warnings(videos)]))}
+    if options.get("baseline"):
+        document["baseline"] = _baseline(options["baseline"], videos)
+    return document
+
+
+def _kept_warnings(videos: list[dict[str, Any]]) -> list[str]:
+    return [message for video in videos for message in video.get("warnings", [])]
+
+
+def _store_path(options: dict[str, Any], clips: list) -> str | None:
+    """Where scores are kept: a named file, else one in the cache when there is more than a handful of work to lose."""
+    if options.get("results"):
+        return options["results"]
+    if options.get("no_resume") or not any(Path(path).is_dir() for path in options["paths"]):
+        return None
+    from .score_store import key_of
+
+    folder = os.environ.get("REWARD_LAB_SCORES")
+    return str(Path(folder) / f"{key_of([str(Path(path).resolve()) for path in options['paths']])[:24]}.jsonl") if folder else None
+
+
+def _prompts(options: dict[str, Any], spec: RewardModelSpec, names: list[str], read) -> list[str]:
+    if options.get("prompts"):
+        return read(options["prompts"], names)
+    if options.get("prompt") is not None:
+        return [options["prompt"]] * len(names)
+    if spec.kind in ("aesthetic", "face", "dynamic_degree", "flicker", "drift"):
+        return [""] * len(names)
+    raise ValueError(f"{spec.kind} compares videos with a text: give --prompt TEXT or --prompts FILE.")
+
+
+def _description(spec: RewardModelSpec) -> dict[str, Any]:
+    """The settings that the scores were made with, defaults included."""
+    from ..reward_models import hpsv2, mps, preprocess
+
+    settings: dict[str, Any] = {name: value for name, value in spec.options.items() if name != "rows"}
+    if spec.kind in ("hpsv2.1", "mps", "pickscore", "aesthetic"):
+        settings = {"resize": hpsv2.DEFAULT_RESIZE if spec.kind == "hpsv2.1" else "crop", "antialias": True, **settings}
+        if settings["resize"] not in preprocess.RESIZES:
+            raise ValueError(f"resize is {settings['resize']!r}; choose one of {', '.join(preprocess.RESIZES)}.")
+    if spec.kind == "mps":
+        name = settings.get("condition", "overall")
+        texts = [text for _, text, _ in mps.parse_condition(name)]
+        settings = {"threshold": 0.01, "normalise": "sample", "scale": "raw", **settings, "condition": name, "condition_text": " + ".join(texts)}
+        settings["condition_is_experimental"] = texts != [mps.CONDITIONS["overall"]]
+    described: dict[str, Any] = {"weights": spec.path, "options": settings}
+    if spec.kind == "mix":
+        described["rows"] = spec.options["rows"]
+    return described
+
+
+def _baseline(path: str, videos: list[dict[str, Any]]) -> dict[str, Any]:
+    """Centre and scale of every reward over these videos, written as JSON."""
+    from ..reward_models.mix import measure_baseline
+
+    measured = measure_baseline(video["per_video"] for video in videos)
+    values = {"centre": measured.centre, "scale": measured.scale, "videos": measured.videos}
+    Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return values
+
+
+def _score_latent(options: dict[str, Any]) -> dict[str, Any]:
+    from . import latent_files
+
+    return latent_files.score(options, _device(), _dtype(options.get("dtype")))
+
+
+def _pavrm_lora(options: dict[str, Any]) -> dict[str, Any]:
+    from . import pavrm_lora
+
+    return pavrm_lora.convert(
+        options["trunk"], options["generator"], options["out"], rank=options["rank"], query=options.get("query"), head=options.get("head")
+    )
+
+
+def _table(document: dict[str, Any]) -> str:
+    """The scores for people: a line per video."""
+    lines = [f"{document['kind']}  {document.get('options', '')}"]
+    for video in document["videos"]:
+        if "logit" in video:
+            lines.append(f"{video['name']}: sigma {video['sigma']:.3f}, logit {video['logit']:.4f}, probability {video['probability']:.4f}")
+        else:
+            best, worst = video["best_frame"], video["worst_frame"]
+            ends = f"best frame {best} ({video['per_frame'][best]:.4f}), worst frame {worst} ({video['per_frame'][worst]:.4f})"
+            lines.append(f"{video['name']}: {video['per_video']:.4f} over {len(video['per_frame'])} frames; {ends}")
+    return "\n".join(lines)

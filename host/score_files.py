@@ -1,0 +1,155 @@
+"""Scores pictures, videos and tensor files: what `lab.py score` and the folder input of Score Video do. Needs no running ComfyUI.
+
+One clip is in memory at a time; finished ones are stored at once (score_store.py), so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reward_models.base import RewardModel, RewardOutput, reward_and_frame_gradient, score_in_chunks
+from ..reward_models.spec import RewardModelSpec
+from . import media, reward_loading
+from .score_store import ScoreStore, key_of
+
+logger = logging.getLogger("reward_lab")
+Progress = Callable[[int, int, str], None]
+# Part of every stored score's key: raise it when a reward model's numbers change, and stored ones are not used any more.
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is scored with what.
+
+    Attributes:
+        clips: from `media.find_clips`.
+        prompts: one per clip.
+        spec: the reward model.
+        device: where it runs.
+        dtype: of its matrices.
+    """
+
+    clips: Sequence[media.Clip]
+    prompts: Sequence[str]
+    spec: RewardModelSpec
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+def score(
+    job: Job,
+    store: ScoreStore,
+    on_progress: Progress | None = None,
+    gradients: dict[str, torch.Tensor] | None = None,
+    load: Callable[[], RewardModel] | None = None,
+) -> list[dict[str, Any]]:
+    """Score every clip.
+
+    Args:
+        job: what to score; prompts and clips are equally many.
+        store: where finished scores are looked up and kept.
+        on_progress: called with (done, all, name) before each clip and at the end.
+        load: gives the model, when something is left to score; None loads it from `job.spec`.
+        gradients: filled with d(per_video)/d(frames) [F, 3, H, W] by clip name, when given; then nothing is taken from the store.
+
+    Returns:
+        A dictionary per clip, in order: name, path, prompt, frames, size_px, per_frame, per_video, parts, best_frame, worst_frame, warnings.
+
+    Raises:
+        ValueError: a clip cannot be read or scored; what was scored before it is kept.
+    """
+    model: RewardModel | None = None
+    results = []
+    for done, (clip, prompt) in enumerate(zip(job.clips, job.prompts, strict=True)):
+        if on_progress:
+            on_progress(done, len(job.clips), clip.name)
+        batch = sorted(set(job.prompts)) if job.spec.options.get("normalise") == "batch" else []
+        files = [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in job.spec.files() if Path(file).is_file()]
+        key = key_of(_VERSION, clip.stamp(), prompt, job.spec.to_dict(), files, batch, str(job.dtype))
+        known = store.get(key) if gradients is None else None
+        if known is None:
+            if model is None:
+                model = _in_batch(load() if load else reward_loading.load(job.spec, job.device, job.dtype), job)
+            with collected_warnings() as warnings:
+                known = _score_clip(model, clip, prompt, job.device, gradients)
+            known["warnings"] = warnings
+            store.put(key, known)
+        results.append({**known, "name": clip.name, "path": str(clip.path)})
+    if on_progress:
+        on_progress(len(job.clips), len(job.clips), "")
+    return results
+
+
+def _in_batch(model: Any, job: Job) -> RewardModel:
+    if getattr(model, "mixes_prompts", False) and hasattr(model, "in_batch_of"):
+        # All prompts of the call are the batch, as if every video had been handed in together.
+        model = model.in_batch_of(list(job.prompts))
+    return model
+
+
+def _score_clip(model: RewardModel, clip: media.Clip, prompt: str, device: str, gradients: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+    frames_BFCHW = clip.read()[None]
+    height, width = frames_BFCHW.shape[-2:]
+    count = reward_loading.frames_per_chunk(height, width)
+    frames_BFCHW = frames_BFCHW.to(device)
+    try:
+        if gradients is None:
+            output = score_in_chunks(model, frames_BFCHW, [prompt], count)
+        else:
+            wide = frames_BFCHW.float() / 255 if frames_BFCHW.dtype == torch.uint8 else frames_BFCHW.float()
+            output, gradient = reward_and_frame_gradient(model, wide, [prompt], count)
+            gradients[clip.name] = gradient[0].cpu().contiguous()
+    except ValueError as error:
+        raise ValueError(f"{clip.name}: {error}") from error
+    return {"prompt": prompt, "frames": frames_BFCHW.shape[1], "size_px": [width, height], **as_numbers(output, 0)}
+
+
+def as_numbers(output: RewardOutput, video: int) -> dict[str, Any]:
+    """The scores of one video of an output as plain numbers."""
+    per_frame = output.per_frame[video].tolist()
+    parts = {name: {"per_frame": value[video].tolist(), "per_video": float(value[video].mean())} for name, value in output.parts.items()}
+    best, worst = max(range(len(per_frame)), key=per_frame.__getitem__), min(range(len(per_frame)), key=per_frame.__getitem__)
+    return {"per_frame": per_frame, "per_video": float(output.per_video[video]), "parts": parts, "best_frame": best, "worst_frame": worst}
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What the pack warns about while the context is open, for the output (it is logged as well)."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def progress_bar() -> Progress:
+    """A progress line on standard error: redrawn in a terminal, one line in ten percent elsewhere."""
+    start, shown = time.monotonic(), -1
+
+    def show(done: int, total: int, name: str) -> None:
+        nonlocal shown
+        is_terminal = sys.stderr.isatty()
+        tenth = done * 10 // max(1, total)
+        if not is_terminal and (tenth == shown or total < 2):
+            return
+        shown = tenth
+        spent = time.monotonic() - start
+        left = f", about {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+        bar = "#" * (done * 30 // max(1, total))
+        text = f"[{bar:<30}] {done}/{total}{left} {name}"
+        print(f"\r{text[:118]:<118}" if is_terminal else text, end="\n" if not is_terminal or done == total else "", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,76 @@
+"""Charts that the scoring and training nodes show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..testlab.plot import Curve, line_chart, with_pictures
+from . import paths
+
+if TYPE_CHECKING:
+    from .scoring import VideoScore
+
+_CURVES = 4
+
+
+def plot_scores(score: VideoScore, images_FHWC: torch.Tensor | None = None) -> torch.Tensor:
+    """Draw the scores over the frames, with the best and the worst frame below.
+
+    Args:
+        score: Of one video.
+        images_FHWC: Its frames, 0 to 1; None leaves the pictures out.
+
+    Returns:
+        IMAGE [1, H, W, 3].
+    """
+    curve = Curve(label=score.model_name, values=score.per_frame)
+    chart = line_chart([curve], title=f"{score.model_name}: {score.reward:.4f}", subtitle=score.prompt, x_label="frame", mark_extremes=True)
+    if images_FHWC is not None:
+        rows = ((f"best frame {score.best_frame}", score.best_frame), (f"worst frame {score.worst_frame}", score.worst_frame))
+        chart = with_pictures(chart, [(f"{label}: {score.per_frame[index]:.4f}", _picture(images_FHWC[index])) for label, index in rows])
+    return paths.image_tensor(chart)
+
+
+def _picture(image_HWC: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image_HWC[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy().astype(np.uint8))
+
+
+def plot_videos(scores: Sequence[VideoScore]) -> torch.Tensor:
+    """Draw the rewards of several videos, best first, with the frame curves of the first ones where they are few.
+
+    Returns:
+        IMAGE [1, H, W, 3].
+    """
+    if len(scores) <= _CURVES:
+        curves = [Curve(label=f"{score.name} {score.reward:.4f}", values=score.per_frame) for score in scores]
+        return paths.image_tensor(line_chart(curves, title=f"{scores[0].model_name}, {len(scores)} videos", x_label="frame"))
+    ranked = sorted(scores, key=lambda score: score.reward, reverse=True)
+    subtitle = f"best: {ranked[0].name}, worst: {ranked[-1].name}"
+    curve = Curve(label="reward", values=tuple(score.reward for score in ranked))
+    return paths.image_tensor(line_chart([curve], title=f"{scores[0].model_name}, {len(scores)} videos", subtitle=subtitle, x_label="rank", first_x=1))
+
+
+def plot_sigmas(sigmas: Sequence[float], probabilities: Sequence[float], title: str) -> torch.Tensor:
+    """Draw a PAVRM's probability over the noise level.
+
+    Returns:
+        IMAGE [1, H, W, 3].
+    """
+    subtitle = "sigma " + ", ".join(f"{sigma:g}" for sigma in sigmas)
+    curve = Curve(label="probability", values=tuple(probabilities))
+    return paths.image_tensor(line_chart([curve], title=title, subtitle=subtitle, x_label="noise level (number in the list)", first_x=1, mark_extremes=True))
+
+
+def plot_run(rewards: Sequence[float], losses: Sequence[float], title: str) -> torch.Tensor:
+    """Draw reward and loss of a training run over its steps.
+
+    Returns:
+        IMAGE [1, H, W, 3].
+    """
+    curves = [Curve(label="reward", values=tuple(rewards), smooth=True), Curve(label="loss", values=tuple(losses), smooth=True, axis="right")]
+    return paths.image_tensor(line_chart(curves, title=title, x_label="step", first_x=1))

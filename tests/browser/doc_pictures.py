@@ -1,0 +1,111 @@
+"""Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
+
+    python tests/browser/doc_pictures.py URL
+
+URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+IMAGES = REPO / "web" / "docs" / "images"
+RUN_LIMIT_S = 900.0
+MARGIN_PX = 14
+
+ROWS = [
+    {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-high-noise-HPS2.1.safetensors", "high": 0.6, "low": 0, "curve": "1:0, 0.95:1, 0.875:0.5, 0:0.3"},
+    {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-low-noise-HPS2.1.safetensors", "high": 0, "low": 0.5},
+    {"on": False, "file": "Pocket-Wan2.2-Fun-A14B-low-noise-MPS.safetensors", "high": 0, "low": 0.3},
+]
+
+
+def _frontend() -> Any:
+    spec = importlib.util.spec_from_file_location("reward_lab_frontend", Path(__file__).with_name("frontend.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(page: Any) -> None:
+    """Put the rows into the first example and an Inspect LoRA beside them; nothing else of it is kept but the models."""
+    page.evaluate(
+        """(rows) => {
+            const graph = window.app.graph, rowsNode = graph.nodes.find((n) => n.type === 'RewardLabLoadLoRAs');
+            const models = rowsNode.getInputNode(0);
+            for (const node of [...graph.nodes]) if (node !== rowsNode && node !== models) graph.remove(node);
+            for (const group of [...graph.groups]) graph.remove(group);
+            rowsNode.widgets.find((w) => w.name === 'rows').value = rows;
+            rowsNode.configure(rowsNode.serialize());
+            rowsNode.pos = [0, 0];
+            models.pos = [-500, 0];
+            const inspect = window.LiteGraph.createNode('RewardLabInspectLoRA');
+            graph.add(inspect);
+            inspect.pos = [700, 0];
+            inspect.setSize([620, 760]);
+            inspect.widgets.find((w) => w.name === 'lora').value = JSON.parse(rows)[0].file;
+            models.connect(0, inspect, 'model_high');
+            const show = window.LiteGraph.createNode('PreviewAny');
+            graph.add(show);
+            show.pos = [0, 700];
+            rowsNode.connect(2, show, 0);
+        }""",
+        json.dumps(ROWS),
+    )
+
+
+def picture_of(page: Any, node_type: str, path: Path) -> None:
+    """Save the part of the window in which a node is."""
+    box = page.evaluate(
+        """(type) => {
+            const node = window.app.graph.nodes.find((n) => n.type === type), [x, y, w, h] = node.getBounding(), ds = window.app.canvas.ds;
+            const at = window.app.canvas.canvas.getBoundingClientRect();
+            return { x: at.x + (x + ds.offset[0]) * ds.scale, y: at.y + (y + ds.offset[1]) * ds.scale, width: w * ds.scale, height: h * ds.scale };
+        }""",
+        node_type,
+    )
+    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - MARGIN_PX, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + 2 * MARGIN_PX}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(path), type="jpeg", quality=82, clip=clip)
+
+
+def show_node(page: Any, node_type: str, scale: float) -> None:
+    """Move the canvas so that a node stands in the free part of the window."""
+    page.evaluate(
+        """([type, scale]) => {
+            const node = window.app.graph.nodes.find((n) => n.type === type), ds = window.app.canvas.ds;
+            ds.scale = scale;
+            ds.offset[0] = 120 / scale - node.pos[0];
+            ds.offset[1] = 150 / scale - node.pos[1];
+            window.app.graph.setDirtyCanvas(true, true);
+        }""",
+        [node_type, scale],
+    )
+    page.wait_for_timeout(1500)
+
+
+def main(url: str) -> None:
+    """Run the graph and take the pictures."""
+    frontend = _frontend()
+    with frontend.open_front_end(url, width_px=1500, height_px=1000) as page:
+        frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
+        build(page)
+        show_node(page, "RewardLabLoadLoRAs", 1.0)
+        page.get_by_label("Details").first.click()
+        frontend.press_run(page)
+        page.wait_for_selector(".rl-fact", timeout=RUN_LIMIT_S * 1000)
+        heat_map = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabInspectLoRA').imgs?.[0]?.naturalWidth > 0"
+        page.wait_for_function(heat_map, timeout=RUN_LIMIT_S * 1000)
+        show_node(page, "RewardLabLoadLoRAs", 1.1)
+        picture_of(page, "RewardLabLoadLoRAs", IMAGES / "lora_rows.jpg")
+        show_node(page, "RewardLabInspectLoRA", 1.0)
+        picture_of(page, "RewardLabInspectLoRA", IMAGES / "inspect_lora.jpg")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,204 @@
+"""What users hand to `lab.py score` by mistake: each ends with a sentence that says what was given and what to do, or is scored as it should be."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reward_lab.host import media, score_command, score_store, video_prompts
+
+
+@pytest.fixture
+def hps(shared_fixtures: Path) -> Path:
+    """Folder of the tiny HPS."""
+    return shared_fixtures / "scorers" / "hps"
+
+
+@pytest.fixture
+def run(hps, capsys):
+    """Run `score`; returns exit status, document (None when it failed) and standard error."""
+
+    def call(*paths, **options):
+        job = {"kind": "hpsv2", "weights": str(hps / "hps_tiny.safetensors"), "config": str(hps / "config.json"), "prompt": "a cat", "json": True}
+        status = score_command.main(["score", json.dumps({"paths": [str(path) for path in paths], **job, **options})])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err and (status == 0) == bool(printed.out)
+        return status, json.loads(printed.out) if printed.out else None, printed.err
+
+    return call
+
+
+def frames(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * (high - low) + low
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (frames(0, 3, 8, 8), "holds no tensor that could be frames|at least one frame"),
+        (frames(2, 1, 8, 9), "1 channels; 3 .RGB. are needed; repeat the grey channel"),
+        (frames(2, 4, 8, 9), "4 channels; 3 .RGB. are needed; drop the alpha channel"),
+        (frames(2, 8, 9, 4), "4 channels"),
+        (frames(1, 16, 5, 8, 8), "these are latents"),
+        (frames(2, 3, 8, 9, high=255.0), r"\[0,1\] is needed; rescale"),
+        (frames(2, 3, 8, 9, low=-1.0), r"\[0,1\] is needed; rescale"),
+        (frames(2, 3, 8, 9) * float("nan"), "NaN"),
+        (torch.zeros(2, 3, 8, 9, dtype=torch.int64), "floats in .0,1. or 8-bit"),
+        (frames(8, 9), "no tensor that could be frames"),
+    ],
+)
+def test_tensors_that_are_no_frames(run, tmp_path, tensor, message):
+    save_file({"frames": tensor}, tmp_path / "x.safetensors")
+    status, _, error = run(tmp_path / "x.safetensors")
+    assert status == 1 and re.search(message, error), error
+
+
+def test_frames_in_either_layout_and_any_dtype_score_the_same(run, tmp_path):
+    pixels = (frames(3, 3, 20, 31) * 255).round().to(torch.uint8)
+    forms = {"a": pixels, "b": pixels.movedim(1, -1).contiguous(), "c": pixels.float() / 255, "d": (pixels.double() / 255)[None]}
+    rewards = []
+    for name, tensor in forms.items():
+        save_file({"frames": tensor}, tmp_path / f"{name}.safetensors")
+        rewards.append(run(tmp_path / f"{name}.safetensors")[1]["videos"][0]["per_frame"])
+    for other in rewards[1:]:
+        assert other == pytest.approx(rewards[0], abs=1e-5)
+
+
+def test_pictures_that_are_not_plain_rgb(run, tmp_path):
+    colour = Image.fromarray((frames(20, 31, 3).numpy() * 255).astype(np.uint8))
+    colour.save(tmp_path / "plain.png")
+    opaque = colour.copy()
+    opaque.putalpha(128)
+    opaque.save(tmp_path / "alpha.png")
+    colour.convert("L").save(tmp_path / "grey.png")
+    plain, alpha, grey = (run(tmp_path / f"{name}.png")[1] for name in ("plain", "alpha", "grey"))
+    assert alpha["videos"][0]["per_video"] == plain["videos"][0]["per_video"]
+    assert any("transparency, which is dropped" in warning for warning in alpha["warnings"]) and not plain["warnings"]
+    assert grey["videos"][0]["frames"] == 1
+    Image.fromarray((frames(20, 31).numpy() * 60000).astype(np.uint16)).save(tmp_path / "deep.png")
+    status, _, error = run(tmp_path / "deep.png")
+    assert status == 1 and "more than 8 bits" in error
+
+
+def test_an_8k_frame_is_scored(run, tmp_path):
+    Image.new("RGB", (7680, 4320), (90, 120, 30)).save(tmp_path / "8k.png")
+    Image.new("RGB", (768, 432), (90, 120, 30)).save(tmp_path / "small.png")
+    large, small = (run(tmp_path / name)[1]["videos"][0] for name in ("8k.png", "small.png"))
+    assert large["size_px"] == [7680, 4320] and large["per_video"] == pytest.approx(small["per_video"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.png", b"not a picture at all", "cannot be read as a picture"),
+        ("x.mp4", b"not a video at all", "cannot be read as a video"),
+        ("x.npy", b"not an array at all", "cannot be read as an array"),
+        ("x.safetensors", b"not a file of tensors", "cannot be read as safetensors"),
+        ("x.txt", b"a cat", "ends in '.txt'"),
+    ],
+)
+def test_damaged_and_foreign_files(run, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    status, _, error = run(tmp_path / name)
+    assert status == 1 and message in error
+
+
+def test_paths_that_hold_nothing(run, tmp_path):
+    assert "There is no file or folder" in run(tmp_path / "absent.png")[2]
+    assert "nothing to score" in run(tmp_path)[2]
+
+
+def test_prompts_and_videos_of_different_number(run, tmp_path, shared_fixtures):
+    images = shared_fixtures / "scorers" / "images"
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    status, _, error = run(images, prompt=None, prompts=str(tmp_path / "two.txt"))
+    assert status == 1 and "holds 2 prompts, but there are 6 videos" in error
+    (tmp_path / "one.txt").write_text("a cat\n")
+    assert run(images, prompt=None, prompts=str(tmp_path / "one.txt"))[1]["videos"][5]["prompt"] == "a cat"
+    assert "give --prompt TEXT or --prompts FILE" in run(images, prompt=None)[2]
+
+
+def test_long_and_empty_prompts_are_scored_and_told(run, shared_fixtures):
+    image = next((shared_fixtures / "scorers" / "images").glob("*.png"))
+    warnings = run(image, prompt="word " * 80)[1]["warnings"]
+    assert len(warnings) == 1 and "80 tokens, 75 fit: it is cut after" in warnings[0]
+    assert "prompt is empty" in run(image, prompt="")[1]["warnings"][0]
+
+
+def test_weights_that_cannot_be_used(run, hps, shared_fixtures, tmp_path):
+    image = next((shared_fixtures / "scorers" / "images").glob("*.png"))
+    state = load_file(hps / "hps_tiny.safetensors")
+    broken = {**state, "ln_final.weight": state["ln_final.weight"] * float("nan")}
+    save_file(broken, tmp_path / "nan.safetensors")
+    assert "NaN or infinity in ln_final.weight" in run(image, weights=str(tmp_path / "nan.safetensors"))[2]
+    save_file({key: value for key, value in state.items() if key != "ln_final.bias"}, tmp_path / "gap.safetensors")
+    assert "missing: ln_final.bias" in run(image, weights=str(tmp_path / "gap.safetensors"))[2]
+    mps = shared_fixtures / "scorers" / "mps"
+    assert "an MPS model" in run(image, weights=str(mps / "mps_tiny_whole.pth"))[2]
+    assert "cannot be set for hpsv2.1" in run(image, threshold=0.3)[2]
+    assert "is unknown; choose one of" in run(image, kind="hpsv3")[2]
+
+
+def test_a_hostile_pickle_runs_nothing(run, tmp_path, shared_fixtures):
+    image = next((shared_fixtures / "scorers" / "images").glob("*.png"))
+    proof = tmp_path / "proof"
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (proof,)
+
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile_zip.pt")
+    for name in ("hostile.pt", "hostile_zip.pt"):
+        assert run(image, weights=str(tmp_path / name))[0] == 1
+    assert not proof.exists()
+
+
+def test_scores_survive_a_cut_off_line(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    store = score_store.ScoreStore(path)
+    store.put("a", {"x": 1})
+    with path.open("a") as file:
+        file.write('{"key": "b", "sco')
+    store = score_store.ScoreStore(path)
+    assert store.get("a") == {"x": 1} and store.get("b") is None
+    store.put("b", {"x": 2})
+    assert score_store.ScoreStore(path).get("b") == {"x": 2} and score_store.ScoreStore(path).get("a") == {"x": 1}
+
+
+def test_folder_order_is_natural_and_hidden_files_stay_out(tmp_path):
+    for name in ("frame_10.png", "frame_9.png", ".hidden.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    assert [clip.name for clip in media.find_clips([tmp_path])] == ["frame_9.png", "frame_10.png"]
+    (one,) = media.find_clips([tmp_path], is_one_video=True)
+    assert one.read().shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "a cat\n\na dog\n"),
+        ("p.json", '["a cat", "a dog"]'),
+        ("p.json", '{"prompts": [{"prompt": "a cat"}, {"text": "a dog"}]}'),
+        ("p.json", '{"b.mp4": "a dog", "a.mp4": "a cat"}'),
+        ("p.jsonl", '{"file": "x/b.mp4", "caption": "a dog"}\n{"file": "a", "prompt": "a cat"}\n'),
+        ("p.csv", "Prompt,File\na dog,b.mp4\na cat,a.mp4\n"),
+    ],
+)
+def test_prompt_files(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert video_prompts.read(tmp_path / name, ["a.mp4", "b.mp4"]) == ["a cat", "a dog"]
+
+
+def test_an_empty_line_is_a_prompt_only_where_it_fits(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
+    assert video_prompts.read(tmp_path / "p.txt", ["1", "2", "3"]) == ["a cat", "", "a dog"]
