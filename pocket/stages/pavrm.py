@@ -25,7 +25,13 @@ BLOCKS = 3
 POOL_HEADS = 8
 CONFIG = {**dit.CONFIG, "num_layers": BLOCKS}
 PAIRS = 12
-PHASES = (("-clear", (0.0, 0.4), 2500), ("-middle", (0.0, 0.75), 2000), ("-full", (0.0, 0.95), 3000), ("-noisy", (0.4, 0.95), 2500))  # name, sigma, steps
+PHASES = (  # name, range of sigma, steps
+    ("-clear", (0.0, 0.4), 2500),
+    ("-middle", (0.0, 0.75), 2000),
+    ("-full", (0.0, 0.95), 3000),
+    ("-noisy", (0.4, 0.95), 2500),
+    ("-noisier", (0.5, 0.9), 1600),
+)
 
 
 def wrong_way(scene: world.Scene, rng: random.Random) -> world.Scene:

@@ -104,6 +104,12 @@ Steam rises from a bowl of noodle soup while chopsticks lift the noodles, macro 
 A hot-air balloon drifts over autumn hills, seen from a drone that circles it.
 A child in a yellow raincoat jumps into a puddle, water splashes towards the camera."""
 
+TESTLAB_PROMPTS = (
+    "a yellow square moves up slowly over a brown background",
+    "a yellow circle moves left fast over a brown background",
+    "a yellow triangle moves left slowly over a white background",
+)
+
 REAL_NEGATIVE = (
     "overexposed, static, blurry details, subtitles, worst quality, low quality, JPEG artifacts, ugly, deformed limbs, fused fingers, cluttered background"
 )
@@ -306,13 +312,19 @@ def load_and_sample(models: ModelSet) -> Workflow:
 
 def testlab_strengths(models: ModelSet) -> Workflow:
     """Sweep the strengths of two LoRAs over the user's own workflow."""
-    axes = "Load Reward LoRAs.rows[0].high = 0, 0.5, 1\nLoad Reward LoRAs.rows[1].low = 0, 0.5, 1"
+    low = "low-noise strength: Load Reward LoRAs.rows[1].low = 0, 0.5, 1"
+    if models.suffix:
+        axes = f"high-noise strength: Load Reward LoRAs.rows[0].high = 0, 0.5, 1\n{low}"
+        what = "columns: HPS on the high-noise expert, rows: HPS on the low-noise expert"
+    else:
+        axes = f"{low}\nprompt: Prompt.value = {', '.join(TESTLAB_PROMPTS)}"
+        what = "columns: strength of HPS on the low-noise expert, rows: prompts"
     sweep = "wan22_strengths" if models.suffix else "pocket_strengths"
     nodes = {
         "note": _note(
             models,
             LORA_NOTE + "\n" + REWARD_NOTE,
-            "Press **Run**. *TestLab Grid* queues one video per cell (columns: HPS on the high-noise expert, rows: HPS on the low-noise expert) and, "
+            f"Press **Run**. *TestLab Grid* queues one video per cell ({what}) and, "
             "when all are there, shows them in one grid with their scores. Stop when you like; the next Run goes on."
             + ("\n\nNine videos of 81 frames take hours on one card: start with 2×2 and fewer steps." if models.suffix else ""),
         ),

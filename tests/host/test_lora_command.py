@@ -58,11 +58,11 @@ def test_refused_files_exit_with_2(fixtures: Path, tmp_path: Path, capsys: pytes
     broken.write_bytes((fixtures / OFFICIAL[0].name).read_bytes()[:-1])
     status, out, _ = run(capsys, "inspect", broken, "--json")
     data = json.loads(out)
-    assert status == 2 and data.keys() >= FIELDS and data["verdict"] == "refused" and "not a complete safetensors file" in data["reason"]
+    assert status == 2 and data.keys() >= FIELDS and data["verdict"] == "refused" and "is truncated" in data["reason"]
     status, _, err = run(capsys, "inspect", broken)
     assert status == 2 and "refused" in err
     status, out, _ = run(capsys, "inspect", fixtures / OFFICIAL[0].name, "--base", broken, "--json")
-    assert status == 2 and "not a complete safetensors file" in json.loads(out)["reason"]
+    assert status == 2 and "is truncated" in json.loads(out)["reason"]
 
 
 def test_inspect_two_files_with_a_picture(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

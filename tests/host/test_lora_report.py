@@ -174,7 +174,7 @@ def test_other_refusals_say_why(fixtures: Path, bases, tmp_path: Path) -> None:
     # A key that is as long as a book must not become the message.
     long = inspect(write(tmp_path, "long.safetensors", pair("blocks.0.self_attn.q") | {"x" * 50_000: torch.ones(1)}), bases["high"])
     assert long.verdict == "ok" and max(map(len, long.warnings)) < 1000
-    assert inspect(tmp_path / "absent.safetensors").reason.startswith(str(tmp_path))
+    assert inspect(tmp_path / "absent.safetensors").reason.startswith(f"the LoRA {tmp_path}")
 
 
 def test_warnings_about_the_slot_and_the_identity(bases, tmp_path: Path) -> None:

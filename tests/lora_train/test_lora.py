@@ -128,7 +128,9 @@ def test_header_of_something_else(tmp_path, content, message):
         ('{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "entry of 'x'"),
         ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "entry of 'x'"),
         ('{"x": {"shape": [1], "data_offsets": [0, 4]}}', "entry of 'x'"),
-        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}}', "truncated"),
+        ('{"x": {"dtype": "F32", "shape": [25], "data_offsets": [0, 100]}}', "truncated"),
+        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}}', "no valid type, shape and offsets"),
+        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "twice"),
     ],
 )
 def test_damaged_header(tmp_path, header, message):
