@@ -71,7 +71,7 @@ def preference_accuracy(weights: Path, kind: str, count: int = 240) -> dict[str,
 
 
 @torch.no_grad()
-def pavrm_accuracy(weights: Path, count: int = 160, models: Sequence[host_pavrm.Pavrm] = ()) -> dict[str, float] | list[dict[str, float]]:
+def pavrm_accuracy(weights: Path, count: int = 320, models: Sequence[host_pavrm.Pavrm] = ()) -> dict[str, float] | list[dict[str, float]]:
     """Share of held-out latents whose motion is judged right, by noise level.
 
     Args:
