@@ -29,6 +29,11 @@ class Row:
     label: str
     values: dict[str, np.ndarray]
 
+    @property
+    def pairs(self) -> int:
+        """Number of videos."""
+        return len(self.values["reward"])
+
     def mean(self, column: str) -> float:
         return float(self.values[column].mean())
 
@@ -38,32 +43,32 @@ class Row:
         return float(_Z_95 * values.std(ddof=1) / len(values) ** 0.5)
 
     def gain(self, column: str, base: Row) -> tuple[float, float]:
-        """Mean paired difference to the base, and its standard error."""
-        difference = self.values[column] - base.values[column]
+        """Mean paired difference to the base, and its standard error; a row may have fewer pairs than the base."""
+        difference = self.values[column] - base.values[column][: len(self.values[column])]
         return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
 
 
 def measure(
     weights: Path,
     reward: RewardModel,
-    rows: Sequence[tuple[str, Sequence[tuple[Path, str, float]]]],
+    rows: Sequence[tuple[str, Sequence[tuple[Path, str, float]], int]],
     *,
-    pairs: int = 128,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Generate and score every row.
 
     Args:
-        rows: (label, LoRAs), LoRAs as `Generator.latents` takes them; the first row is the base.
-        pairs: held-out prompt/seed pairs.
+        rows: (label, LoRAs, number of held-out prompt/seed pairs), LoRAs as `Generator.latents` takes them; the first row is the base, which has
+            the most pairs. Rows with fewer have the first ones.
         seed: chooses prompts and noise.
     """
-    scenes = held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
-    prompts = [world.caption(scene) for scene in scenes]
+    all_scenes = held_out_scenes(rows[0][2], 40_000 + seed, two_share=0.0)
     generator = Generator(weights)
     table = []
-    for label, loras in rows:
+    for label, loras, pairs in rows:
+        scenes = all_scenes[:pairs]
+        prompts = [world.caption(scene) for scene in scenes]
         frames = generator.frames(generator.latents(prompts, [seed * 1_000_003 + index for index in range(pairs)], loras))
         with torch.no_grad():
             rewards = score_in_chunks(reward, frames, prompts, 64).per_video.numpy().astype(np.float64)
@@ -89,7 +94,7 @@ def cell(row: Row, column: str) -> str:
 
 def as_text(table: Sequence[Row]) -> str:
     """The table as fixed-width text, for a terminal."""
-    lines = [["", *_HEADINGS.values()], *([row.label, *(cell(row, column) for column in COLUMNS)] for row in table)]
+    lines = [["", "pairs", *_HEADINGS.values()], *([row.label, str(row.pairs), *(cell(row, column) for column in COLUMNS)] for row in table)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -99,6 +104,7 @@ def as_json(table: Sequence[Row]) -> list[dict]:
     return [
         {
             "row": row.label,
+            "pairs": row.pairs,
             **{column: {"mean": row.mean(column), "interval_95": row.half_width(column)} for column in COLUMNS},
             "gain_over_base": {column: dict(zip(("mean", "standard_error"), row.gain(column, table[0]), strict=True)) for column in COLUMNS},
         }
@@ -108,6 +114,6 @@ def as_json(table: Sequence[Row]) -> list[dict]:
 
 def as_html(table: Sequence[Row]) -> str:
     """An HTML table; the caller brings the style."""
-    head = "".join(f"<th>{heading}</th>" for heading in ("", *_HEADINGS.values()))
-    body = "".join(f"<tr><th>{row.label}</th>{''.join(f'<td>{cell(row, column)}</td>' for column in COLUMNS)}</tr>" for row in table)
+    head = "".join(f"<th>{heading}</th>" for heading in ("", "pairs", *_HEADINGS.values()))
+    body = "".join(f"<tr><th>{row.label}</th><td>{row.pairs}</td>{''.join(f'<td>{cell(row, column)}</td>' for column in COLUMNS)}</tr>" for row in table)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
