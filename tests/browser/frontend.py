@@ -28,6 +28,7 @@ CHROMIUM_FLAGS = (
 
 START_LIMIT_S = 240.0
 """A busy machine needs minutes for the front-end's six hundred files."""
+ACTION_LIMIT_S = 60.0
 
 QUIET_SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -90,6 +91,7 @@ def open_front_end(
                 timeout=START_LIMIT_S * 1000,
             )
             page.wait_for_timeout(500)
+            page.set_default_timeout(ACTION_LIMIT_S * 1000)
             yield page
         finally:
             context.close()
@@ -178,6 +180,11 @@ def fit_view(page: Any, margin_px: int = 30) -> None:
             ds.scale = scale;
             ds.offset[0] = left / scale - x0 + (w / scale - (x1 - x0)) / 2;
             ds.offset[1] = top / scale - y0 + (h / scale - (y1 - y0)) / 2;
+            // What scrolled into view for a click before has shifted the elements against the canvas.
+            for (let box = window.app.canvas.canvas; box; box = box.parentElement) box.scrollTo(0, 0);
+            for (const box of document.querySelectorAll('.graph-canvas-container, .graph-canvas-container *')) if (box.scrollTop || box.scrollLeft) {
+                if (!box.closest('.rl-rows, textarea')) box.scrollTo(0, 0);
+            }
             window.app.graph.setDirtyCanvas(true, true);
         }""",
         margin_px,

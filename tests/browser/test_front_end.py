@@ -57,7 +57,7 @@ def rows_of(page: Any) -> list[dict[str, Any]]:
 
 def unfold(page: Any, number: int) -> None:
     """Fold a row out and bring the whole node into view; playwright's own scrolling would shift the canvas for the tests after it."""
-    page.get_by_label("Details").nth(number).click()
+    page.get_by_label("Details").nth(number).evaluate("(button) => button.click()")
     page.wait_for_selector(".rl-details")
     frontend.fit_view(page)
 
