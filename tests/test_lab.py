@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import signal
@@ -135,7 +136,9 @@ def test_a_second_run_is_ready_in_seconds(comfyui: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_serve_prints_its_address_and_stops_in_order(comfyui: Path, pocket_models: list[dict], tmp_path: Path, number: int, status: int) -> None:
     command = [sys.executable, str(LAB), "serve", "--port", "0", "--base", str(tmp_path / "base")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A test run in the background has SIGINT ignored, and its children would inherit that.
+    hears_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hears_ctrl_c)
     lines = []
     for line in process.stdout:
         lines.append(line)
