@@ -17,7 +17,6 @@ import numpy as np
 
 SIZE_PX = 64
 FRAMES = 17
-FPS = 8
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {

@@ -42,7 +42,6 @@ VIT_L_14: Mapping[str, Any] = {
 
 _LOG = logging.getLogger("reward_lab")
 
-START_ID = 49406
 END_ID = 49407
 CONTEXT_LENGTH = 77
 

@@ -78,7 +78,9 @@ def test_template_browser_shows_the_examples(page) -> None:
     dialog = page.locator("[role=dialog]").first
     dialog.wait_for()
     dialog.get_by_placeholder("Search").first.fill(EXAMPLES[2])
-    dialog.get_by_text(EXAMPLES[2], exact=False).first.wait_for()
+    found = dialog.get_by_text(EXAMPLES[2], exact=False).first
+    found.wait_for()
+    assert EXAMPLES[2] in found.inner_text()
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
 
