@@ -165,28 +165,46 @@ def node_widget(page: Any, node_type: str, widget: str) -> Any:
     )
 
 
-def fit_view(page: Any, margin_px: int = 30) -> None:
-    """Zoom and move the canvas so that the whole graph is in the free part of the window."""
-    page.evaluate(
-        """(margin) => {
-            const boxes = [...window.app.graph.nodes.map((n) => n.getBounding()), ...window.app.graph.groups.map((g) => [...g.pos, ...g.size])];
-            const x0 = Math.min(...boxes.map((b) => b[0])), y0 = Math.min(...boxes.map((b) => b[1]));
-            const x1 = Math.max(...boxes.map((b) => b[0] + b[2])), y1 = Math.max(...boxes.map((b) => b[1] + b[3]));
-            // The front-end's own bars lie over the canvas on the left, at the top and in the lower right corner.
-            const left = 60 + margin, top = 96 + margin, bottom = 50 + margin;
-            const w = window.innerWidth - left - margin, h = window.innerHeight - top - bottom;
-            const scale = Math.min(w / (x1 - x0), h / (y1 - y0), 1.2);
-            const ds = window.app.canvas.ds;
-            ds.scale = scale;
-            ds.offset[0] = left / scale - x0 + (w / scale - (x1 - x0)) / 2;
-            ds.offset[1] = top / scale - y0 + (h / scale - (y1 - y0)) / 2;
-            // What scrolled into view for a click before has shifted the elements against the canvas.
-            for (let box = window.app.canvas.canvas; box; box = box.parentElement) box.scrollTo(0, 0);
-            for (const box of document.querySelectorAll('.graph-canvas-container, .graph-canvas-container *')) if (box.scrollTop || box.scrollLeft) {
-                if (!box.closest('.rl-rows, textarea')) box.scrollTo(0, 0);
-            }
-            window.app.graph.setDirtyCanvas(true, true);
-        }""",
-        margin_px,
-    )
-    page.wait_for_timeout(700)
+def fit_view(page: Any, margin_px: int = 30, timeout_s: float = 20.0) -> None:
+    """Zoom and move the canvas so that the whole graph is in the free part of the window, and wait until it lies still there.
+
+    A node grows when its elements have been laid out, some frames after it was made: the view is fitted again until nothing has moved for
+    a while. What is clicked before that may move away under the mouse.
+
+    Raises:
+        TimeoutError: the graph does not come to rest.
+    """
+    deadline = time.monotonic() + timeout_s
+    last, still = None, 0
+    while still < 4:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the graph did not come to rest within {timeout_s:.0f} s; last seen: {last}")
+        places = page.evaluate(FIT_SCRIPT, margin_px)
+        still = still + 1 if places == last else 0
+        last = places
+        page.wait_for_timeout(120)
+
+
+# Fits the view and returns where the graph's elements now are in the window, after the frame that drew them.
+FIT_SCRIPT = """async (margin) => {
+    const boxes = [...window.app.graph.nodes.map((n) => n.getBounding()), ...window.app.graph.groups.map((g) => [...g.pos, ...g.size])];
+    const x0 = Math.min(...boxes.map((b) => b[0])), y0 = Math.min(...boxes.map((b) => b[1]));
+    const x1 = Math.max(...boxes.map((b) => b[0] + b[2])), y1 = Math.max(...boxes.map((b) => b[1] + b[3]));
+    // The front-end's own bars lie over the canvas on the left, at the top and in the lower right corner.
+    const left = 60 + margin, top = 96 + margin, bottom = 50 + margin;
+    const w = window.innerWidth - left - margin, h = window.innerHeight - top - bottom;
+    const scale = Math.min(w / (x1 - x0), h / (y1 - y0), 1.2);
+    const ds = window.app.canvas.ds;
+    ds.scale = scale;
+    ds.offset[0] = left / scale - x0 + (w / scale - (x1 - x0)) / 2;
+    ds.offset[1] = top / scale - y0 + (h / scale - (y1 - y0)) / 2;
+    // What scrolled into view for a click before has shifted the elements against the canvas.
+    for (let box = window.app.canvas.canvas; box; box = box.parentElement) box.scrollTo(0, 0);
+    for (const box of document.querySelectorAll('.graph-canvas-container, .graph-canvas-container *')) if (box.scrollTop || box.scrollLeft) {
+        if (!box.closest('.rl-rows, textarea')) box.scrollTo(0, 0);
+    }
+    window.app.graph.setDirtyCanvas(true, true);
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+    const places = [...document.querySelectorAll('.dom-widget')].map((element) => element.getBoundingClientRect());
+    return places.map((place) => [place.x, place.y, place.width, place.height].map(Math.round).join(' '));
+}"""

@@ -45,8 +45,8 @@ def rows_node(page) -> Any:
         }""",
         json.dumps(rows),
     )
-    frontend.fit_view(page)
     page.wait_for_selector(".rl-row >> nth=1")
+    frontend.fit_view(page)
     yield page
     page.unroute("**/reward_lab/loras")
 
