@@ -19,13 +19,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # Started as a script, this module has its own folder first on the path, where `queue.py` hides the standard library's: until `_register_pack` has
 # mended the path, nothing may be imported that needs that one (concurrent.futures, torch, ...).
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 ROOT = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("reward_lab")
 
@@ -142,9 +138,11 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
+    from ..lora_train import objectives
     from ..lora_train.evaluation import all_prompts
-    from ..lora_train.objectives.reward_backprop import Parts, train
+    from ..lora_train.flow import EXPERTS
     from ..lora_train.rollout import ContextCache, Experts
+    from ..lora_train.run import Parts, train
     from ..reward_models.spec import RewardModelSpec
     from ..runs import lease
     from ..runs.store import append_event
@@ -164,7 +162,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     logger.info("encoded %d prompts", len(prompts))
 
     backbones = {
-        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
+        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in EXPERTS
     }
     decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
     reward = reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward)), device)
@@ -178,10 +176,6 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             for expert in config.trained_experts:
                 stack.enter_context(backbones[expert].gradient_checkpointing())
 
-        def pause() -> None:
-            if device.type != "cpu":
-                lease.wait_until_free(folder.parent, stop)
-
         def sink(event) -> None:
             append_event(folder, event)
             _log(event)
@@ -194,11 +188,11 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),
-            pause=pause,
-            base_sha256=lambda expert: _result(hashes, expert),
+            pause=lambda: lease.wait_until_free(folder.parent, stop) if device.type != "cpu" else None,
+            base_sha256=lambda expert: hashes[expert].result(),
             device=device,
         )
-        train(config, parts, folder, resume=resume)
+        train(config, parts, objectives.create(config, parts), folder, resume=resume)
 
 
 def _log(event) -> None:
@@ -208,10 +202,6 @@ def _log(event) -> None:
         logger.info("step %d/%d  %s  %s%s", event.step, event.steps, event.expert, numbers, held_out)
     elif event.name in ("finished", "checkpoint"):
         logger.info("%s at step %d: %s", event.name, event.step, ", ".join(event.files))
-
-
-def _result(hashes: dict[str, Future], expert: str) -> str:
-    return hashes[expert].result()
 
 
 def _sha256(path: str) -> str:

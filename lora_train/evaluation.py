@@ -20,7 +20,7 @@ from .prompts import derived_seed
 from .trainee import Trainee
 
 if TYPE_CHECKING:
-    from .objectives.reward_backprop import Parts
+    from .run import Parts
 
 FRAMES_PER_CHUNK = 64
 _SHOWN = 4

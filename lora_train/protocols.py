@@ -6,11 +6,15 @@ Shapes: B batch, C channels, F latent frames, T pixel frames, H W height and wid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from .events import Event
+
+if TYPE_CHECKING:
+    from .trainee import Trainee
 
 
 class Backbone(Protocol):
@@ -37,6 +41,26 @@ class SampleWriter(Protocol):
     """Writes shown videos; returns file names relative to the run folder."""
 
     def write(self, videos_BTHWC: torch.Tensor, prompts: Sequence[str], step: int) -> list[str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Means over a micro-batch whose gradient was added to the LoRA's parameters."""
+
+    reward: float
+    loss: float
+    kl: float
+    sigma: float
+
+
+class Objective(Protocol):
+    """What a LoRA is trained for."""
+
+    def add_gradient(self, trainee: Trainee, step: int, micro: int) -> Outcome:
+        """Add the gradient of micro-batch `micro` of update `step` (from 1) to the trainee's parameters, divided by the number of micro-batches.
+
+        Equal (config, step, micro) and weights give equal gradients: whatever is random is drawn from seeds derived of these.
+        """
 
 
 EventSink = Callable[[Event], None]

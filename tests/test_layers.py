@@ -15,6 +15,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 # A training loop is read from top to bottom in one place; a node's schema is a table.
 LOOP_LINES = 120
+TRAINING_LOOP = ROOT / "lora_train" / "run.py"
 TABLES = ("define_schema",)
 HOST_MODULES = frozenset(
     {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "node_helpers", "latent_preview"}
@@ -158,7 +159,7 @@ def test_file_length() -> None:
 def test_function_length() -> None:
     long = []
     for path in python_files():
-        limit = LOOP_LINES if "objectives" in path.parts else FUNCTION_LINES
+        limit = LOOP_LINES if path == TRAINING_LOOP else FUNCTION_LINES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in TABLES
             if is_function and node.end_lineno - node.lineno + 1 > limit:

@@ -97,8 +97,8 @@ def toy():
     """`toy.config(**changes)`, `toy.parts(config, dtype, stop_after)`; `toy.events` collects what was sent."""
     from reward_lab.lora_train.config import TrainConfig
     from reward_lab.lora_train.evaluation import all_prompts
-    from reward_lab.lora_train.objectives.reward_backprop import Parts
     from reward_lab.lora_train.rollout import ContextCache, Experts
+    from reward_lab.lora_train.run import Parts
 
     sent = []
 

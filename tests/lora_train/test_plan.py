@@ -37,9 +37,11 @@ def test_counts(config):
 
 
 def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path):
-    from reward_lab.lora_train.objectives.reward_backprop import train
+    from reward_lab.lora_train import objectives
+    from reward_lab.lora_train.run import train
 
-    train(config, toy.parts(config), tmp_path / "run")
+    parts = toy.parts(config)
+    train(config, parts, objectives.create(config, parts), tmp_path / "run")
     steps = [event for event in toy.events if event.name == "step"]
     wanted = plan.passes_per_update(config, "high")["total"] * config.batch
     assert [event.forwards for event in steps] == [wanted * event.step for event in steps]

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from reward_lab.lora_train import checkpoint
+from reward_lab.lora_train import checkpoint, objectives, run
 from reward_lab.lora_train.flow import expert_of
 from reward_lab.lora_train.lora.adapter import new_adapter
 from reward_lab.lora_train.lora.linears import install
 from reward_lab.lora_train.lora.targets import select_targets
-from reward_lab.lora_train.objectives.reward_backprop import NonFiniteError, add_gradient, draw_batch, train
+from reward_lab.lora_train.objectives.reward_backprop import RewardBackprop, draw_batch
 from reward_lab.lora_train.prompts import PromptSampler
+from reward_lab.lora_train.run import NonFiniteError
 from reward_lab.lora_train.selection import choose_frames
 from reward_lab.lora_train.trainee import new_trainee
 
@@ -26,6 +27,10 @@ OBJECTIVES = [
     {"mode": "x0", "strategy": "random", "grad_steps": 2, "decode": "random", "kl_weight": 0.3},
     {"mode": "x0", "strategy": "last", "decode": "all", "score_frames": 2},
 ]
+
+
+def train(config, parts, folder, **options):
+    return run.train(config, parts, objectives.create(config, parts), folder, **options)
 
 
 def _trainee(config, parts, expert, stack):
@@ -81,7 +86,7 @@ def test_gradient_equals_naive_unrolled_form_and_finite_differences(toy, expert,
     with ExitStack() as stack:
         trainee = _trainee(config, parts, expert, stack)
         parameters = trainee.adapter.parameters()
-        add_gradient(config, parts, trainee, draw, sigmas)
+        RewardBackprop(config, parts).add_gradient(trainee, 1, 0)
         found = [parameter.grad.clone() for parameter in parameters]
 
         expected = torch.autograd.grad(_naive_loss(config, parts, trainee, draw, sigmas), parameters)

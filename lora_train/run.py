@@ -1,0 +1,190 @@
+"""The training loop that all objectives share: draw, gradient, update, look, save.
+
+An objective (`objectives/`) adds the gradient of one micro-batch to the LoRA in training; everything else is here. Memory, precision and devices are the
+backbones' business.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..reward_models.base import RewardModel
+from . import checkpoint, events
+from .config import TrainConfig
+from .evaluation import evaluate, show_samples
+from .flow import steps_of_expert
+from .lora.adapter import new_adapter
+from .lora.linears import install
+from .lora.targets import select_targets
+from .prompts import derived_seed
+from .protocols import Decoder, EventSink, Objective, SampleWriter, StopRequested
+from .rollout import ContextCache, Experts
+from .trainee import Trainee, new_trainee
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is not finite; the last checkpoint is good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else."""
+
+    experts: Experts
+    decoder: Decoder
+    reward: RewardModel
+    contexts: ContextCache
+    sink: EventSink
+    stop_requested: StopRequested
+    writer: SampleWriter | None = None
+    pause: Callable[[], None] = lambda: None
+    base_sha256: Callable[[str], str] = lambda expert: ""
+    clock: Callable[[], float] = time.time
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path, *, resume: bool = False) -> events.Finished:
+    """Run the whole training.
+
+    Args:
+        config: checked settings.
+        parts: models and connections; backbones must be in training mode (host) for the whole call.
+        objective: what is learned.
+        folder: run folder, for checkpoints and LoRAs.
+        resume: go on from the newest checkpoint there; the result has the same bytes as an uninterrupted run.
+
+    Returns:
+        The last event, which was also sent to the sink.
+
+    Raises:
+        NonFiniteError: the loss or gradient became NaN or infinite; names step, sigma and the last three rewards.
+    """
+    with ExitStack() as installed:
+        trainees = {expert: _new_trainee(config, parts, expert, installed) for expert in config.trained_experts}
+        progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
+        parts.experts.count.total = progress.forwards
+        parts.sink(_started(config, parts, trainees, progress))
+        if progress.held_out_base is None and config.held_out.every and progress.step == 0:
+            base = evaluate(config, parts, trainees)
+            progress = replace(progress, held_out_base=base.mean)
+        if progress.step == 0 and config.sample_every:
+            show_samples(config, parts, trainees, 0)
+
+        reason = "completed"
+        saved_at = progress.step
+        for step in range(progress.step + 1, config.steps + 1):
+            parts.pause()
+            if parts.stop_requested():
+                reason = "stopped"
+                break
+            begun = time.perf_counter()
+            expert = config.trained_experts[(step - 1) % len(trainees)]
+            trainee = trainees[expert]
+
+            outcomes = []
+            for micro in range(config.optimiser.accumulate):
+                with ExitStack() as merged:
+                    for other in trainees.values():
+                        merged.enter_context(other.switch.merged())
+                    outcomes.append(objective.add_gradient(trainee, step, micro))
+            count = len(outcomes)
+            reward, loss, kl, sigma = (sum(getattr(outcome, name) for outcome in outcomes) / count for name in ("reward", "loss", "kl", "sigma"))
+
+            grad_norm = trainee.update(step) if math.isfinite(loss) else math.nan
+            if not math.isfinite(grad_norm):
+                recent = ", ".join(f"{value:.6g}" for value in (*progress.last_rewards[-2:], reward))
+                raise NonFiniteError(
+                    f"step {step} at sigma {sigma:.4f} ({expert}-noise expert): loss {loss}, gradient norm {grad_norm}; last three rewards: {recent}. "
+                    "The last checkpoint is good; resume from it with a smaller learning rate (optimiser.lr) or reward_scale"
+                )
+            progress = replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=(*progress.last_rewards[-2:], reward))
+
+            is_last = step == config.steps
+            held_out = None
+            if config.held_out.every and (step % config.held_out.every == 0 or is_last):
+                held_out = evaluate(config, parts, trainees)
+            parts.sink(
+                events.Step(
+                    time=parts.clock(),
+                    step=step,
+                    steps=config.steps,
+                    reward=reward,
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    sigma=sigma,
+                    seconds=time.perf_counter() - begun,
+                    expert=expert,
+                    kl=kl,
+                    learning_rate=trainee.learning_rate(step),
+                    forwards=progress.forwards,
+                    held_out=held_out.mean if held_out else None,
+                    held_out_error=held_out.standard_error if held_out else None,
+                    held_out_base=progress.held_out_base if held_out else None,
+                )
+            )
+            if config.sample_every and (step % config.sample_every == 0 or is_last):
+                show_samples(config, parts, trainees, step)
+            if config.checkpoint_every and step % config.checkpoint_every == 0:
+                _save(config, parts, folder, trainees, progress)
+                saved_at = step
+
+        if saved_at != progress.step or not checkpoint.states(folder):
+            _save(config, parts, folder, trainees, progress)
+        finished = _finish(config, parts, folder, trainees, progress, reason)
+    parts.sink(finished)
+    return finished
+
+
+def _new_trainee(config: TrainConfig, parts: Parts, expert: str, installed: ExitStack) -> Trainee:
+    linears = parts.experts.backbones[expert].linears()
+    paths = select_targets(linears, config.lora.targets, config.lora.skip)
+    seed = derived_seed(config.seed, "lora", expert)
+    adapter = new_adapter(linears, paths, rank=config.lora.rank, alpha=config.lora.effective_alpha, seed=seed, device=parts.device)
+    return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser)
+
+
+def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> events.Started:
+    sigmas = config.sampling.sigmas()
+    return events.Started(
+        time=parts.clock(),
+        steps=config.steps,
+        first_step=progress.step,
+        experts=list(trainees),
+        reward=config.reward.kind,
+        parameters=sum(parameter.numel() for trainee in trainees.values() for parameter in trainee.adapter.parameters()),
+        device=str(parts.device),
+        boundary_step=len(steps_of_expert(sigmas, config.sampling.boundary, "high")),
+        sampling_steps=config.sampling.steps,
+    )
+
+
+def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> None:
+    state = checkpoint.save_state(folder, config, list(trainees.values()), progress)
+    files = [state]
+    for expert, trainee in trainees.items():
+        name = checkpoint.lora_file_name(config, expert).removesuffix(".safetensors")
+        path = folder / checkpoint.FOLDER / f"{name}-step{progress.step:06d}.safetensors"
+        checkpoint.save_lora(path, config, trainee, progress.step, parts.base_sha256(expert))
+        files.append(path)
+    checkpoint.prune(folder, config.keep_checkpoints)
+    parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[path.relative_to(folder).as_posix() for path in files]))
+
+
+def _finish(
+    config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, reason: str
+) -> events.Finished:
+    files = []
+    for expert, trainee in trainees.items():
+        for target in filter(None, (str(folder), config.output_folder)):
+            Path(target).mkdir(parents=True, exist_ok=True)
+            path = Path(target) / checkpoint.lora_file_name(config, expert)
+            checkpoint.save_lora(path, config, trainee, progress.step, parts.base_sha256(expert))
+            files.append(str(path.resolve()))
+    return events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason)
