@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -125,10 +126,14 @@ class _Demo:
 
     def draw_reward(self, run_id: str) -> None:
         events = [json.loads(line) for line in (self._run_folder(run_id) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        rewards = tuple(event["reward"] for event in events if event["event"] == "step")
-        curve = Curve(label="HPS reward", values=rewards, smooth=True)
-        subtitle = f"run {run_id}, {len(rewards)} updates"
-        chart = line_chart([curve], title="Reward of the LoRA in training", subtitle=subtitle, x_label="update", first_x=1)
+        steps = [event for event in events if event["event"] == "step"]
+        base = next((event["held_out_base"] for event in steps if event["held_out_base"] is not None), None)
+        held_out = (base, *(event["held_out"] for event in steps))
+        curves = [
+            Curve(label="reward of each update", values=(math.nan, *(event["reward"] for event in steps)), smooth=True),
+            Curve(label="held-out prompts, fixed seeds", values=tuple(math.nan if value is None else value for value in held_out), sparse=True),
+        ]
+        chart = line_chart(curves, title="Reward of the LoRA in training", subtitle=f"run {run_id}, {len(steps)} updates", x_label="update")
         chart.save(self.out / "reward.png")
 
     def compare(self, run: dict, pairs: int) -> list[comparison.Row]:
