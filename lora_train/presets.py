@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pocket": {
         "video": {"width_px": 64, "height_px": 64, "frames": 17},
         "sampling": {"steps": 12, "shift": 5.0, "boundary": 0.875, "guidance": 3.0, "schedule": "simple"},
-        "objective": {"mode": "chain", "strategy": "tail", "grad_steps": 1, "decode": "first", "decode_count": 1, "kl_weight": 0.4},
+        "objective": {"mode": "chain", "strategy": "tail", "grad_steps": 1, "decode": "random", "decode_count": 1, "kl_weight": 0.4},
         "lora": {"rank": 16, "skip": ["ffn"]},
         "optimiser": {"lr": 2e-3, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 5},
         "batch": 8,

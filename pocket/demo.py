@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=96, help="held-out prompt/seed pairs of every row")
+    parser.add_argument("--pairs", type=int, default=128, help="held-out prompt/seed pairs of every row")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     demo = _Demo(Client(options.server), options.base, options.out, options.seed)
