@@ -62,8 +62,8 @@ def load_reward_model(
     if not weights and kind not in PATHLESS:
         raise ValueError(f"{kind} needs a weight file; give one.")
     with torch.inference_mode(False):
-        if kind in measures.BUILD:
-            return measures.BUILD[kind]()
+        if kind in measures.KINDS:
+            return measures.Measure(kind)
         if kind == "mix":
             return _mix(options.get("rows", ()), device, dtype)
         if kind == "face":
