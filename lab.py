@@ -275,6 +275,7 @@ BENCHMARKS = {
     "adversarial": "pocket.adversarial",
     "pavrm-lora": "pocket.pavrm_lora",
     "rewards": "benchmarks.rewards",
+    "stability": "benchmarks.stability",
 }
 
 COMMANDS = {

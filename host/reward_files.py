@@ -75,7 +75,7 @@ def widgets_of(kind: str) -> dict[str, str]:
     widgets |= {"download": "download"} if published.of_kind(kind) else {}
     widgets |= {name: name for name in ("condition", "threshold") if name in options}
     widgets |= dict(zip(("second_file", "third_file"), further, strict=False))
-    return widgets | {name: name for name in ("generator", "reference") if name in options}
+    return widgets | {name: name for name in ("generator", "reference", "stability") if name in options}
 
 
 def catalogue() -> dict[str, Any]:

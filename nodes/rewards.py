@@ -59,13 +59,15 @@ class RewardModelNode(io.ComfyNode):
         third_file: str = scoring.NO_FILE,
         generator: str = scoring.NO_FILE,
         reference: str = "",
+        stability: bool = False,
     ) -> io.NodeOutput:
         """Return the settings. Raises ValueError when the file is missing or not a weight file."""
         chosen = reward_files.Choice(
             kind=kind, file=file, second_file=second_file, third_file=third_file, generator=generator, reference=reference, download=download
         )
         files = reward_files.resolve(chosen)
-        spec = scoring.reward_model_spec(kind, files.file, resize, antialias, condition=condition, threshold=threshold, **files.options)
+        options = {"condition": condition, "threshold": threshold, "stability": stability or None, **files.options}
+        spec = scoring.reward_model_spec(kind, files.file, resize, antialias, **options)
         return io.NodeOutput(spec, ui={"text": [files.report]})
 
 
@@ -110,6 +112,13 @@ def _further_inputs(files: list[str]) -> list[io.Input]:
             default="",
             optional=True,
             tooltip="face: picture, video or folder with the face to compare with; empty takes each video's own first face. " + _FILES_HINT,
+        ),
+        io.Boolean.Input(
+            "stability",
+            default=False,
+            optional=True,
+            tooltip="Score Video also shows drop_when_changed: how much the reward falls when frames are moved or blurred a little. A fooled reward falls "
+            "far. Takes four times as long.",
         ),
     ]
 

@@ -240,13 +240,14 @@ def test_load_reward_model_shows_what_its_kind_reads(page) -> None:
     page.evaluate(choose, ["file", "(none)"])
     assert "switch download on" in text.inner_text() and "1.97 GB; sha256 c57a38fb" in text.inner_text()
     hps = page.evaluate(VISIBLE)
-    assert hps == ["kind", "file", "resize", "antialias", "download"]
+    assert hps == ["kind", "file", "resize", "antialias", "download", "stability"]
+    *common, last = hps
     shown = {}
     for kind in ("mps", "aesthetic", "face", "pavrm", "flicker"):
         page.evaluate(choose, ["kind", kind])
         shown[kind] = page.evaluate(VISIBLE)
-    assert shown["mps"] == [*hps, "condition", "threshold"]
-    assert shown["aesthetic"] == [*hps, "CLIP ViT-L/14 file"]
+    assert shown["mps"] == [*common, "condition", "threshold", last]
+    assert shown["aesthetic"] == [*common, "CLIP ViT-L/14 file", last]
     assert shown["face"] == ["kind", "file", "face detector file", "reference"]
     assert shown["pavrm"] == ["kind", "file", "query attention file", "score head file", "generator"]
     assert shown["flicker"] == ["kind"] and text.inner_text() == "flicker needs no weights."

@@ -57,7 +57,7 @@ def test_a_broken_run_folder_hides_no_other_run(server, client, finished_run: st
 
 def test_reward_models(client) -> None:
     answer = client.get("/reward_lab/reward_models")
-    assert set(answer["kinds"]["mps"]["widgets"]) == {"file", "resize", "antialias", "download", "condition", "threshold"}
+    assert set(answer["kinds"]["mps"]["widgets"]) == {"file", "resize", "antialias", "download", "condition", "threshold", "stability"}
     assert answer["no_file"] == "(none)"
 
 
