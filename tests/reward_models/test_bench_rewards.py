@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from reward_lab.benchmarks import rewards
+from reward_lab.reward_models import clip
 
 TINY = {
     "embed_dim": 16,
@@ -26,6 +28,16 @@ def test_figures_of_a_tiny_model(tmp_path, dtype, tolerance):
     ours, bare = (figures["seconds_per_picture"][name] for name in ("ours", "bare_tower"))
     assert figures["ratios"]["ours_to_bare_tower"] == pytest.approx(ours / bare)
     assert figures["tower_flop_per_picture"] > 0 and figures["share_of_the_matmul_rate"]["ours"] > 0
+
+
+def test_flops_of_the_full_size_tower_are_those_of_the_reference():
+    """334.59 GFLOP per picture: shared/reference/scorers.md, counted there by other means."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    config = clip.VIT_H_14
+    with torch.device("meta"):
+        tower = rewards.CLIP(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])).visual.eval()
+        assert rewards.tower_flops(tower, torch.empty(1, 3, 224, 224)) == pytest.approx(334.59e9, rel=1e-3)
 
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
