@@ -274,6 +274,8 @@ BENCHMARKS = {
     "pocket": "pocket.bench",
     "adversarial": "pocket.adversarial",
     "pavrm-lora": "pocket.pavrm_lora",
+    "rewards": "benchmarks.rewards",
+    "stability": "benchmarks.stability",
 }
 
 COMMANDS = {

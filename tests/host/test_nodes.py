@@ -15,7 +15,7 @@ NODES = {
         *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
     ],
     "RewardLabRewardModel": [
-        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference"),
+        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference", "stability"),
     ],
     "RewardLabMixRewards": [
         *(f"{name}_{number}" for number in range(1, 5) for name in ("reward", "weight", "centre", "scale")),
