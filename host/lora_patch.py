@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from . import paths
-from .block_strengths import parse_block_strengths
+from .block_strengths import layer_factors
 from .experts import EXPERTS, guess_expert
 from .lora_bypass import UnmergedRow, add_rows, quantised_kind, split_patches, weight_shapes
-from .lora_file import MODEL_PREFIX, FittedLora, LoraFile, fit, read_lora
+from .lora_file import FittedLora, LoraFile, fit, read_lora
 from .lora_rows import APPLICATIONS, LoraRow, application_of, check_rows, fingerprint, parse_rows
 from .lora_slots import repeat_warnings, slot_warnings
 
@@ -152,7 +152,7 @@ def apply_rows(
 
 def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: FittedLora, application: str, quantised: str) -> _Plan:
     """Decide how one row is applied to one expert. Changes nothing."""
-    factors = _layer_factors(row, fitting, len(model.model.diffusion_model.blocks))
+    factors = layer_factors(row.blocks, fitting.patches, len(model.model.diffusion_model.blocks))
     strength = row.strength(expert)
     is_beside = application == "bypass" or (application == "auto" and (bool(quantised) or not row.curve.is_constant()))
     # The host (0.30.0) passes over bare parameters such as a block's modulation when it merges, so these always run beside the weights.
@@ -177,14 +177,6 @@ def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: Fitted
         if factor != 0.0:
             merged.setdefault(factor, {})[key] = fitting.patches[key]
     return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, is_beside=is_beside, notes=notes)
-
-
-def _layer_factors(row: LoraRow, fitting: FittedLora, blocks: int) -> dict[str, float]:
-    """Return the per-block factor of every patched weight of a model with `blocks` blocks."""
-    if not row.blocks:
-        return dict.fromkeys(fitting.patches, 1.0)
-    strengths = parse_block_strengths(row.blocks, blocks)
-    return {key: strengths.factor(key.removeprefix(MODEL_PREFIX).rpartition(".")[0]) for key in fitting.patches}
 
 
 def _apply(clone: Any, plans: Sequence[_Plan]) -> None:

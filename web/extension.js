@@ -9,11 +9,11 @@ import { mount, reveal } from "./panel.js";
 import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
-const ROWS_NODE = "RewardLabLoadLoRAs";
+const ROWS_NODES = ["RewardLabLoadLoRAs", "RewardLabMergeLoRA"];
 const RUN_NODE = "RewardLabTrainLoRA";
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
-const TEXT_NODES = ["RewardLabInspectLoRA", "RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
+const TEXT_NODES = ["RewardLabInspectLoRA", "RewardLabMergeLoRA", "RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
 /** Room for a LoRA's name beside two strengths. */
 const ROWS_WIDTH_PX = 580;
 /** A node this much higher than its rows still counts as fitted. */
@@ -235,7 +235,7 @@ host.registerExtension({
     if (applied) hide(applied); // the sweep fills it in
     const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;
     if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
-    const views = [kind === ROWS_NODE ? addRows(node) : null, kind === RUN_NODE ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter(
+    const views = [ROWS_NODES.includes(kind) ? addRows(node) : null, kind === RUN_NODE ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter(
       (view) => view !== null,
     );
     if (!views.length) return;
