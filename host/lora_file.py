@@ -72,6 +72,7 @@ class FittedLora:
         left_out: Kind of key that was left out (`image_branch`, `text_encoder`, `duplicate`, `unknown`, `misfit`) -> how many keys.
         memory_bytes: Of the tensors that are used.
         parts: Model weight key -> part (`lora_down.weight`) -> key in the file, for reading one layer at a time.
+        shapes: Model weight key -> shape of the weight.
     """
 
     patches: dict[str, object]
@@ -85,6 +86,7 @@ class FittedLora:
     left_out: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: int = 0
     parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 _cache: OrderedDict[tuple[str, int, int], LoraFile] = OrderedDict()
@@ -103,13 +105,13 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         ValueError: Not a safetensors file, truncated, empty, too many keys, no floating-point numbers, or with NaN or infinity in it.
     """
-    header = _read_header(path)
-    status = path.stat()
-    key = (str(path), status.st_mtime_ns, status.st_size)
+    status = path.stat() if path.is_file() else None
+    key = (str(path), status.st_mtime_ns, status.st_size) if status else None
     with _cache_lock:
-        if key in _cache:
+        if key in _cache:  # a new strength must not take the time of reading the header
             _cache.move_to_end(key)
             return _cache[key]
+    header = _read_header(path)
     _check_header(path.name, header)
     try:
         tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
@@ -219,6 +221,7 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
         left_out=_left_out(keys, misfits),
         memory_bytes=sum(lora.tensors[key].nbytes for key in used_keys),
         parts=parts_of,
+        shapes={key: tuple(weight_shapes[key]) for key in patches},
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import comfy.lora
@@ -14,12 +15,14 @@ import torch
 from ..lora_train.safetensors_file import read_header
 from .lora_file import MODEL_PREFIX, FittedLora, LoraFile, patch_of
 from .merge_plan import Unit
-from .rounding import Rounded, round_weight
+from .patch_rows import patch_rows
+from .rounding import Rounder, largest_of
 from .stream_file import StreamFile, journal_path, partial_path
 from .weight_source import WeightSource
 
 RECIPE = "reward_lab_merge_recipe"  # metadata entry by which a finished file is known again
 DISK_RESERVE_BYTES = 64_000_000
+PIECE_NUMBERS = 1 << 23  # of a weight at a time; the largest of the 14B model, time_projection.1, takes 629 MB in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,35 +143,53 @@ def write_files(job: MergeJob, progress: Callable[[int, int], None] | None = Non
 def _write_unit(job: MergeJob, unit: Unit, file: StreamFile, end: int, sums: WriteSums) -> None:
     """Write what is missing of one unit; `end` is the place behind it."""
     if unit.value is not None:
-        tensors = [unit.value]
+        file.write([unit.value])
     elif unit.weight:
-        rounded = _merged_weight(job, unit, sums)
-        tensors = [rounded.stored] + ([] if rounded.scale is None else [rounded.scale])
+        _write_weight(job, unit, file, end, sums)
     else:
         places = [(unit.file, unit.key), *([unit.scale] if unit.scale else [])]
         for source, key in places[len(places) - (end - file.done) :]:
             file.copy(source, job.source.headers[source].begin_of[key])
-        return
-    for tensor in tensors[len(tensors) - (end - file.done) :]:
-        file.write(tensor)
 
 
-def _merged_weight(job: MergeJob, unit: Unit, sums: WriteSums) -> Rounded:
-    """Compute one weight."""
-    key = MODEL_PREFIX + unit.weight
-    patches = [(row.strengths[key], patch_of(row.lora, row.fitted, key), 1.0, None, None) for row in job.rows if key in row.strengths]
-    exact = job.source.read(unit.weight)
-    if patches:
-        exact = comfy.lora.calculate_weight(patches, exact.to(job.device), key).cpu()
-    del patches
+def _write_weight(job: MergeJob, unit: Unit, file: StreamFile, end: int, sums: WriteSums) -> None:
+    """Compute one weight, round it and write it; where it gets a scale, all of it must be known before the first number is rounded."""
+    is_scaled = len(unit.specs) == 2
+    pieces: Iterable[torch.Tensor] = _exact_pieces(job, unit, sums)
+    if is_scaled:
+        pieces = list(pieces)
+    largest = max(map(largest_of, pieces)) if is_scaled else None
+    rounder = Rounder(unit.specs[0].dtype, largest=largest, rounding=job.rounding, seed=f"{job.seed} {unit.weight}")
     try:
-        rounded = round_weight(exact, unit.specs[0].dtype, is_scaled=len(unit.specs) == 2, rounding=job.rounding, seed=f"{job.seed} {unit.weight}")
+        if file.done == end - len(unit.specs):
+            file.write(map(rounder.round, pieces))
     except ValueError as error:
         raise ValueError(f"{job.source.name}: {unit.weight} cannot be merged: {error}.") from error
-    if any(key in row.strengths for row in job.rows):
-        sums.change += float(exact.sub_(job.source.read(unit.weight)).norm(dtype=torch.float64)) ** 2
-        sums.lost += rounded.lost
-    return rounded
+    if is_scaled:
+        file.write([rounder.scale])
+    if any(MODEL_PREFIX + unit.weight in row.strengths for row in job.rows):
+        sums.lost += rounder.lost
+
+
+def _exact_pieces(job: MergeJob, unit: Unit, sums: WriteSums) -> Iterator[torch.Tensor]:
+    """Compute one weight in fp32, some rows at a time where the adapters allow it."""
+    key, shape = MODEL_PREFIX + unit.weight, unit.specs[0].shape
+    patches = [(row.strengths[key], patch_of(row.lora, row.fitted, key)) for row in job.rows if key in row.strengths]
+    row_count = shape[0] if shape else 1
+    step = max(1, PIECE_NUMBERS * row_count // max(1, prod(shape)))
+    if not shape or any(patch_rows(patch, slice(0, 1)) is None for _, patch in patches):
+        step = row_count
+    for begin in range(0, row_count, step):
+        rows = slice(begin, begin + step) if step < row_count else None
+        base = job.source.read(unit.weight, rows)
+        if not patches:
+            yield base
+            continue
+        parts = [(strength, patch if rows is None else patch_rows(patch, rows), 1.0, None, None) for strength, patch in patches]
+        exact = comfy.lora.calculate_weight(parts, base.to(job.device, copy=True), key).cpu()
+        sums.change += float(torch.linalg.vector_norm(base.sub_(exact))) ** 2
+        del base
+        yield exact
 
 
 def _write_index(job: MergeJob) -> None:

@@ -2,13 +2,11 @@
 
 Rounding by chance keeps the mean: a change far smaller than the step between two numbers is not lost on average (Gupta et al., "Deep Learning
 with Limited Numerical Precision", 2015). The host rounds so to fp8 only; here bf16 and fp16 too, and the same on every device.
-It works on pieces of some megabytes, because a weight of the 14B model takes 283 MB in fp32.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 
@@ -22,59 +20,49 @@ TORCH_DTYPES = {
 }
 FP8 = ("F8_E4M3", "F8_E5M2")
 ROUNDINGS = ("nearest", "stochastic")
-PIECE = 1 << 22  # numbers at a time
 FP32_MANTISSA_BITS = 23
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rounded:
-    """A weight as it is stored.
+class Rounder:
+    """Rounds one weight, piece after piece in the order of its numbers.
 
     Attributes:
-        stored: In the type of the file, the shape of the weight.
-        scale: fp32 number that the stored ones are multiplied with; None where they are the weight.
-        lost: Sum of squares of what the rounding changed.
+        scale: fp32 number that the stored numbers are multiplied with; None where they are the weight.
+        lost: Sum of squares of what the rounding changed, so far.
     """
 
-    stored: torch.Tensor
-    scale: torch.Tensor | None
-    lost: float
+    def __init__(self, dtype: str, *, largest: float | None = None, rounding: str = "nearest", seed: str = "") -> None:
+        """Get ready.
+
+        Args:
+            dtype: A key of TORCH_DTYPES.
+            largest: Largest absolute number of the weight, which becomes the largest of the type (fp8), as when the host quantises; None: no scale.
+            rounding: One of ROUNDINGS.
+            seed: Of the chance; the same text gives the same numbers.
+        """
+        self._dtype = TORCH_DTYPES[dtype]
+        self.scale = None
+        if largest is not None:
+            self.scale = torch.tensor(max(largest / torch.finfo(self._dtype).max, torch.finfo(torch.float32).tiny), dtype=torch.float32)
+        self.lost = 0.0
+        self._generator = None
+        if rounding == "stochastic":
+            self._generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+
+    def round(self, exact: torch.Tensor) -> torch.Tensor:
+        """Return a piece, fp32 on the CPU, in the type of the file. Raises ValueError for NaN or infinity."""
+        if not largest_of(exact) < float("inf"):
+            raise ValueError("it holds NaN or infinity")
+        stored = _round(exact if self.scale is None else exact / self.scale, self._dtype, self._generator)
+        kept = stored.float() if self.scale is None else stored.float() * self.scale
+        self.lost += float(torch.linalg.vector_norm(kept - exact)) ** 2
+        return stored
 
 
-def round_weight(exact: torch.Tensor, dtype: str, *, is_scaled: bool = False, rounding: str = "nearest", seed: str = "") -> Rounded:
-    """Round a weight.
-
-    Args:
-        exact: fp32, on the CPU.
-        dtype: A key of TORCH_DTYPES.
-        is_scaled: Whether the largest number of the weight becomes the largest of the type (fp8), as the host does when it quantises.
-        rounding: One of ROUNDINGS.
-        seed: Of the chance; the same text gives the same numbers.
-
-    Returns:
-        The rounded weight.
-
-    Raises:
-        ValueError: NaN or infinity in the weight.
-    """
-    kind = TORCH_DTYPES[dtype]
-    low, high = exact.aminmax() if exact.numel() else (torch.zeros(()), torch.zeros(()))
-    largest = float(torch.maximum(-low, high))
-    if not largest < float("inf"):
-        raise ValueError("it holds NaN or infinity")
-    scale = max(largest / torch.finfo(kind).max, torch.finfo(torch.float32).tiny) if is_scaled else 1.0
-    generator = None
-    if rounding == "stochastic":
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
-    stored = torch.empty(exact.shape, dtype=kind)
-    lost = 0.0
-    scale_number = torch.tensor(scale, dtype=torch.float32)
-    for source, target in zip(exact.reshape(-1).split(PIECE), stored.reshape(-1).split(PIECE), strict=True):
-        wanted = source / scale_number if is_scaled else source
-        target.copy_(_round(wanted, kind, generator))
-        kept = target.float().mul_(scale_number) if is_scaled else target.float()
-        lost += float((kept - source).double().square().sum())
-    return Rounded(stored=stored, scale=scale_number if is_scaled else None, lost=lost)
+def largest_of(values: torch.Tensor) -> float:
+    """Return the largest absolute number; NaN where there is one."""
+    low, high = values.aminmax() if values.numel() else (torch.zeros(()), torch.zeros(()))
+    return float(torch.maximum(-low, high))
 
 
 def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,11 +56,14 @@ class StreamFile:
         """The tensor whose turn it is."""
         return self.specs[self.done]
 
-    def write(self, tensor: torch.Tensor) -> None:
-        """Write the tensor whose turn it is; its type and shape are those of `spec`."""
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._file.write(memoryview(data))
-        self._written(data.nbytes)
+    def write(self, pieces: Iterable[torch.Tensor]) -> None:
+        """Write the tensor whose turn it is, in pieces of its type and in the order of its numbers."""
+        size = 0
+        for piece in pieces:
+            data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._file.write(memoryview(data))
+            size += data.nbytes
+        self._written(size)
 
     def copy(self, source: Path, begin: int, *, piece_bytes: int = 1 << 24) -> None:
         """Copy the tensor whose turn it is, byte by byte, from a place in another file."""
