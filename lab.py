@@ -216,7 +216,7 @@ def arguments_pavrm_lora(parser) -> None:
 
 
 def run_lora(options) -> int:
-    """Look into, apply, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
+    """Look into, apply, convert, merge, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
     # Programs read the one JSON object on standard output; what the set-up has to say goes elsewhere.
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(options)
@@ -266,7 +266,7 @@ def arguments_bench(parser) -> None:
 
 
 def arguments_lora(parser) -> None:
-    parser.add_argument("verb", choices=["inspect", "apply", "convert", "extract", "download"], help="what to do")
+    parser.add_argument("verb", choices=["inspect", "apply", "convert", "merge", "extract", "download"], help="what to do")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the verb")
 
 

@@ -10,13 +10,14 @@ import { describeChoice, widgetLabels } from "./reward_kind.js";
 import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
-const ROWS_NODE = "RewardLabLoadLoRAs";
+const ROWS_NODES = ["RewardLabLoadLoRAs", "RewardLabMergeLoRA"];
 const RUN_NODE = "RewardLabTrainLoRA";
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
 const REWARD_NODE = "RewardLabRewardModel";
 const TEXT_NODES = [
   "RewardLabInspectLoRA",
+  "RewardLabMergeLoRA",
   "RewardLabMixRewards",
   "RewardLabSampleWan22",
   "RewardLabScoreLatent",
@@ -301,7 +302,7 @@ host.registerExtension({
     const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;
     if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
     const views = [
-      kind === ROWS_NODE ? addRows(node) : null,
+      ROWS_NODES.includes(kind) ? addRows(node) : null,
       kind === RUN_NODE ? addRun(node) : null,
       kind === REWARD_NODE ? addRewardKind(node) : null,
       TEXT_NODES.includes(kind) ? addText(node) : null,

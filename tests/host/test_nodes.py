@@ -10,6 +10,7 @@ NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
     "RewardLabInspectLoRA": ["lora", "compare_with", "model_high", "model_low"],
     "RewardLabLoadLoRAs": ["model_high", "model_low", "rows", "application"],
+    "RewardLabMergeLoRA": ["base", "rows", "expert", "dtype", "rounding", "seed", "shard_gb", "name", "overwrite"],
     "RewardLabSampleWan22": [
         *("model_high", "model_low", "positive", "negative", "latent", "seed", "steps", "shift"),
         *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
