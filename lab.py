@@ -274,6 +274,7 @@ BENCHMARKS = {
     "pocket": "pocket.bench",
     "adversarial": "pocket.adversarial",
     "pavrm-lora": "pocket.pavrm_lora",
+    "learning": "pocket.learning",
 }
 
 COMMANDS = {

@@ -34,7 +34,9 @@ class PavrmReward:
         """
         timestep = int(sigma * pavrm.TIMESTEPS + _ROUNDING)
         timestep_B = torch.full((len(latent_BCFHW),), timestep, device=latent_BCFHW.device)
-        output = self._model.score(latent_BCFHW, timestep_B, list(context_BPD), pavrm.ImageCondition(latent_BCFHW=condition_BCFHW))
+        # The published text encoder cuts prompts at this length; the host's goes on, and its generator reads it all.
+        texts = list(context_BPD[:, : self._model.model.text_len])
+        output = self._model.score(latent_BCFHW, timestep_B, texts, pavrm.ImageCondition(latent_BCFHW=condition_BCFHW))
         return LatentScores(logit_B=output.logit, probability_B=output.probability)
 
 

@@ -31,8 +31,11 @@ def make(settings: Optimiser, parameters: Sequence[torch.nn.Parameter]) -> torch
     kind = getattr(torch.optim, {"adafactor": "Adafactor", "muon": "Muon"}[settings.kind], None)
     if kind is None:
         raise ValueError(f"optimiser.kind is {settings.kind!r}, which torch {torch.__version__} does not have; install torch 2.9 or newer, or use adamw")
+    if settings.kind == "adafactor":
+        # Its steps are relative to the size of a matrix, and a LoRA's up matrix begins at 0, where it would stay; this floor makes lr absolute.
+        return kind(parameters, eps=(None, 1.0), **common)
     # Muon orthogonalises a matrix's momentum; LoRA has matrices only.
-    return kind(parameters, **common) if settings.kind == "adafactor" else kind(parameters, momentum=_MUON_MOMENTUM, **common)
+    return kind(parameters, momentum=_MUON_MOMENTUM, **common)
 
 
 def learning_rate(settings: Optimiser, step: int, steps: int) -> float:

@@ -207,13 +207,15 @@ def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee],
 
 
 def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> None:
-    state = checkpoint.save_state(folder, config, list(trainees.values()), progress)
-    files = [state]
+    # The state last: where there is one, its LoRAs are whole, whenever the process was killed.
+    files = []
+    (folder / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     for expert, trainee in trainees.items():
         name = checkpoint.lora_file_name(config, expert).removesuffix(".safetensors")
         path = folder / checkpoint.FOLDER / f"{name}-step{progress.step:06d}.safetensors"
         checkpoint.save_lora(path, config, trainee, progress.step, parts.base_sha256(expert))
         files.append(path)
+    files.insert(0, checkpoint.save_state(folder, config, list(trainees.values()), progress))
     checkpoint.prune(folder, config.keep_checkpoints)
     parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[path.relative_to(folder).as_posix() for path in files]))
 

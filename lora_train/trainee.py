@@ -66,7 +66,8 @@ class Trainee:
         state |= {f"average/{name}": tensor for name, tensor in self.average.items()}
         state |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         state |= optimisers.state_tensors(self.optimiser, self._named())
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        # In one order, however the optimiser came by its state.
+        return {name: tensor.detach().cpu().clone() for name, tensor in sorted(state.items())}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` returned.
