@@ -276,6 +276,7 @@ BENCHMARKS = {
     "pavrm-lora": "pocket.pavrm_lora",
     "rewards": "benchmarks.rewards",
     "stability": "benchmarks.stability",
+    "learning": "pocket.learning",
 }
 
 COMMANDS = {

@@ -34,6 +34,7 @@ class Generator:
     """Both pocket experts with their text encoder and VAE, on the CPU in fp32."""
 
     def __init__(self, weights: Path, sampling: Sampling = SAMPLING) -> None:
+        self.weights = weights
         device, dtype = torch.device("cpu"), torch.float32
         self.sampling = sampling
         self.backbones = {expert: load_backbone(weights / name, dtype=dtype, device=device) for expert, name in dit.FILE_NAMES.items()}
@@ -53,9 +54,7 @@ class Generator:
         Returns:
             [B, 16, 5, 8, 8] fp32.
         """
-        unique = dict.fromkeys(prompts)
-        contexts = dict(zip(unique, self._encoder.encode(list(unique)), strict=True))
-        cache = ContextCache(contexts, self._encoder.encode([self.sampling.negative_prompt])[0], torch.device("cpu"))
+        cache = self.contexts(prompts)
         experts = Experts(backbones=self.backbones, sampling=self.sampling)
         sigmas = self.sampling.sigmas()
         switch = boundary_index(sigmas, self.sampling.boundary)
@@ -75,6 +74,12 @@ class Generator:
                         self._switched[key] = experts.roll(torch.stack(noise), sigmas[: switch + 1], context)
                     out.append(experts.roll(self._switched[key], sigmas[switch:], context))
         return torch.cat(out)
+
+    def contexts(self, prompts: Sequence[str]) -> ContextCache:
+        """Text embeddings of these prompts and of the negative one."""
+        unique = dict.fromkeys(prompts)
+        encoded = dict(zip(unique, self._encoder.encode(list(unique)), strict=True))
+        return ContextCache(encoded, self._encoder.encode([self.sampling.negative_prompt])[0], torch.device("cpu"))
 
     @torch.no_grad()
     def frames(self, latent_BCFHW: torch.Tensor) -> torch.Tensor:

@@ -65,18 +65,32 @@ def measure(
         seed: chooses prompts and noise.
     """
     scenes = held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
-    prompts = [world.caption(scene) for scene in scenes]
-    seeds = [seed * 1_000_003 + index for index in range(pairs)]
     generator = Generator(weights)
     table = []
     for label, loras in rows:
-        frames = generator.frames(generator.latents(prompts, seeds, loras))
-        with torch.no_grad():
-            rewards = score_in_chunks(reward, frames, prompts, 64).per_video.numpy().astype(np.float64)
-        scores = judged(as_clips(frames), scenes)
-        table.append(Row(label=label, values={"reward": rewards, **{name: scores[name] for name in COLUMNS[1:]}}))
-        report(f"  {label}: reward {rewards.mean():.4f}, motion right {100 * scores['motion'].mean():.0f} %")
+        row = measure_row(generator, reward, label, loras, scenes, seed)
+        table.append(row)
+        report(f"  {label}: reward {row.mean('reward'):.4f}, motion right {100 * row.mean('motion'):.0f} %")
     return table
+
+
+def measure_row(
+    generator: Generator, reward: RewardModel, label: str, loras: Sequence[tuple[Path, str, float]], scenes: Sequence[world.Scene], seed: int
+) -> Row:
+    """Generate and score one row; see `measure`."""
+    prompts = [world.caption(scene) for scene in scenes]
+    latents = generator.latents(prompts, [seed * 1_000_003 + index for index in range(len(scenes))], loras)
+    return score_row(generator, reward, label, latents, scenes)
+
+
+def score_row(generator: Generator, reward: RewardModel, label: str, latent_BCFHW: torch.Tensor, scenes: Sequence[world.Scene]) -> Row:
+    """Score the finished latents of one row, a scene each."""
+    prompts = [world.caption(scene) for scene in scenes]
+    frames = generator.frames(latent_BCFHW)
+    with torch.no_grad():
+        rewards = score_in_chunks(reward, frames, prompts, 64).per_video.numpy().astype(np.float64)
+    scores = judged(as_clips(frames), scenes)
+    return Row(label=label, values={"reward": rewards, **{name: scores[name] for name in COLUMNS[1:]}})
 
 
 _PERCENT = ("colour", "shape", "motion")
