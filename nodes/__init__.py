@@ -8,6 +8,7 @@ from ..host import paths, routes, training
 from .inspect_lora import InspectLoRA
 from .loras import LoadLoRAs
 from .models import WanModels
+from .pavrm import TrainPAVRM, VideoDataset
 from .prompts import Prompts
 from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
@@ -25,6 +26,8 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     ScoreLatent,
     Prompts,
     TrainLoRA,
+    VideoDataset,
+    TrainPAVRM,
     RunResult,
     TestLabCell,
     TestLabGrid,

@@ -10,10 +10,10 @@ import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
 const ROWS_NODE = "RewardLabLoadLoRAs";
-const RUN_NODE = "RewardLabTrainLoRA";
+const RUN_NODES = ["RewardLabTrainLoRA", "RewardLabTrainPAVRM"];
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
-const TEXT_NODES = ["RewardLabInspectLoRA", "RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult"];
+const TEXT_NODES = ["RewardLabInspectLoRA", "RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult", "RewardLabDataset"];
 /** Room for a LoRA's name beside two strengths. */
 const ROWS_WIDTH_PX = 580;
 /** A node this much higher than its rows still counts as fitted. */
@@ -235,7 +235,7 @@ host.registerExtension({
     if (applied) hide(applied); // the sweep fills it in
     const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;
     if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
-    const views = [kind === ROWS_NODE ? addRows(node) : null, kind === RUN_NODE ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter(
+    const views = [kind === ROWS_NODE ? addRows(node) : null, RUN_NODES.includes(kind) ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter(
       (view) => view !== null,
     );
     if (!views.length) return;
