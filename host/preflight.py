@@ -28,6 +28,9 @@ def check(config: TrainConfig, folder: Path) -> None:
     headers = {name: _header(getattr(config.models, name), role) for name, role in ROLES.items()}
     if config.reward.kind == "pavrm":
         raise ValueError("the reward is a PAVRM, which scores latents; reward backpropagation decodes frames: use an image or video reward, or a mix of them")
+    with_image = next((prompt for prompt in config.prompts if prompt.image), None)
+    if with_image is not None:
+        raise ValueError(f"the prompt {with_image.text[:40]!r} has a start image, but this version trains without: remove the images from the prompt set")
     for file in RewardModelSpec.from_dict(asdict(config.reward)).files():
         _header(file, "reward model")
     for slot in ("high", "low"):

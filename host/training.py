@@ -87,7 +87,7 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         "name": settings["name"],
         "models": {role: wan_files[role] for role in ("high", "low", "text_encoder", "vae")},
         "reward": reward_model.to_dict(),
-        "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0)} for prompt in prompts],
+        "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0), "image": prompt.get("image", "")} for prompt in prompts],
         "expert": settings["expert"],
         "video": {"width_px": settings["width"], "height_px": settings["height"], "frames": settings["frames"]},
         "sampling": {"steps": settings["sampling_steps"], "guidance": settings["guidance"]},

@@ -23,7 +23,7 @@ NODES = {
     ],
     "RewardLabScoreVideo": ["images", "reward_model", "prompt", "video", "path", "prompts_file"],
     "RewardLabScoreLatent": ["latent", "positive", "reward_model", "sigmas", "seed"],
-    "RewardLabPrompts": ["text", "file"],
+    "RewardLabPrompts": ["text", "file", "held_out_share", "split_seed"],
     "RewardLabTrainLoRA": [
         *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
         *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),

@@ -21,7 +21,8 @@ def cells(seeds=(1, 2), prompt="a cat"):
 def test_only_cells_that_differ_in_the_axis_alone_are_compared():
     given = votes.contest(cells())
     assert len(given.pairs()) == 2 * 3 and all(left.split("-")[1] == right.split("-")[1] for left, right in given.pairs())
-    assert {given.names[key] for pair in votes.contest(cells(), axis=1).pairs() for key in pair} == {"1", "2"}
+    other = votes.contest(cells(), axis=1)
+    assert {other.names[key] for pair in other.pairs() for key in pair} == {"1", "2"} and len(other.pairs()) == 3
     with pytest.raises(ValueError, match="axis 2 of the sweep"):
         votes.contest(cells(), axis=2)
     with pytest.raises(ValueError, match="nothing to vote on"):
