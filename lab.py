@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | score | score-latent | lora | setup`.
+"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | preprocess | score | score-latent | lora | setup`.
 
 Standard library only. It finds or fetches ComfyUI, makes a virtual environment where the running Python lacks something, and hands
 over to the part that does the work. `labtools/` holds the machinery; here stand only the sub-commands.
@@ -228,6 +228,21 @@ def run_lora(options) -> int:
     return launch(setup, options, "host.lora_command", arguments)
 
 
+def run_preprocess(options) -> int:
+    """Encode a folder of videos (or a sweep's cells) into a dataset: latents, text embeddings, previews to label."""
+    from labtools.preprocessing import job
+
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
+    return launch(setup, options, "host.preprocess_command", job(options))
+
+
+def arguments_preprocess(parser) -> None:
+    from labtools.preprocessing import arguments_preprocess as add
+
+    add(parser)
+
+
 def arguments_setup(parser) -> None:
     parser.add_argument("--with-tests", action="store_true", help="also install pytest, ruff and playwright")
 
@@ -277,6 +292,7 @@ BENCHMARKS = {
     "rewards": "benchmarks.rewards",
     "stability": "benchmarks.stability",
     "learning": "pocket.learning",
+    "pavrm": "pocket.pavrm_bench",
 }
 
 COMMANDS = {
@@ -290,6 +306,7 @@ COMMANDS = {
     "score": (run_score, arguments_score),
     "score-latent": (run_score_latent, arguments_score_latent),
     "pavrm-lora": (run_pavrm_lora, arguments_pavrm_lora),
+    "preprocess": (run_preprocess, arguments_preprocess),
     "setup": (run_setup, arguments_setup),
 }
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..testlab import sweep
-from . import lora_routes, paths, reward_files, training
+from . import label_routes, lora_routes, paths, reward_files, training
 
 RUN_FILE_FOLDERS = ("samples", "checkpoints")
 MAX_LOG_LINES = 2000
@@ -40,10 +40,12 @@ def register() -> None:
         ("/reward_lab/loras", list_loras),
         ("/reward_lab/reward_models", show_reward_models),
         ("/reward_lab/sweeps/{name}/{path:.+}", send_sweep_file),
+        ("/reward_lab/datasets/{name}/{path:.+}", send_dataset_file),
         *lora_routes.GET_ROUTES,
+        *label_routes.GET_ROUTES,
     ):
         server.routes.get(path)(_answering_errors(handler))
-    for path, handler in (("/reward_lab/runs/{id}/stop", stop_run), *lora_routes.POST_ROUTES):
+    for path, handler in (("/reward_lab/runs/{id}/stop", stop_run), *lora_routes.POST_ROUTES, *label_routes.POST_ROUTES):
         server.routes.post(path)(_answering_errors(handler))
 
 
@@ -113,6 +115,15 @@ async def send_sweep_file(request: web.Request) -> web.StreamResponse:
     """Send a result of a sweep: the report, the grid, a cell's video."""
     folder = paths.sweeps_folder() / sweep.check_name(request.match_info["name"])
     return _file_response(inside(folder, request.match_info["path"]))
+
+
+async def send_dataset_file(request: web.Request) -> web.StreamResponse:
+    """Send a preview of a dataset."""
+    folder = paths.datasets_folder() / sweep.check_name(request.match_info["name"])
+    path = inside(folder, request.match_info["path"])
+    if path.parent != (folder / "previews").resolve():
+        raise ValueError(f"{request.match_info['path'][:200]!r} is no preview.")
+    return _file_response(path)
 
 
 def inside(folder: Path, name: str) -> Path:

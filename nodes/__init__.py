@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..host import paths, routes, training
 from .loras import InspectLoRA, LoadLoRAs, MergeLoRA
 from .models import WanModels
+from .pavrm import TrainPAVRM, VideoDataset
 from .prompts import Prompts
 from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
@@ -25,6 +26,8 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     ScoreLatent,
     Prompts,
     TrainLoRA,
+    VideoDataset,
+    TrainPAVRM,
     RunResult,
     TestLabCell,
     TestLabGrid,

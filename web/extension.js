@@ -11,11 +11,12 @@ import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
 const ROWS_NODES = ["RewardLabLoadLoRAs", "RewardLabMergeLoRA"];
-const RUN_NODE = "RewardLabTrainLoRA";
+const RUN_NODES = ["RewardLabTrainLoRA", "RewardLabTrainPAVRM"];
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
 const REWARD_NODE = "RewardLabRewardModel";
 const TEXT_NODES = [
+  "RewardLabDataset",
   "RewardLabInspectLoRA",
   "RewardLabMergeLoRA",
   "RewardLabMixRewards",
@@ -303,7 +304,7 @@ host.registerExtension({
     if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
     const views = [
       ROWS_NODES.includes(kind) ? addRows(node) : null,
-      kind === RUN_NODE ? addRun(node) : null,
+      RUN_NODES.includes(kind) ? addRun(node) : null,
       kind === REWARD_NODE ? addRewardKind(node) : null,
       TEXT_NODES.includes(kind) ? addText(node) : null,
     ].filter((view) => view !== null);

@@ -24,10 +24,17 @@ NODES = {
     ],
     "RewardLabScoreVideo": ["images", "reward_model", "prompt", "video", "path", "prompts_file"],
     "RewardLabScoreLatent": ["latent", "positive", "reward_model", "sigmas", "seed"],
-    "RewardLabPrompts": ["text", "file"],
+    "RewardLabPrompts": ["text", "file", "held_out_share", "split_seed"],
     "RewardLabTrainLoRA": [
         *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
         *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),
+    ],
+    "RewardLabDataset": [
+        *("wan_files", "name", "folder", "prompt", "prompts_file", "frame_rate", "frames", "short_px", "long_px", "width_px", "height_px", "dtype"),
+    ],
+    "RewardLabTrainPAVRM": [
+        *("wan_files", "dataset", "name", "trunk", "pavrm_file", "quality", "loss", "votes", "noise", "blocks", "pooling", "steps", "batch"),
+        *("block_lr", "head_lr", "seed", "advanced"),
     ],
     "RewardLabRunResult": ["run", "wait"],
     "RewardLabTestLabCell": ["images", "sweep", "prompt", "reward_model", "frame_rate", "applied"],
