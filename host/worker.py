@@ -144,6 +144,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
     from ..lora_train.evaluation import all_prompts
     from ..lora_train.objectives.reward_backprop import Parts, train
+    from ..lora_train.offload.knobs import Knobs
     from ..lora_train.rollout import ContextCache, Experts
     from ..reward_models.spec import RewardModelSpec
     from ..runs import lease
@@ -174,9 +175,8 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        if config.gradient_checkpointing:
-            for expert in config.trained_experts:
-                stack.enter_context(backbones[expert].gradient_checkpointing())
+        for backbone in backbones.values():
+            stack.enter_context(backbone.engine(Knobs()))
 
         def pause() -> None:
             if device.type != "cpu":
