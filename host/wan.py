@@ -16,6 +16,7 @@ from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCross
 
 from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
+from ..lora_train.offload.store import place
 from ..lora_train.safetensors_file import read_header
 from .training_mode import attention
 
@@ -74,6 +75,7 @@ class WanBackbone:
         """Run the blocks through the executor (`lora_train/offload`): kept inputs, streamed weights, as `knobs` say. The blocks' own `forward` is
         called where a block is not a plain one, never the host's `original_block` closure, which by then stands for the last block and would give
         wrong gradients without a word."""
+        place(self.model, self.device, "blocks.")
         with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block).installed() as executor:
             yield executor
 

@@ -13,6 +13,7 @@ Shapes: B batch, N heads, L queries, S keys, K head width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -80,16 +81,20 @@ def backward(
     extra: tuple,
     backend: str,
     head_groups: int = 1,
+    into: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv from kept output and log-sum-exp, in groups of heads: what a kernel holds besides (dq in fp32, copies) shrinks with the group.
 
     Heads do not touch each other, so groups change no number.
+
+    Args:
+        into: where gradients of several groups are written, shaped as q, k, v; may be these themselves.
     """
     heads = q_BNLK.shape[1]
     step = -(-heads // max(1, min(head_groups, heads)))
     if step == heads:
         return _backward(grad_BNLK, q_BNLK, k_BNSK, v_BNSK, out_BNLK, lse_BNL, extra, backend)
-    results = tuple(torch.empty_like(value) for value in (q_BNLK, k_BNSK, v_BNSK))
+    results = tuple(torch.empty_like(value) for value in (q_BNLK, k_BNSK, v_BNSK)) if into is None else tuple(into)
     for start in range(0, heads, step):
         group = slice(start, start + step)
         parts = _backward(*(value[:, group] for value in (grad_BNLK, q_BNLK, k_BNSK, v_BNSK, out_BNLK, lse_BNL)), extra, backend)

@@ -68,6 +68,19 @@ class _Rowwise(torch.autograd.Function):
         return None, None, None, None, *(None if total is None else total.to(value.dtype) for total, value in zip(sums, tensors, strict=True))
 
 
+@torch.no_grad()
+def rowwise_backward(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, other: torch.Tensor, grad: torch.Tensor, chunk: int = 0
+) -> torch.Tensor:
+    """Gradient of x for function(x, other), both row by row; written over `grad`, which has the shape of x."""
+    for start, stop in pieces(x.shape[1], chunk):
+        leaf = x[:, start:stop].detach().requires_grad_()
+        with torch.enable_grad():
+            part = function(leaf, other[:, start:stop])
+        grad[:, start:stop] = torch.autograd.grad(part, leaf, grad[:, start:stop])[0]
+    return grad
+
+
 def _added(total: torch.Tensor | None, value: torch.Tensor, like: torch.Tensor, place: tuple[int, int] | None) -> torch.Tensor:
     if place is not None:
         total = torch.empty_like(like) if total is None else total

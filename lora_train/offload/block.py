@@ -13,6 +13,7 @@ Shapes: B batch, L video tokens, P prompt tokens, D width, N heads, K head width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from ..kernels import attention
 from ..kernels.lora_linear import Operands
-from ..kernels.rowwise import gated, modulated, pieces, rotated, rowwise
+from ..kernels.rowwise import gated, modulated, pieces, rotated, rowwise, rowwise_backward
 from ..lora.linears import lora_of
 from .knobs import Knobs
 
@@ -61,35 +62,49 @@ class BlockArithmetic:
         return (self.block.modulation.to(e.dtype).unsqueeze(0) + e).unbind(2)
 
     def forward(
-        self, x: torch.Tensor, e: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor, attended: SelfAttended | None = None
-    ) -> tuple[torch.Tensor, SelfAttended]:
-        """Output [B, L, D] and what may be kept; without gradient."""
+        self, x: torch.Tensor, e: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor, *, keep: bool = False
+    ) -> tuple[torch.Tensor, SelfAttended | None]:
+        """Output [B, L, D], and what self-attention leaves if it is to be kept; without gradient."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e)
-        if attended is None:
-            attended = self.self_attention(self.projections(x, shift1, scale1, freqs))
-        x = self.after_attention(x, attended.out, gate1, context)
+        attended = self.self_attention(x, shift1, scale1, freqs)
+        y = _apply(self.block.self_attn.o, attended.out)
+        if not keep:
+            attended = None
+        x = self.cross_attention(rowwise(gated, [x, y], [gate1], chunk=self.knobs.row_chunk_tokens), context)
+        del y
         return self.feed_forward(x, shift2, scale2, gate2), attended
 
-    def projections(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q, k, v, [B, L, D] each, after norm and rotary embedding."""
-        own, chunk = self.block.self_attn, self.knobs.row_chunk_tokens
-        h = rowwise(modulated(self.block.norm1), [x], [shift, scale], chunk=chunk, room=_room(own.q))
-        q = rowwise(rotated(own.norm_q, self.heads), [_apply(own.q, h, True), freqs], chunk=chunk)
-        k = rowwise(rotated(own.norm_k, self.heads), [_apply(own.k, h, True), freqs], chunk=chunk)
-        return q, k, _apply(own.v, h, True)
+    def modulated_input(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """What q, k and v read: one tensor for the three."""
+        return rowwise(modulated(self.block.norm1), [x], [shift, scale], chunk=self.knobs.row_chunk_tokens, room=_room(self.block.self_attn.q))
 
-    def self_attention(self, qkv: tuple[torch.Tensor, ...]) -> SelfAttended:
-        out, lse, extra = attention.forward(*(self._split(value) for value in qkv), self.backend)
+    def turned(self, q: torch.Tensor, norm: torch.nn.Module, freqs: torch.Tensor) -> torch.Tensor:
+        return rowwise(rotated(norm, self.heads), [q, freqs], chunk=self.knobs.row_chunk_tokens)
+
+    def self_attention(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, freqs: torch.Tensor) -> SelfAttended:
+        own = self.block.self_attn
+        h = self.modulated_input(x, shift, scale)
+        q = self.turned(_apply(own.q, h, True), own.norm_q, freqs)
+        k = self.turned(_apply(own.k, h, True), own.norm_k, freqs)
+        v = _apply(own.v, h, True)
+        del h
+        out, lse, extra = attention.forward(self._split(q), self._split(k), self._split(v), self.backend)
         return SelfAttended(out=_join(out), lse=lse, extra=extra)
 
     def after_attention(self, x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The stream after output projection, gate and cross-attention."""
-        own, cross, chunk = self.block.self_attn, self.block.cross_attn, self.knobs.row_chunk_tokens
-        x = rowwise(gated, [x, _apply(own.o, out)], [gate], chunk=chunk)
+        y = _apply(self.block.self_attn.o, out)
+        return self.cross_attention(rowwise(gated, [x, y], [gate], chunk=self.knobs.row_chunk_tokens), context)
+
+    def cross_attention(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        cross, chunk = self.block.cross_attn, self.knobs.row_chunk_tokens
         h = rowwise(self.block.norm3, [x], chunk=chunk, room=_room(cross.q))
-        q = rowwise(cross.norm_q, [_apply(cross.q, h, True)], chunk=chunk)
+        q = _apply(cross.q, h, True)
+        del h
+        q = rowwise(cross.norm_q, [q], chunk=chunk)
         k, v = cross.norm_k(_apply(cross.k, context)), _apply(cross.v, context)
         joined = _join(attention.Attention.apply(self._split(q), self._split(k), self._split(v), self.backend, self.knobs.head_groups))
+        del q, k, v
         return x + _apply(cross.o, joined)
 
     def feed_forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -115,54 +130,80 @@ class BlockArithmetic:
         context: torch.Tensor,
         attended: SelfAttended | None,
         needs: tuple[bool, bool, bool],
+        memory_is_free: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Gradients]:
         """Gradients of x, e and context (as `needs` says), and of the LoRAs.
 
         Args:
-            grad: of the output.
+            grad: of the output; its memory is used for the result.
             attended: as kept; None: self-attention runs again.
+            memory_is_free: called once the largest tensors are gone.
         """
         found = Gradients()
         modulation = tuple(part.detach().requires_grad_(needs[1]) for part in self.modulation(e))
-        with torch.no_grad():
-            if attended is None:
-                attended = self.self_attention(self.projections(x, modulation[0], modulation[1], freqs))
-        out_leaf = attended.out.detach().requires_grad_()
-        x_leaf = x.detach().requires_grad_()
+        if attended is None:
+            with torch.no_grad():
+                attended = self.self_attention(x, modulation[0], modulation[1], freqs)
+        grad = grad.contiguous()
+        out_leaf, x_leaf = attended.out.detach().requires_grad_(), x.detach().requires_grad_()
         context_leaf = context.detach().requires_grad_(needs[2])
         with torch.enable_grad():
             middle = self.after_attention(x_leaf, out_leaf, modulation[2], context_leaf)
-        grad = self._feed_forward_backward(grad, middle.detach(), modulation[3:], found)
+        self._feed_forward_backward(grad, middle.detach(), modulation[3:], found)
         parameters = _parameters(self.block.self_attn.o, self.block.cross_attn)
         grad_x, grad_out = _pull(middle, grad, [x_leaf, out_leaf], [modulation[2], context_leaf, *parameters], found)
-        del middle, grad, x_leaf
-        grad_x = self._attention_backward(grad_out, grad_x, x, modulation, freqs, attended, needs, found)
+        # Whoever called holds `grad` to the end; so it carries on what is needed, and the other copy goes.
+        grad.copy_(grad_x)
+        del middle, grad_x, x_leaf, out_leaf
+        more = self._attention_backward(grad_out, x, modulation, freqs, attended, needs, found, memory_is_free)
         grad_e = torch.stack([_or_zero(found.of(part), part) for part in modulation], dim=2) if needs[1] else None
-        return grad_x, grad_e, found.of(context_leaf), found
+        return grad.add_(more) if needs[0] else None, grad_e, found.of(context_leaf), found
 
-    def _attention_backward(self, grad_out, grad_x, x, modulation, freqs, attended, needs, found):
+    def _attention_backward(self, grad_out, x, modulation, freqs, attended, needs, found, memory_is_free):
+        """Part 1 backward; q, k and v one after the other, so that each is gone before the next needs room."""
+        own = self.block.self_attn
         x_leaf = x.detach().requires_grad_(needs[0])
-        parameters = _parameters(self.block.self_attn.q, self.block.self_attn.k, self.block.self_attn.v)
+        parameters = _parameters(own.q, own.k, own.v)
         if not (needs[0] or needs[1] or any(parameter.requires_grad for parameter in parameters)):
             return None
         with torch.enable_grad():
-            qkv = self.projections(x_leaf, modulation[0], modulation[1], freqs)
+            h = self.modulated_input(x_leaf, modulation[0], modulation[1])
+            h_leaf = h.detach().requires_grad_(h.requires_grad)
+            q_plain, k_plain, v = (_apply(linear, h_leaf, True) for linear in (own.q, own.k, own.v))
+        with torch.no_grad():
+            q, k = self.turned(q_plain, own.norm_q, freqs), self.turned(k_plain, own.norm_k, freqs)
+        # Overwritten by their gradients. `data` has a version counter of its own: the graph of v is still needed, its values are not.
+        values = [self._split(value) for value in (q, k, v.data)]
         grads = attention.backward(
-            self._split(grad_out), *(self._split(value.detach()) for value in qkv), self._split(attended.out), attended.lse, attended.extra,
-            self.backend, self.knobs.head_groups,
+            self._split(grad_out), *values, self._split(attended.out), attended.lse, attended.extra, self.backend, self.knobs.head_groups,
+            into=values,
         )  # fmt: skip
-        del grad_out, attended
-        pairs = [(value, _join(one)) for value, one in zip(qkv, grads, strict=True) if value.requires_grad]
-        del qkv, grads
-        values, grads = (list(part) for part in zip(*pairs, strict=True))
-        (more,) = _pull(values, grads, [x_leaf], [*modulation[:2], *parameters], found)
-        return grad_x + more if needs[0] else None
+        del grad_out, attended, values, q, k
+        grad_q, grad_k, grad_v = (_join(value) for value in grads)
+        del grads
+        grad_h = self._one_backward(v, grad_v, h_leaf, own.v, None, found)
+        del v, grad_v
+        memory_is_free()
+        waiting = [(q_plain, grad_q, own.q, own.norm_q), (k_plain, grad_k, own.k, own.norm_k)]
+        del q_plain, grad_q, k_plain, grad_k
+        while waiting:
+            plain, grad, linear, norm = waiting.pop()
+            grad = rowwise_backward(rotated(norm, self.heads), plain.detach(), freqs, grad, self.knobs.row_chunk_tokens)
+            grad_h = self._one_backward(plain, grad, h_leaf, linear, grad_h, found)
+        del plain, grad
+        return _pull(h, grad_h, [x_leaf], list(modulation[:2]), found)[0] if h.requires_grad else None
 
-    def _feed_forward_backward(self, grad: torch.Tensor, x: torch.Tensor, modulation: tuple[torch.Tensor, ...], found: Gradients) -> torch.Tensor:
-        """Gradient of part 3's input; x is that input."""
+    def _one_backward(self, output, grad, h_leaf, linear, total, found):
+        """Backward of one of q, k, v; the gradient of their common input so far."""
+        if not output.requires_grad:
+            return total
+        (more,) = _pull(output, grad, [h_leaf], _parameters(linear), found)
+        return more if total is None or more is None else total.add_(more)
+
+    def _feed_forward_backward(self, grad: torch.Tensor, x: torch.Tensor, modulation: tuple[torch.Tensor, ...], found: Gradients) -> None:
+        """Turn `grad` from that of part 3's output into that of its input x, chunk by chunk in its own memory."""
         shift, scale, gate = modulation
         first, last = self.block.ffn[0], self.block.ffn[2]
-        grad_x = torch.empty_like(x)
         for start, stop in pieces(x.shape[1], self.knobs.ffn_chunk_tokens):
             leaf, part = x[:, start:stop].detach().requires_grad_(), grad[:, start:stop]
             with torch.enable_grad():
@@ -174,8 +215,7 @@ class BlockArithmetic:
                 del y
             grad_inner = _linear_backward(last, part * gate.detach(), inner.detach(), found)
             (more,) = _pull(inner, grad_inner, [leaf], [shift, scale, *_parameters(first)], found)
-            grad_x[:, start:stop] = part + more
-        return grad_x
+            part += more
 
     def _split(self, value: torch.Tensor) -> torch.Tensor:
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -130,8 +130,8 @@ class BlockExecutor:
         with exact_form(), self.store.use(call.index, merge=False, then=self.next_of(call)):
             keep = [x]
             if call.is_plain:
-                out, attended = self.arithmetic(call.index, x).forward(x, e, call.freqs, context)
-                if self.knobs.keep_attention:
+                out, attended = self.arithmetic(call.index, x).forward(x, e, call.freqs, context, keep=self.knobs.keep_attention)
+                if attended is not None:
                     keep += [attended.out, attended.lse]
                     call.extra = attended.extra
             else:
@@ -144,14 +144,13 @@ class BlockExecutor:
         """The backward: gradients of x, e, context and the parameters."""
         before = call.before
         x, *rest = call.kept.take()
-        if before is not None and before.kept is not None:
-            before.kept.prefetch()
         with exact_form(), self.store.use(call.index, merge=False, then=None if before is None else before.index):
             if not call.is_plain:
                 return self._whole(call, grad, x, e, context, parameters, needs)
             attended = SelfAttended(out=rest[0], lse=rest[1], extra=call.extra) if rest else None
             del rest
-            *grads, found = self.arithmetic(call.index, x).backward(grad, x, e, call.freqs, context, attended, needs[:3])
+            prefetch = (lambda: None) if before is None else before.kept.prefetch
+            *grads, found = self.arithmetic(call.index, x).backward(grad, x, e, call.freqs, context, attended, needs[:3], prefetch)
         return *grads, *(found.of(parameter) if needed else None for parameter, needed in zip(parameters, needs[3:], strict=True))
 
     def _whole(self, call, grad, x, e, context, parameters, needs):

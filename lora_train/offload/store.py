@@ -69,14 +69,15 @@ class BlockStore:
                 if isinstance(module, torch.nn.Linear) and not (is_resident and self._merges_resident):
                     module.__dict__[LoraForward.NO_COPY] = True
             masters = {}
-            for path, parameter in block.named_parameters():
+            for path, parameter in list(block.named_parameters()):
                 if path in self._quantised.get(index, {}):
                     continue
                 if is_resident:
-                    parameter.data = parameter.data.to(self._transfers.device)
+                    data = parameter.data.to(self._transfers.device)
                 else:
-                    parameter.data = parameter.data if is_near else self._transfers.pinned(parameter.data.to("cpu"))
-                masters[path] = parameter.data
+                    data = parameter.data if is_near else self._transfers.pinned(parameter.data.to("cpu"))
+                masters[path] = data
+                _point(block, path, parameter, data)
             self._masters[index] = masters
 
     def close(self) -> None:
@@ -210,6 +211,17 @@ class BlockStore:
             forward = linear.__dict__.get("forward")
             if isinstance(forward, LoraForward):
                 forward.is_merged_in_place, forward.buffer = False, None
+
+
+def place(module: torch.nn.Module, device: torch.device, leave: str) -> None:
+    """Move every parameter and buffer to `device`, except those whose path begins with `leave`; one by one, so that nothing is there twice."""
+    for path, parameter in list(module.named_parameters()):
+        if not path.startswith(leave) and parameter.device != device:
+            _point(module, path, parameter, parameter.data.to(device))
+    for path, buffer in list(module.named_buffers()):
+        if not path.startswith(leave) and buffer.device != device:
+            owner, _, name = path.rpartition(".")
+            module.get_submodule(owner)._buffers[name] = buffer.to(device)
 
 
 def _point(block: torch.nn.Module, path: str, parameter: torch.nn.Parameter, data: torch.Tensor) -> None:

@@ -7,8 +7,8 @@ import pytest
 pytestmark = pytest.mark.host
 # (batch, latent frames, height, width): pocket's size with guidance, and an odd one that the host pads.
 SIZES = {"pocket": (2, 3, 8, 8), "odd": (1, 2, 7, 5)}
-# Every part of a gradient is a sum over tokens in fp32; chunks and the one-product form add in another order. Measured: at most 4e-6.
-OTHER_ORDER = 2e-5
+# Every part of a gradient is a sum over tokens in fp32; chunks and the one-product form add in another order. Measured: at most 2.3e-6.
+OTHER_ORDER = 1e-5
 
 
 @pytest.fixture(scope="module")
