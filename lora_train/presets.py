@@ -22,7 +22,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora": {"rank": 128, "alpha": 64, "skip": ["ffn"]},
         "optimiser": {"lr": 1e-5, "weight_decay": 0.03, "eps": 1e-10, "clip_norm": 0.3},
         "checkpoint_every": 100,
-        "gradient_checkpointing": True,
     },
     "reward-lab": {
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
@@ -30,7 +29,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "objective": {"mode": "x0", "strategy": "random", "grad_steps": 1, "decode": "random", "decode_count": 1, "kl_weight": 0.01},
         "lora": {"rank": 32, "skip": ["ffn"]},
         "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
-        "gradient_checkpointing": True,
     },
     "pocket": {
         "video": {"width_px": 64, "height_px": 64, "frames": 17},
