@@ -144,6 +144,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from concurrent.futures import ThreadPoolExecutor
 
     from ..lora_train import needs, objectives
+    from ..lora_train.offload.knobs import Knobs
     from ..lora_train.real import RealLatents
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
@@ -165,9 +166,8 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        if config.gradient_checkpointing:
-            for expert in config.trained_experts:
-                stack.enter_context(backbones[expert].gradient_checkpointing())
+        for backbone in backbones.values():
+            stack.enter_context(backbone.engine(Knobs()))
 
         def sink(event) -> None:
             append_event(folder, event)

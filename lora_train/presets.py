@@ -28,7 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora": {"rank": 128, "alpha": 64, "skip": ["ffn"]},
         "optimiser": {"lr": 1e-5, "weight_decay": 0.03, "eps": 1e-10, "clip_norm": 0.3},
         "checkpoint_every": 100,
-        "gradient_checkpointing": True,
     },
     "hy-video-prfl": {
         "method": "prfl",
@@ -60,7 +59,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "lora": {"rank": 32, "skip": ["ffn"]},
         "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
-        "gradient_checkpointing": True,
     },
     "pocket": {
         "video": {"width_px": 64, "height_px": 64, "frames": 17},
