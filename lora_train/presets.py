@@ -37,7 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prfl": {"solver": "unipc", "guidance": 1.0, "loss": "hinge", "even_gradient": False, "null_rate": 0.1, "real_weight": 1.0},
         "lora": {"rank": 128, "alpha": 128, "targets": ["self_attn", "cross_attn"], "skip": []},
         "optimiser": {"lr": 5e-6, "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 5},
-        "gradient_checkpointing": True,
     },
     "roll-reward-flow": {
         "method": "reward_flow",
@@ -48,7 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_flow": {"first_step": 4, "last_step": 7, "guidance": 1.0, "measure_videos": 16, "fixed_noise": True},
         "lora": {"rank": 32, "alpha": 32, "skip": []},
         "optimiser": {"lr": 2.5e-6, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
-        "gradient_checkpointing": True,
     },
     "reward-lab": {
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
@@ -74,9 +72,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What fits on a card, laid over a preset; from arithmetic (host/plan), not yet run on these cards.
 CARDS: dict[str, dict[str, Any]] = {
-    "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16", "gradient_checkpointing": True},
-    "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16", "gradient_checkpointing": True},
-    "80GB": {"video": {"width_px": 832, "height_px": 480, "frames": 33}, "lora": {"rank": 64}, "batch": 1, "dtype": "bf16", "gradient_checkpointing": True},
+    "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16"},
+    "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16"},
+    "80GB": {"video": {"width_px": 832, "height_px": 480, "frames": 33}, "lora": {"rank": 64}, "batch": 1, "dtype": "bf16"},
 }
 
 

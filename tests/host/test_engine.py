@@ -124,7 +124,10 @@ def test_streamed_equals_resident_bit_for_bit_without_lora_buffers(setting, plai
     assert_equal_bits(run(setting, plain[0], base_only({"resident_blocks": 0}), only), resident)
 
 
-@pytest.mark.parametrize("knobs", [{"ffn_chunk_tokens": 5}, {"row_chunk_tokens": 7}, {"ffn_chunk_tokens": 3, "row_chunk_tokens": 2, "resident_blocks": 0}], ids=str)
+CHUNKS = [{"ffn_chunk_tokens": 5}, {"row_chunk_tokens": 7}, {"ffn_chunk_tokens": 3, "row_chunk_tokens": 2, "resident_blocks": 0}]
+
+
+@pytest.mark.parametrize("knobs", CHUNKS, ids=str)
 def test_chunks(setting, plain, knobs):
     assert largest_ratio(run(setting, plain[0], engine(**knobs)), plain[1]) <= OTHER_ORDER
 
