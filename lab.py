@@ -148,6 +148,10 @@ def run_test(options) -> int:
 
 def run_train(options) -> int:
     """Train from a config file in the foreground; Ctrl-C asks the run to stop in order."""
+    if options.schema:
+        with contextlib.redirect_stdout(sys.stderr):
+            setup = prepare(options)
+        return launch(setup, options, "lora_train.config_schema", [])
     config = Path(options.config)
     if not config.is_dir():
         from labtools.configs import read_config
@@ -266,7 +270,9 @@ def arguments_test(parser) -> None:
 
 
 def arguments_train(parser) -> None:
-    parser.add_argument("config", help="training config, a JSON file; or the folder of an earlier run, which then goes on")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", help="training config, a JSON file; or the folder of an earlier run, which then goes on")
+    what.add_argument("--schema", action="store_true", help="print the JSON Schema of such a file")
     parser.add_argument("--output", help="output folder; the run goes to <output>/reward_lab/runs (default: .lab/base/output, where `serve` shows it)")
 
 

@@ -175,8 +175,8 @@ def main(argv: list[str]) -> int:
         partial.replace(target)
         means = _means(result["oracle"])
         shown = ", ".join(f"{key} {means[key]:.4f}" for key in ("reward", "text", "colour", "shape", "motion", "dynamic_degree", "pavrm"))
-        spent = f"{result.get('updates', 0)} updates, {result.get('forwards', 0):.0f} forwards, {result['seconds']:.0f} s"
-        print(f"{name} seed {seed}: {spent}; {shown}", flush=True)
+        cost = f"{result.get('updates', 0)} updates, {result.get('forwards', 0):.0f} forwards, {result['seconds']:.0f} s"
+        print(f"{name} seed {seed}: {cost}; {shown}", flush=True)
     if options.report or not options.only:
         learning_report.write(options.work, RESULTS, PICTURE)
     return 0
