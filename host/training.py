@@ -212,7 +212,7 @@ def run_result(run_id: str, wait: bool) -> RunResult:
     if info.state == "broken":
         raise ValueError(f"Run {run_id} cannot be read: {info.error}.")
     is_pavrm = read_config(runs.folder(run_id)).get("kind") == PAVRM
-    files = {PAVRM: Path(info.files[-1])} if is_pavrm and info.files else {} if is_pavrm else _newest_loras(runs.folder(run_id), info)
+    files = _finished_pavrm(info) if is_pavrm else _newest_loras(runs.folder(run_id), info)
     if not files and is_pavrm:
         raise ValueError(f"Run {run_id} has written no PAVRM yet (step {info.step} of {info.steps}, {info.state}). It does when it ends or is stopped.")
     if not files:
@@ -290,6 +290,12 @@ def _newest_loras(folder: Path, info: RunInfo) -> dict[str, Path]:
     checkpoints = sorted((folder / "checkpoints").glob("*-noise-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     found = {guess_expert(file.name, read_header(file, "LoRA").metadata).expert or info.expert: file for file in finished or checkpoints}
     return {expert: found[expert] for expert in EXPERTS if expert in found}
+
+
+def _finished_pavrm(info: RunInfo) -> dict[str, Path]:
+    """Return the PAVRM of a finished run: the copy that Load Reward Model lists, which was written last; nothing before the end."""
+    files = [Path(file) for file in info.files if Path(file).name == f"{info.name}.safetensors" and Path(file).is_file()]
+    return {PAVRM: files[-1]} if files else {}
 
 
 def advanced_settings(text: str) -> dict[str, Any]:

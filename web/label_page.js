@@ -111,7 +111,10 @@ export async function openLabelPage(host) {
  */
 function answerButton(text, key, kind, onClick) {
   const button = el("button", { class: `rl-button rl-answer rl-answer-${kind}`, type: "button" }, [el("span", { text }), el("kbd", { text: key })]);
-  button.addEventListener("click", onClick);
+  button.addEventListener("click", () => {
+    button.blur(); // else the space bar, which pauses, would press it again
+    onClick();
+  });
   return button;
 }
 
@@ -134,7 +137,7 @@ function createLabelView(host, source, quality, body, show) {
   const stage = el("div", { class: "rl-label-stage" });
   const caption = el("p", { class: "rl-label-caption" });
   const now = el("p", { class: "rl-label-now" });
-  const act = (/** @type {string} */ action) => void answer(action);
+  const act = (/** @type {string} */ action) => answer(action);
   const answers = el("div", { class: "rl-answers" }, [
     answerButton("Bad", "B", "bad", () => act("bad")),
     answerButton("Skip", "S", "skip", () => act("skip")),
@@ -147,6 +150,8 @@ function createLabelView(host, source, quality, body, show) {
   /** @type {ReturnType<typeof syncVideos> | null} */
   let player = null;
   let isGone = false;
+  /** One answer is written after the other: a label and its undoing must not overtake each other. */
+  let saved = Promise.resolve();
 
   const render = () => {
     player?.destroy();
@@ -162,7 +167,7 @@ function createLabelView(host, source, quality, body, show) {
     stage.append(video);
     player = syncVideos([video]);
   };
-  const answer = async (/** @type {string} */ action) => {
+  const answer = (/** @type {string} */ action) => {
     if (!session) return;
     if (action === "play") return void player?.toggle();
     if (action === "next" || action === "previous") {
@@ -172,13 +177,15 @@ function createLabelView(host, source, quality, body, show) {
     const change = action === "undo" ? session.undo() : session.label(action);
     if (!change) return;
     render();
-    try {
-      await host.postJson(route, { ...change, quality });
-    } catch (error) {
-      // What the page shows must be what is on the disk.
-      host.toast("error", "The label could not be saved", /** @type {Error} */ (error).message);
-      await load();
-    }
+    saved = saved.then(async () => {
+      try {
+        await host.postJson(route, { ...change, quality });
+      } catch (error) {
+        // What the page shows must be what is on the disk.
+        host.toast("error", "The label could not be saved", /** @type {Error} */ (error).message);
+        await load();
+      }
+    });
   };
   const load = async () => {
     try {

@@ -42,6 +42,15 @@ def wait_for_progress(page: Any, text: str) -> None:
     page.wait_for_function("(text) => document.querySelector('.rl-label-progress')?.textContent.startsWith(text)", arg=text)
 
 
+def wait_for_lines(page: Any, file: Any, count: int) -> None:
+    """Wait until a file has so many lines."""
+    for _ in range(100):
+        if file.is_file() and len(file.read_text().splitlines()) >= count:
+            break
+        page.wait_for_timeout(100)
+    assert len(file.read_text().splitlines()) == count
+
+
 def test_videos_are_labelled_by_keys(page, folders) -> None:
     file = folders[0] / annotations.FILE_NAME
     open_page(page, label_scene.DATASET)
@@ -56,10 +65,10 @@ def test_videos_are_labelled_by_keys(page, folders) -> None:
     page.wait_for_function("() => document.querySelector('.rl-label-now').textContent === 'Video 3 of 4'")
     page.keyboard.press("Escape")
     page.locator(".rl-label-page").wait_for(state="detached")
+    # Four answers are written, the last of them takes the third back. The page does not wait for the disk, so the test does.
+    wait_for_lines(page, file, 4)
     labels = annotations.read(file)
     assert {video: label["motion_quality"] for video, label in labels.items()} == {"clip0": "good", "clip1": "bad"}
-    # Four answers were written, the last of them took the third back.
-    assert len(file.read_text().splitlines()) == 4
 
     open_page(page, label_scene.DATASET)
     wait_for_progress(page, "2 of 4")
@@ -69,6 +78,7 @@ def test_videos_are_labelled_by_keys(page, folders) -> None:
     page.get_by_role("button", name="Good").click()
     wait_for_progress(page, "1 of 4")
     page.keyboard.press("Escape")
+    wait_for_lines(page, file, 5)
     assert annotations.read(file)["clip0"] == {"motion_quality": "good", "blur_quality": "good"}
 
 
