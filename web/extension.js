@@ -184,9 +184,11 @@ function addRewardKind(node) {
   const text = addText(node);
   /** @type {import("./reward_kind.js").Catalogue | null} */
   let catalogue = null;
+  let isConfigured = false;
   const value = (/** @type {string} */ name) => widgetOf(node, name)?.value;
   const isLinked = (/** @type {string} */ name) => node.inputs?.some((/** @type {any} */ input) => input.widget?.name === name && input.link != null);
-  const render = () => {
+  /** @param {boolean} isSnug the node gets as high as its widgets now need; else it only grows */
+  const render = (isSnug) => {
     if (!catalogue) return;
     for (const [name, label] of widgetLabels(catalogue, isLinked("kind") ? null : value("kind"))) {
       const widget = widgetOf(node, name);
@@ -195,7 +197,7 @@ function addRewardKind(node) {
       widget.label = label ?? name;
     }
     text.show(describeChoice(catalogue, { kind: value("kind"), file: value("file"), download: Boolean(value("download")) }));
-    node.setSize([node.size[0], node.computeSize()[1]]);
+    if (isSnug) node.setSize([node.size[0], node.computeSize()[1]]);
   };
   for (const name of ["kind", "file", "download"]) {
     const widget = widgetOf(node, name);
@@ -203,20 +205,21 @@ function addRewardKind(node) {
     if (widget)
       widget.callback = function (/** @type {unknown[]} */ ...args) {
         changed?.apply(this, args);
-        render();
+        render(true);
       };
   }
   for (const name of ["onConfigure", "onConnectionsChange"]) {
     const previous = node[name];
     node[name] = function (/** @type {unknown[]} */ ...args) {
       previous?.apply(this, args);
-      render();
+      isConfigured ||= name === "onConfigure";
+      render(false);
     };
   }
   host.getJson("/reward_lab/reward_models").then(
     (answer) => {
       catalogue = answer;
-      render();
+      render(!isConfigured);
     },
     (error) => host.toast("error", "The reward models could not be listed", error.message),
   );

@@ -1,8 +1,8 @@
 """Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
 
-    python tests/browser/doc_pictures.py URL
+    python tests/browser/doc_pictures.py URL [loras] [rewards]
 
-URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg.
+URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg; by default all of them.
 """
 
 from __future__ import annotations
@@ -89,23 +89,40 @@ def show_node(page: Any, node_type: str, scale: float) -> None:
     page.wait_for_timeout(1500)
 
 
-def main(url: str) -> None:
-    """Run the graph and take the pictures."""
+def take_loras(frontend: Any, page: Any) -> None:
+    """Rows and a heat map, after a real run."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
+    build(page)
+    show_node(page, "RewardLabLoadLoRAs", 1.0)
+    page.get_by_label("Details").first.click()
+    frontend.press_run(page)
+    page.wait_for_selector(".rl-fact", timeout=RUN_LIMIT_S * 1000)
+    heat_map = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabInspectLoRA').imgs?.[0]?.naturalWidth > 0"
+    page.wait_for_function(heat_map, timeout=RUN_LIMIT_S * 1000)
+    show_node(page, "RewardLabLoadLoRAs", 1.1)
+    picture_of(page, "RewardLabLoadLoRAs", IMAGES / "lora_rows.jpg")
+    show_node(page, "RewardLabInspectLoRA", 1.0)
+    picture_of(page, "RewardLabInspectLoRA", IMAGES / "inspect_lora.jpg")
+
+
+def take_rewards(frontend: Any, page: Any) -> None:
+    """Load Reward Model as it stands in the first example, before anything runs."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
+    show_node(page, "RewardLabRewardModel", 1.2)
+    page.locator(".rl-text").filter(has_text="HPS_v2.1_compressed.pt").wait_for()
+    picture_of(page, "RewardLabRewardModel", IMAGES / "reward_model.jpg")
+
+
+TAKE = {"loras": take_loras, "rewards": take_rewards}
+
+
+def main(url: str, names: list[str]) -> None:
+    """Take the pictures of these names, or all."""
     frontend = _frontend()
     with frontend.open_front_end(url, width_px=1500, height_px=1000) as page:
-        frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
-        build(page)
-        show_node(page, "RewardLabLoadLoRAs", 1.0)
-        page.get_by_label("Details").first.click()
-        frontend.press_run(page)
-        page.wait_for_selector(".rl-fact", timeout=RUN_LIMIT_S * 1000)
-        heat_map = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabInspectLoRA').imgs?.[0]?.naturalWidth > 0"
-        page.wait_for_function(heat_map, timeout=RUN_LIMIT_S * 1000)
-        show_node(page, "RewardLabLoadLoRAs", 1.1)
-        picture_of(page, "RewardLabLoadLoRAs", IMAGES / "lora_rows.jpg")
-        show_node(page, "RewardLabInspectLoRA", 1.0)
-        picture_of(page, "RewardLabInspectLoRA", IMAGES / "inspect_lora.jpg")
+        for name in names or TAKE:
+            TAKE[name](frontend, page)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
