@@ -157,7 +157,7 @@ function addText(node) {
   const show = (/** @type {string} */ text, /** @type {{ label: string, url: string } | null} */ page = null) => {
     view.show(text, page);
     lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
-    widget.hidden = false;
+    widget.hidden = !text;
     fit(node);
   };
   return {
@@ -196,7 +196,7 @@ function addRewardKind(node) {
       hide(widget, label === null && !isLinked(name));
       widget.label = label ?? name;
     }
-    text.show(describeChoice(catalogue, { kind: value("kind"), file: value("file"), download: Boolean(value("download")) }));
+    text.show(describeChoice(catalogue, { kind: isLinked("kind") ? "" : value("kind"), file: value("file"), download: Boolean(value("download")) }));
     if (isSnug) node.setSize([node.size[0], node.computeSize()[1]]);
   };
   for (const name of ["kind", "file", "download"]) {
@@ -216,14 +216,21 @@ function addRewardKind(node) {
       render(false);
     };
   }
-  host.getJson("/reward_lab/reward_models").then(
-    (answer) => {
-      catalogue = answer;
-      render(!isConfigured);
+  const load = (/** @type {() => void} */ onLoad) =>
+    host.getJson("/reward_lab/reward_models").then(
+      (answer) => {
+        catalogue = answer;
+        onLoad();
+      },
+      (error) => host.toast("error", "The reward models could not be listed", error.message),
+    );
+  void load(() => render(!isConfigured));
+  return {
+    onOutput(output) {
+      text.onOutput(output);
+      void load(() => {}); // a run may have fetched a file; what the node says now is the run's own report
     },
-    (error) => host.toast("error", "The reward models could not be listed", error.message),
-  );
-  return text;
+  };
 }
 
 /**
