@@ -159,7 +159,7 @@ function addText(node) {
   const show = (/** @type {string} */ text, /** @type {{ label: string, url: string } | null} */ page = null) => {
     view.show(text, page);
     lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
-    widget.hidden = false;
+    widget.hidden = !text;
     fit(node);
   };
   return {
@@ -186,9 +186,11 @@ function addRewardKind(node) {
   const text = addText(node);
   /** @type {import("./reward_kind.js").Catalogue | null} */
   let catalogue = null;
+  let isConfigured = false;
   const value = (/** @type {string} */ name) => widgetOf(node, name)?.value;
   const isLinked = (/** @type {string} */ name) => node.inputs?.some((/** @type {any} */ input) => input.widget?.name === name && input.link != null);
-  const render = () => {
+  /** @param {boolean} isSnug the node gets as high as its widgets now need; else it only grows */
+  const render = (isSnug) => {
     if (!catalogue) return;
     for (const [name, label] of widgetLabels(catalogue, isLinked("kind") ? null : value("kind"))) {
       const widget = widgetOf(node, name);
@@ -196,8 +198,8 @@ function addRewardKind(node) {
       hide(widget, label === null && !isLinked(name));
       widget.label = label ?? name;
     }
-    text.show(describeChoice(catalogue, { kind: value("kind"), file: value("file"), download: Boolean(value("download")) }));
-    node.setSize([node.size[0], node.computeSize()[1]]);
+    text.show(describeChoice(catalogue, { kind: isLinked("kind") ? "" : value("kind"), file: value("file"), download: Boolean(value("download")) }));
+    if (isSnug) node.setSize([node.size[0], node.computeSize()[1]]);
   };
   for (const name of ["kind", "file", "download"]) {
     const widget = widgetOf(node, name);
@@ -205,24 +207,32 @@ function addRewardKind(node) {
     if (widget)
       widget.callback = function (/** @type {unknown[]} */ ...args) {
         changed?.apply(this, args);
-        render();
+        render(true);
       };
   }
   for (const name of ["onConfigure", "onConnectionsChange"]) {
     const previous = node[name];
     node[name] = function (/** @type {unknown[]} */ ...args) {
       previous?.apply(this, args);
-      render();
+      isConfigured ||= name === "onConfigure";
+      render(false);
     };
   }
-  host.getJson("/reward_lab/reward_models").then(
-    (answer) => {
-      catalogue = answer;
-      render();
+  const load = (/** @type {() => void} */ onLoad) =>
+    host.getJson("/reward_lab/reward_models").then(
+      (answer) => {
+        catalogue = answer;
+        onLoad();
+      },
+      (error) => host.toast("error", "The reward models could not be listed", error.message),
+    );
+  void load(() => render(!isConfigured));
+  return {
+    onOutput(output) {
+      text.onOutput(output);
+      void load(() => {}); // a run may have fetched a file; what the node says now is the run's own report
     },
-    (error) => host.toast("error", "The reward models could not be listed", error.message),
-  );
-  return text;
+  };
 }
 
 /**

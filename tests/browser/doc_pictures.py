@@ -1,16 +1,16 @@
 """Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
 
-    python tests/browser/doc_pictures.py URL [OUTPUT_FOLDER]
+    python tests/browser/doc_pictures.py URL [loras] [rewards] [--output FOLDER]
 
-URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. With the server's output folder, where a
-dataset and a sweep are made, only the pictures of the labelling page are taken.
+URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. With `--output`, the server's output folder,
+where a dataset and a sweep are made, only the pictures of the labelling page are taken.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,26 +119,48 @@ def label_pictures(url: str, output: Path) -> None:
         page.screenshot(path=str(IMAGES / "vote_page.jpg"), type="jpeg", quality=82)
 
 
-def main(url: str, output: str = "") -> None:
-    """Run the graph and take the pictures."""
-    if output:
-        label_pictures(url, Path(output))
+def take_loras(frontend: Any, page: Any) -> None:
+    """Rows and a heat map, after a real run."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
+    build(page)
+    show_node(page, "RewardLabLoadLoRAs", 1.0)
+    page.get_by_label("Details").first.click()
+    frontend.press_run(page)
+    page.wait_for_selector(".rl-fact", timeout=RUN_LIMIT_S * 1000)
+    heat_map = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabInspectLoRA').imgs?.[0]?.naturalWidth > 0"
+    page.wait_for_function(heat_map, timeout=RUN_LIMIT_S * 1000)
+    show_node(page, "RewardLabLoadLoRAs", 1.1)
+    picture_of(page, "RewardLabLoadLoRAs", IMAGES / "lora_rows.jpg")
+    show_node(page, "RewardLabInspectLoRA", 1.0)
+    picture_of(page, "RewardLabInspectLoRA", IMAGES / "inspect_lora.jpg")
+
+
+def take_rewards(frontend: Any, page: Any) -> None:
+    """Load Reward Model as it stands in the first example, before anything runs."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
+    show_node(page, "RewardLabRewardModel", 1.2)
+    page.locator(".rl-text").filter(has_text="HPS_v2.1_compressed.pt").wait_for()
+    picture_of(page, "RewardLabRewardModel", IMAGES / "reward_model.jpg")
+
+
+TAKE = {"loras": take_loras, "rewards": take_rewards}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description="Takes the pictures of the help pages.")
+    parser.add_argument("url")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(TAKE)}; by default all of these")
+    parser.add_argument("--output", type=Path, help="the server's output folder, for the labelling page")
+    arguments = parser.parse_args()
+    if arguments.output:
+        label_pictures(arguments.url, arguments.output)
         return
     frontend = _frontend()
-    with frontend.open_front_end(url, width_px=1500, height_px=1000) as page:
-        frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
-        build(page)
-        show_node(page, "RewardLabLoadLoRAs", 1.0)
-        page.get_by_label("Details").first.click()
-        frontend.press_run(page)
-        page.wait_for_selector(".rl-fact", timeout=RUN_LIMIT_S * 1000)
-        heat_map = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabInspectLoRA').imgs?.[0]?.naturalWidth > 0"
-        page.wait_for_function(heat_map, timeout=RUN_LIMIT_S * 1000)
-        show_node(page, "RewardLabLoadLoRAs", 1.1)
-        picture_of(page, "RewardLabLoadLoRAs", IMAGES / "lora_rows.jpg")
-        show_node(page, "RewardLabInspectLoRA", 1.0)
-        picture_of(page, "RewardLabInspectLoRA", IMAGES / "inspect_lora.jpg")
+    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000) as page:
+        for name in arguments.names or TAKE:
+            TAKE[name](frontend, page)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
