@@ -2,8 +2,9 @@
 
     COMFYUI_PATH=… REWARD_LAB_CPU=1 python labtools/launch.py benchmarks.lora_strength [--repeats 20]
 
-Prints one JSON object: milliseconds per change for rows beside the weights, with and without a curve, and for merged rows. It measures the
-loading alone; the rows beside the weights also cost time in every step of sampling, which `forward_ms` tells.
+Prints one JSON object: milliseconds per change for rows beside the weights, with and without a curve, and for merged rows; `own_ms` is the part of it
+that is not ComfyUI's loading. `cpu_ms` counts this process alone, for machines that have other work too. It measures the loading alone; the rows beside
+the weights also cost time in every step of sampling, which `forward_ms` tells.
 """
 
 from __future__ import annotations
@@ -56,17 +57,20 @@ def forward(model: object) -> float:
 
 def measure(models: dict[str, object], application: str, curve: str, repeats: int) -> dict[str, float]:
     """Change the strength `repeats` times."""
-    times, forwards, kept = [], [], []
+    times, own_times, cpu_times, forwards, kept = [], [], [], [], []
     for number in range(repeats + 1):
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         applied = apply_rows(models["high"], models["low"], rows(0.1 + number / (2 * repeats), curve), application)
+        own_times.append(1000 * (time.perf_counter() - start))
         for model in (applied.model_high, applied.model_low):
             comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
         times.append(1000 * (time.perf_counter() - start))
+        cpu_times.append(1000 * (time.process_time() - start_cpu))
         forwards.append(forward(applied.model_high))
         kept[:] = [applied]  # as the host's cache does: the old models go when the new ones are there
     first, *changes = times
-    return {"first_ms": first, "change_ms": statistics.median(changes), "worst_ms": max(changes), "forward_ms": statistics.median(forwards)}
+    medians = {"change_ms": changes, "own_ms": own_times[1:], "cpu_ms": cpu_times[1:], "forward_ms": forwards}
+    return {"first_ms": first, "worst_ms": max(changes), **{name: statistics.median(values) for name, values in medians.items()}}
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from .experts import guess_expert
-from .lora_bypass import weight_shapes
+from .lora_bypass import quantised_kind, weight_shapes
 from .lora_file import MODEL_PREFIX, LoraFile
 from .lora_keys import IMAGE_BRANCH, normalise, wan_layers
 from .weight_source import open_source
@@ -48,7 +48,7 @@ def base_from_file(path: Path) -> BaseWeights:
 
 
 def base_from_model(model: Any, name: str, expert: str | None) -> BaseWeights:
-    """Take the weights of a MODEL as they were before any LoRA was merged into them.
+    """Take the weights of a MODEL as they were before any LoRA was merged into them. Of GGUF weights only the shapes: how they are packed is not ours to know.
 
     Args:
         model: MODEL of the host.
@@ -65,7 +65,7 @@ def base_from_model(model: Any, name: str, expert: str | None) -> BaseWeights:
         return convert(copy, inplace=True)
 
     shapes = {key: shape for key, shape in weight_shapes(model).items() if key.startswith(MODEL_PREFIX)}
-    return BaseWeights(name=name, shapes=shapes, read=read, expert=expert)
+    return BaseWeights(name=name, shapes=shapes, read=None if quantised_kind(model) == "GGUF" else read, expert=expert)
 
 
 def base_of_itself(lora: LoraFile) -> BaseWeights:

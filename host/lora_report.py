@@ -212,6 +212,8 @@ def _warnings(lora: LoraFile, fitted: FittedLora, changes: Sequence[WeightChange
         warnings.append(f"its width is {width_name(width)}; the experts of Wan2.2 14B have width {width_name(5120)} and will refuse it")
     if changes and all(change.change == 0.0 for change in changes):
         warnings.append("it changes nothing: all its changes are zero (an untrained LoRA?)")
+    if base and base.read is None:
+        warnings.append(f"the weights of {base.name} are GGUF, which is not read here: its layers were compared, the size of the change is no share of them")
     unknown = [change for change in changes if change.change is None]
     if unknown:
         warnings.append(f"{len(unknown)} weights are DoRA, whose change can only be measured against a base")

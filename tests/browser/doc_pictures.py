@@ -34,7 +34,7 @@ def _frontend() -> Any:
 
 
 def build(page: Any) -> None:
-    """Put the rows into the first example and an Inspect LoRA beside them; nothing else of it is kept but the models."""
+    """Put the rows into the first example and the other nodes for LoRA files beside them; nothing else of it is kept but the models."""
     page.evaluate(
         """(rows) => {
             const graph = window.app.graph, rowsNode = graph.nodes.find((n) => n.type === 'RewardLabLoadLoRAs');
@@ -51,6 +51,13 @@ def build(page: Any) -> None:
             inspect.setSize([620, 760]);
             inspect.widgets.find((w) => w.name === 'lora').value = JSON.parse(rows)[0].file;
             models.connect(0, inspect, 'model_high');
+            const merge = window.LiteGraph.createNode('RewardLabMergeLoRA');
+            graph.add(merge);
+            merge.pos = [1400, 0];
+            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', dtype: 'fp8_scaled', rounding: 'stochastic', overwrite: true };
+            const plain = JSON.parse(rows).filter((row) => row.high && row.on).map(({ curve, ...row }) => row);
+            for (const [name, value] of Object.entries({ ...settings, rows: JSON.stringify(plain) })) merge.widgets.find((w) => w.name === name).value = value;
+            merge.configure(merge.serialize());
             const show = window.LiteGraph.createNode('PreviewAny');
             graph.add(show);
             show.pos = [0, 700];
@@ -133,6 +140,10 @@ def take_loras(frontend: Any, page: Any) -> None:
     picture_of(page, "RewardLabLoadLoRAs", IMAGES / "lora_rows.jpg")
     show_node(page, "RewardLabInspectLoRA", 1.0)
     picture_of(page, "RewardLabInspectLoRA", IMAGES / "inspect_lora.jpg")
+    merged = "() => [...document.querySelectorAll('.rl-text')].some((text) => /weights changed|was there/.test(text.textContent))"
+    page.wait_for_function(merged, timeout=RUN_LIMIT_S * 1000)
+    show_node(page, "RewardLabMergeLoRA", 1.0)
+    picture_of(page, "RewardLabMergeLoRA", IMAGES / "merge_lora.jpg")
 
 
 def take_rewards(frontend: Any, page: Any) -> None:
