@@ -144,6 +144,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from ..lora_train.run import Parts, train
     from ..runs import lease
     from ..runs.store import append_event
+    from . import start_images
     from .samples import SampleFiles
     from .training_mode import training_mode
     from .wan import load_backbone
@@ -170,7 +171,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
         parts = Parts(
             experts=Experts(backbones=backbones, sampling=config.sampling),
-            contexts=ContextCache(contexts, negative, device),
+            contexts=ContextCache(contexts, negative, device, start_images.conditions(config, needs.start_images(config), backbones, scorers["decoder"])),
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),

@@ -63,10 +63,11 @@ class RewardSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt and how often it is drawn relative to the others."""
+    """A prompt and how often it is drawn relative to the others. `image`: path of a start image, empty for none."""
 
     text: str
     weight: float = 1.0
+    image: str = ""
 
     def __post_init__(self) -> None:
         _require(bool(self.text.strip()), "a prompt is empty; remove it or write something")

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from reward_lab.lora_train import needs, objectives, run
-from reward_lab.lora_train.draws import draw_batch, shortened
+from reward_lab.lora_train.draws import draw_batch, prompt_sampler, shortened
 from reward_lab.lora_train.lora.adapter import new_adapter
 from reward_lab.lora_train.lora.linears import install
 from reward_lab.lora_train.lora.targets import select_targets
 from reward_lab.lora_train.objectives.prfl import Prfl, told
-from reward_lab.lora_train.prompts import PromptSampler
 from reward_lab.lora_train.protocols import LatentScores
 from reward_lab.lora_train.real import RealLatents, write_real
 from reward_lab.lora_train.solvers import SOLVERS, gradient_scale
@@ -106,7 +105,7 @@ CASES = [
 def test_gradient_equals_naive_form_and_finite_differences(prfl, changes):
     config, parts = prfl(torch.float64, **changes)
     expert = changes["expert"]
-    draw = draw_batch(config, PromptSampler(config.prompts, 0), parts.real, expert, 1, 0)
+    draw = draw_batch(config, prompt_sampler(config), parts.real, expert, 1, 0)
     with ExitStack() as stack:
         trainee = _trainee(config, parts, expert, stack)
         parameters = trainee.adapter.parameters()
@@ -202,13 +201,13 @@ def test_clean_latent_is_never_scored_and_every_other_step_may_be(prfl):
     config, _ = prfl(expert="low")
     assert list(config.gradient_steps("low")) == [3, 4]
     assert list(prfl(expert="low", prfl={"last_step": 5})[0].gradient_steps("low")) == [3, 4, 5]
-    drawn = {draw_batch(config, PromptSampler(config.prompts, 0), None, "high", step, 0).steps[0] for step in range(1, 60)}
+    drawn = {draw_batch(config, prompt_sampler(config), None, "high", step, 0).steps[0] for step in range(1, 60)}
     assert drawn == set(config.gradient_steps("high"))
 
 
 def test_null_prompts_come_at_their_rate(prfl):
     config, _ = prfl(prfl={"null_rate": 0.3})
-    prompts = [prompt for step in range(1, 301) for prompt in draw_batch(config, PromptSampler(config.prompts, 0), None, "high", step, 0).prompts]
+    prompts = [prompt for step in range(1, 301) for prompt in draw_batch(config, prompt_sampler(config), None, "high", step, 0).prompts]
     # 600 draws: four standard errors are 0.075
     assert abs(prompts.count("") / len(prompts) - 0.3) < 0.075
 
