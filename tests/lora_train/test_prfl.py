@@ -234,3 +234,20 @@ def test_broken_real_latents_are_named(tmp_path):
     save_file({"latents": torch.zeros(3, 16, 2, 2, 2)}, tmp_path / "mute.safetensors")
     with pytest.raises(ValueError, match="N prompts in the metadata"):
         RealLatents(tmp_path / "mute.safetensors")
+
+
+def test_nan_stops_with_step_sigma_and_rewards_and_keeps_the_checkpoint(prfl, tmp_path):
+    config, parts = prfl(expert="high", steps=6)
+    plain, calls = parts.latent_reward.score, []
+
+    def score(*arguments):
+        calls.append(1)
+        scores = plain(*arguments)
+        return LatentScores(logit_B=scores.logit_B * float("nan"), probability_B=scores.probability_B) if len(calls) == 4 else scores
+
+    parts.latent_reward.score = score
+    with pytest.raises(run.NonFiniteError, match=r"step 4 at sigma 0\.\d+ .*last three rewards: \d\S+, \d\S+, nan|step 4 at sigma 1\.0+ "):
+        run.train(config, parts, objectives.create(config, parts), tmp_path / "run")
+    from reward_lab.lora_train import checkpoint
+
+    assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["step-000002.state.safetensors"]
