@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | score | score-latent | lora | setup`.
+"""Reward Lab's one command line: `python lab.py demo | test | serve | train | plan | bench | preprocess | score | score-latent | lora | setup`.
 
 Standard library only. It finds or fetches ComfyUI, makes a virtual environment where the running Python lacks something, and hands
 over to the part that does the work. `labtools/` holds the machinery; here stand only the sub-commands.
@@ -220,7 +220,7 @@ def arguments_pavrm_lora(parser) -> None:
 
 
 def run_lora(options) -> int:
-    """Look into, apply, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
+    """Look into, apply, convert, merge, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
     # Programs read the one JSON object on standard output; what the set-up has to say goes elsewhere.
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(options)
@@ -230,6 +230,21 @@ def run_lora(options) -> int:
         is_fetched = setup.host.path.is_relative_to(setup.cache.root)
         arguments += ["--to", str((setup.cache.base if is_fetched else setup.host.path) / "models" / "loras")]
     return launch(setup, options, "host.lora_command", arguments)
+
+
+def run_preprocess(options) -> int:
+    """Encode a folder of videos (or a sweep's cells) into a dataset: latents, text embeddings, previews to label."""
+    from labtools.preprocessing import job
+
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
+    return launch(setup, options, "host.preprocess_command", job(options))
+
+
+def arguments_preprocess(parser) -> None:
+    from labtools.preprocessing import arguments_preprocess as add
+
+    add(parser)
 
 
 def arguments_setup(parser) -> None:
@@ -272,7 +287,7 @@ def arguments_bench(parser) -> None:
 
 
 def arguments_lora(parser) -> None:
-    parser.add_argument("verb", choices=["inspect", "apply", "convert", "extract", "download"], help="what to do")
+    parser.add_argument("verb", choices=["inspect", "apply", "convert", "merge", "extract", "download"], help="what to do")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the verb")
 
 
@@ -280,7 +295,10 @@ BENCHMARKS = {
     "pocket": "pocket.bench",
     "adversarial": "pocket.adversarial",
     "pavrm-lora": "pocket.pavrm_lora",
+    "rewards": "benchmarks.rewards",
+    "stability": "benchmarks.stability",
     "learning": "pocket.learning",
+    "pavrm": "pocket.pavrm_bench",
 }
 
 COMMANDS = {
@@ -294,6 +312,7 @@ COMMANDS = {
     "score": (run_score, arguments_score),
     "score-latent": (run_score_latent, arguments_score_latent),
     "pavrm-lora": (run_pavrm_lora, arguments_pavrm_lora),
+    "preprocess": (run_preprocess, arguments_preprocess),
     "setup": (run_setup, arguments_setup),
 }
 

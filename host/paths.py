@@ -21,6 +21,8 @@ def register_model_folders() -> None:
     """Tell the host about `models/reward_models`. The host would list every file of a new folder, so extensions are set here."""
     folder = Path(folder_paths.models_dir) / REWARD_MODEL_FOLDER
     folder_paths.add_model_folder_path(REWARD_MODEL_FOLDER, str(folder))
+    # Where Train PAVRM puts its files, as the host does with `output/loras`.
+    folder_paths.add_model_folder_path(REWARD_MODEL_FOLDER, str(trained_reward_models_folder()))
     folder_paths.folder_names_and_paths[REWARD_MODEL_FOLDER][1].update(REWARD_MODEL_EXTENSIONS)
 
 
@@ -83,6 +85,16 @@ def input_path(name: str) -> Path:
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}. Give an absolute path, or a name in the input folder.")
     return path
+
+
+def datasets_folder() -> Path:
+    """Return `<output>/reward_lab/datasets`; made when first written to."""
+    return Path(folder_paths.get_output_directory()) / "reward_lab" / "datasets"
+
+
+def trained_reward_models_folder() -> Path:
+    """Return `<output>/reward_models`; made when first written to."""
+    return Path(folder_paths.get_output_directory()) / REWARD_MODEL_FOLDER
 
 
 def scores_folder() -> Path:

@@ -64,7 +64,7 @@ class Pavrm:
         self.taps = tuple(taps)
         self.dtype = dtype
         self._adapted = adapted
-        width = head.query_attention.queries.shape[-1]
+        width = head.dim
         if model.dim != width:
             raise ValueError(f"The trunk is {model.dim} wide, the head {width}; they belong to different PAVRMs.")
 

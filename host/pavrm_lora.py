@@ -293,6 +293,8 @@ def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank:
     base = pavrm_files.read_trunk(generator, taps=(max(read.taps),))
     delta = extract(read.state, base.state, rank)
     scorer = head_module.load_head(query or source, head)
+    if scorer.query_attention is None:
+        raise ValueError(f"{source} pools by {scorer.pooling}; the LoRA form knows query attention only. Use the file as it is.")
     heads = scorer.query_attention.multihead_attn.num_heads
     config = {"feature_layers": list(read.taps), "num_heads": heads, "rank": rank, "relative_error": delta.relative_error, "generator": Path(generator).name}
     save_file(tensors_of(delta, scorer.state_dict()), str(out), metadata={"format": "pt", "config": json.dumps(config)})

@@ -29,6 +29,9 @@ def check(config: TrainConfig, folder: Path) -> None:
     roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
     _check_reward(config)
+    with_image = next((prompt for prompt in config.prompts if prompt.image), None)
+    if with_image is not None:
+        raise ValueError(f"the prompt {with_image.text[:40]!r} has a start image, but this version trains without: remove the images from the prompt set")
     for slot in needs.experts(config):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
     _check_widths(config, headers)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..lora_train.prompts import parse_prompt_lines, read_prompt_file
+from ..lora_train.config import Prompt
+from ..lora_train.prompts import parse_prompt_lines, read_prompt_file, split
 from . import paths
 
 
@@ -35,7 +36,7 @@ def read(text: str, file: str) -> list[dict]:
         file: See `find`; empty for none.
 
     Returns:
-        PROMPTS: `{"text", "weight"}` each, without repetitions.
+        PROMPTS: `{"text", "weight", "image"}` each, without repetitions; `image` is the path of a start image or empty.
 
     Raises:
         ValueError: No prompt at all, or the file cannot be read.
@@ -45,10 +46,17 @@ def read(text: str, file: str) -> list[dict]:
         found += read_prompt_file(find(file))
     if not found:
         raise ValueError("There are no prompts. Write some, one a line, or name a TXT, CSV or JSON file.")
-    weights: dict[str, float] = {}
+    weights: dict[tuple[str, str], float] = {}
     for prompt in found:
-        weights[prompt.text] = weights.get(prompt.text, 0.0) + prompt.weight
-    return [{"text": prompt, "weight": weight} for prompt, weight in weights.items()]
+        key = (prompt.text, prompt.image)
+        weights[key] = weights.get(key, 0.0) + prompt.weight
+    return [{"text": text, "weight": weight, "image": image} for (text, image), weight in weights.items()]
+
+
+def divide(prompts: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Divide PROMPTS into those to train on and held-out ones, see `lora_train.prompts.split`."""
+    parts = split([Prompt(**prompt) for prompt in prompts], share, seed)
+    return tuple([{"text": prompt.text, "weight": prompt.weight, "image": prompt.image} for prompt in part] for part in parts)
 
 
 def fingerprint(text: str | None, file: str | None) -> str:

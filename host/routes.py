@@ -1,4 +1,4 @@
-"""HTTP routes of the pack, for the page: runs, LoRA files, and the results of sweeps.
+"""HTTP routes of the pack, for the page: runs, LoRA files, reward models, and the results of sweeps.
 
 With `--listen` others on the network reach these, so every id is checked and no path leaves its folder. Nothing here starts a process.
 """
@@ -15,7 +15,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..testlab import sweep
-from . import lora_routes, paths, training
+from . import label_routes, lora_routes, paths, reward_files, training
 
 RUN_FILE_FOLDERS = ("samples", "checkpoints")
 MAX_LOG_LINES = 2000
@@ -38,11 +38,14 @@ def register() -> None:
         ("/reward_lab/runs/{id}/log", show_log),
         ("/reward_lab/runs/{id}/files/{name:.+}", send_run_file),
         ("/reward_lab/loras", list_loras),
+        ("/reward_lab/reward_models", show_reward_models),
         ("/reward_lab/sweeps/{name}/{path:.+}", send_sweep_file),
+        ("/reward_lab/datasets/{name}/{path:.+}", send_dataset_file),
         *lora_routes.GET_ROUTES,
+        *label_routes.GET_ROUTES,
     ):
         server.routes.get(path)(_answering_errors(handler))
-    for path, handler in (("/reward_lab/runs/{id}/stop", stop_run), *lora_routes.POST_ROUTES):
+    for path, handler in (("/reward_lab/runs/{id}/stop", stop_run), *lora_routes.POST_ROUTES, *label_routes.POST_ROUTES):
         server.routes.post(path)(_answering_errors(handler))
 
 
@@ -98,6 +101,11 @@ async def send_run_file(request: web.Request) -> web.StreamResponse:
     return _file_response(path)
 
 
+async def show_reward_models(_request: web.Request) -> web.Response:
+    """Return what Load Reward Model can show: kinds with their widgets and published files, and the files on disk."""
+    return web.json_response(reward_files.catalogue())
+
+
 async def list_loras(_request: web.Request) -> web.Response:
     """Return the names of the LoRA files, for the row editor."""
     return web.json_response(folder_paths.get_filename_list("loras"))
@@ -107,6 +115,15 @@ async def send_sweep_file(request: web.Request) -> web.StreamResponse:
     """Send a result of a sweep: the report, the grid, a cell's video."""
     folder = paths.sweeps_folder() / sweep.check_name(request.match_info["name"])
     return _file_response(inside(folder, request.match_info["path"]))
+
+
+async def send_dataset_file(request: web.Request) -> web.StreamResponse:
+    """Send a preview of a dataset."""
+    folder = paths.datasets_folder() / sweep.check_name(request.match_info["name"])
+    path = inside(folder, request.match_info["path"])
+    if path.parent != (folder / "previews").resolve():
+        raise ValueError(f"{request.match_info['path'][:200]!r} is no preview.")
+    return _file_response(path)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -66,11 +68,49 @@ def plot_sigmas(sigmas: Sequence[float], probabilities: Sequence[float], title: 
     return paths.image_tensor(line_chart([curve], title=title, subtitle=subtitle, x_label="noise level (number in the list)", first_x=1, mark_extremes=True))
 
 
-def plot_run(rewards: Sequence[float], losses: Sequence[float], title: str) -> torch.Tensor:
-    """Draw reward and loss of a training run over its steps.
+def plot_run(steps: Sequence[Mapping[str, Any]], title: str) -> torch.Tensor:
+    """Draw reward and loss of a training run over its steps, and the reward of its held-out prompts where it was measured.
+
+    Args:
+        steps: The run's `step` events.
 
     Returns:
         IMAGE [1, H, W, 3].
     """
-    curves = [Curve(label="reward", values=tuple(rewards), smooth=True), Curve(label="loss", values=tuple(losses), smooth=True, axis="right")]
-    return paths.image_tensor(line_chart(curves, title=title, x_label="step", first_x=1))
+    bases = [step["held_out_base"] for step in steps if step.get("held_out_base") is not None]
+    held_out = (bases[0] if bases else math.nan, *(_number(step, "held_out") for step in steps))
+    curves = [
+        Curve(label="reward", values=(math.nan, *(_number(step, "reward") for step in steps)), smooth=True),
+        Curve(label="loss", values=(math.nan, *(_number(step, "loss") for step in steps)), smooth=True, axis="right"),
+        *([Curve(label="held-out reward", values=held_out, sparse=True)] if any(map(math.isfinite, held_out)) else []),
+    ]
+    return paths.image_tensor(line_chart(curves, title=title, x_label="step"))
+
+
+def _number(step: Mapping[str, Any], name: str) -> float:
+    value = step.get(name)
+    return math.nan if value is None else float(value)
+
+
+def draw_validation(report: dict[str, Any], path: Path) -> None:
+    """Draw a PAVRM's validation report (see lora_train/pavrm_validation.py): accuracy by noise level, and the calibration curve; write it as PNG."""
+    rows = [row for row in (report["buckets"] if report["all"].get("count") else report["pairs"]) if row["count"]]
+    levels = ", ".join(f"{row['sigma'][0]:g}-{row['sigma'][1]:g}" for row in rows)
+    curves = [Curve(label="accuracy", values=tuple(row["accuracy"] for row in rows))]
+    if rows and rows[0].get("auc") is not None:
+        curves.append(Curve(label="area under ROC", values=tuple(row["auc"] if row["auc"] is not None else math.nan for row in rows)))
+    title = f"accuracy {report['accuracy']:.3f} ± {report['standard_error']:.3f} after step {report['step']} ({report['loss'].upper()}, {report['quality']})"
+    charts = [line_chart(curves, title=title, subtitle=f"sigma {levels}", x_label="noise level (number in the list)", first_x=1)]
+    curve = report["calibration"]
+    if curve:
+        ideal = Curve(label="said probability", values=tuple(entry["probability"] for entry in curve))
+        found = Curve(label="share that is good", values=tuple(entry["good"] for entry in curve))
+        counts = ", ".join(str(entry["count"]) for entry in curve)
+        title, subtitle = f"calibration: mean gap {report['calibration_error']:.3f}", f"scores in each tenth of probability: {counts}"
+        charts.append(line_chart([found, ideal], title=title, subtitle=subtitle, x_label="tenth of probability that occurs", first_x=1))
+    picture = Image.new("RGB", (max(chart.width for chart in charts), sum(chart.height for chart in charts)))
+    top = 0
+    for chart in charts:
+        picture.paste(chart, (0, top))
+        top += chart.height
+    picture.save(path)

@@ -18,6 +18,8 @@ import folder_paths
 import torch
 
 from ..lora_train.config import TrainConfig
+from ..lora_train.pavrm_config import KIND as PAVRM
+from ..lora_train.run_config import RunConfig
 from ..lora_train.safetensors_file import read_header
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
@@ -85,7 +87,7 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         "name": settings["name"],
         "models": {role: wan_files[role] for role in ("high", "low", "text_encoder", "vae")},
         "reward": reward_model.to_dict(),
-        "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0)} for prompt in prompts],
+        "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0), "image": prompt.get("image", "")} for prompt in prompts],
         "expert": settings["expert"],
         "video": {"width_px": settings["width"], "height_px": settings["height"], "frames": settings["frames"]},
         "sampling": {"steps": settings["sampling_steps"], "guidance": settings["guidance"]},
@@ -96,7 +98,7 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         "seed": settings["seed"],
         "output_folder": str(Path(folder_paths.get_output_directory()) / "loras"),
     }
-    return TrainConfig.from_dict(_laid_over(values, _advanced(settings["advanced"])))
+    return TrainConfig.from_dict(laid_over(values, advanced_settings(settings["advanced"])))
 
 
 def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: RewardModelSpec, settings: Mapping[str, Any]) -> StartedRun:
@@ -112,7 +114,19 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     runs = store()
     runs.root.mkdir(parents=True, exist_ok=True)
     preflight.check(config, runs.root)
-    same = _same_run(runs, config)
+    return launch(config, [*config.to_dict()["models"].values(), *reward_model.files()], f"{config.steps} steps, {config.expert} noise")
+
+
+def launch(config: RunConfig, inputs: list[str], what: str) -> StartedRun:
+    """Make the run folder of a checked config and start its worker; a run of the same settings is given back instead, see `start_run`.
+
+    Args:
+        inputs: files that it reads; a run older than one of them is trained again.
+        what: for the message.
+    """
+    runs = store()
+    runs.root.mkdir(parents=True, exist_ok=True)
+    same = _same_run(runs, config, inputs)
     if same is not None:
         return StartedRun(
             run_id=same.id, message=f"Run {same.id} has these settings ({same.state}, step {same.step}). Change the seed or the name to train another."
@@ -126,7 +140,7 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     _processes[run_id] = worker
     _follow(runs, run_id, worker)
     return StartedRun(
-        run_id=run_id, message=f"Run {run_id} started: {config.steps} steps, {config.expert} noise. Follow it in the Reward Lab tab of the sidebar."
+        run_id=run_id, message=f"Run {run_id} started: {what}. Follow it in the Reward Lab tab of the sidebar."
     )
 
 
@@ -144,10 +158,9 @@ def follow_living_runs() -> None:
         logger.exception("the runs in %s cannot be read", runs.root)
 
 
-def _same_run(runs: RunStore, config: TrainConfig) -> RunInfo | None:
+def _same_run(runs: RunStore, config: RunConfig, inputs: list[str]) -> RunInfo | None:
     """Return a run of these settings that is active or finished, made after the files that it was trained on."""
     wanted = config.to_dict()
-    inputs = [*wanted["models"].values(), *RewardModelSpec.from_dict(wanted["reward"]).files()]
     newest_input = max(Path(file).stat().st_mtime for file in inputs)
     for info in runs.list():
         is_finished = info.state == "finished" and info.files and all(Path(file).is_file() for file in info.files)
@@ -198,15 +211,18 @@ def run_result(run_id: str, wait: bool) -> RunResult:
         raise RuntimeError(f"Run {run_id} failed: {info.error}\n" + "\n".join(runs.log_tail(run_id, LOG_LINES)))
     if info.state == "broken":
         raise ValueError(f"Run {run_id} cannot be read: {info.error}.")
-    files = _newest_loras(runs.folder(run_id), info)
+    is_pavrm = read_config(runs.folder(run_id)).get("kind") == PAVRM
+    files = _finished_pavrm(info) if is_pavrm else _newest_loras(runs.folder(run_id), info)
+    if not files and is_pavrm:
+        raise ValueError(f"Run {run_id} has written no PAVRM yet (step {info.step} of {info.steps}, {info.state}). It does when it ends or is stopped.")
     if not files:
         raise ValueError(f"Run {run_id} has written no LoRA yet (step {info.step} of {info.steps}, {info.state}). Switch 'wait' on, or run this node later.")
     steps = [event for event in runs.events(run_id) if event.get("event") == "step"]
     loss_map = {"loss": _numbers(steps, "loss"), "reward": _numbers(steps, "reward")}
-    chart = score_pictures.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
+    chart = score_pictures.plot_run(steps, f"{info.name}: {info.state}, step {info.step} of {info.steps}")
     reward = f", reward {info.reward:.4f}" if info.reward is not None else ""
     return RunResult(
-        loras={expert: host_lora(file) for expert, file in files.items()},
+        loras={} if is_pavrm else {expert: host_lora(file) for expert, file in files.items()},
         files=files,
         loss_map=loss_map,
         chart=chart,
@@ -276,7 +292,13 @@ def _newest_loras(folder: Path, info: RunInfo) -> dict[str, Path]:
     return {expert: found[expert] for expert in EXPERTS if expert in found}
 
 
-def _advanced(text: str) -> dict[str, Any]:
+def _finished_pavrm(info: RunInfo) -> dict[str, Path]:
+    """Return the PAVRM of a finished run: the copy that Load Reward Model lists, which was written last; nothing before the end."""
+    files = [Path(file) for file in info.files if Path(file).name == f"{info.name}.safetensors" and Path(file).is_file()]
+    return {PAVRM: files[-1]} if files else {}
+
+
+def advanced_settings(text: str) -> dict[str, Any]:
     """Read the advanced widget."""
     try:
         values = json.loads(text) if text.strip() else {}
@@ -287,12 +309,12 @@ def _advanced(text: str) -> dict[str, Any]:
     return values
 
 
-def _laid_over(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Lay one set of settings over another, section by section."""
     merged = dict(under)
     for key, value in over.items():
         is_section = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _laid_over(dict(merged[key]), value) if is_section else value
+        merged[key] = laid_over(dict(merged[key]), value) if is_section else value
     return merged
 
 

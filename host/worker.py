@@ -108,16 +108,18 @@ class _StopSignal:
 
 
 def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
-    from ..lora_train.config import TrainConfig
+    from ..lora_train import run_config
     from ..runs.store import CONFIG, METRICS, read_config
-    from . import preflight
+    from . import pavrm_worker, preflight
 
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder / CONFIG} does not exist; write the settings of the run there")
-    config = TrainConfig.from_dict(read_config(folder))
+    config = run_config.read(read_config(folder))
+    is_pavrm = isinstance(config, run_config.PavrmConfig)
     if (folder / METRICS).exists() and not resume:
         raise ValueError(f"the run folder {folder} already holds a run; resume it (--resume) or start a new one")
-    preflight.check(config, folder)
+    if not is_pavrm:
+        preflight.check(config, folder)
 
     import comfy.cli_args
     import torch
@@ -129,9 +131,12 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
         dtype = torch.bfloat16 if has_gpu else torch.float32
     else:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-    logger.info("run %s: training %s on %s in %s", folder.name, " and ".join(config.trained_experts), device, dtype)
+    logger.info("run %s: training %s on %s in %s", folder.name, "a PAVRM" if is_pavrm else " and ".join(config.trained_experts), device, dtype)
     if resume:
         _forget_after_checkpoint(folder)
+    if is_pavrm:
+        pavrm_worker.train(config, folder, stop, resume, device, dtype)
+        return
     _train_with_models(config, folder, stop, resume, device, dtype)
 
 
@@ -139,6 +144,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from concurrent.futures import ThreadPoolExecutor
 
     from ..lora_train import needs, objectives
+    from ..lora_train.offload.knobs import Knobs
     from ..lora_train.real import RealLatents
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
@@ -161,9 +167,8 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        if config.gradient_checkpointing:
-            for expert in config.trained_experts:
-                stack.enter_context(backbones[expert].gradient_checkpointing())
+        for backbone in backbones.values():
+            stack.enter_context(backbone.engine(Knobs()))
 
         def sink(event) -> None:
             append_event(folder, event)

@@ -11,6 +11,8 @@ from .errors import LabError
 
 REWARD_FILES = ("clip", "detector", "landmarks", "reference")
 MODEL_FILES = ("high", "low", "text_encoder", "vae")
+PAVRM_FILES = ("trunk", "query", "head")
+DATA_PATHS = ("source", "annotations", "pairs", "losers", "validation")
 
 
 def read_config(path: Path, repo: Path = REPO) -> dict:
@@ -31,7 +33,10 @@ def read_config(path: Path, repo: Path = REPO) -> dict:
         raise LabError(f"The config {path} holds a {type(values).__name__}, not an object of settings.", remedy="Write it as {...}.")
     folders = (path.absolute().parent, Path.cwd(), repo / "pocket" / "weights")
     # Wrong types pass through: the reader of the settings names them better.
-    _resolve(values.get("models"), MODEL_FILES, "models", folders)
+    is_pavrm = values.get("kind") == "pavrm"
+    _resolve(values.get("models"), PAVRM_FILES if is_pavrm else MODEL_FILES, "models", folders)
+    if is_pavrm:
+        _resolve(values.get("data"), DATA_PATHS, "data", folders)
     _resolve_reward(values.get("reward"), "reward", folders)
     return values
 
@@ -58,7 +63,7 @@ def _absolute(name: str, setting: str, folders: tuple[Path, ...]) -> str:
     if given.is_absolute():
         return str(given)
     for folder in folders:
-        if (folder / given).is_file():
+        if (folder / given).exists():
             return str((folder / given).absolute())
     looked = ", ".join(map(str, folders))
     raise LabError(f"{setting} is {name!r}, and no such file is in: {looked}.", remedy="Give the whole path, or put the file beside the config.")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..lora_train.config import TrainConfig
+from ..lora_train import run_config
 from ..runs import process as run_process
 from ..runs.store import RunStore, log_tail
 from .configs import read_config
@@ -42,7 +42,7 @@ def _train(config: Path, output: Path) -> int:
         folder = config.resolve()
     else:
         store = RunStore(output / RUNS)
-        folder = store.folder(store.create(TrainConfig.from_dict(read_config(config))))
+        folder = store.folder(store.create(run_config.read(read_config(config))))
     known = len(RunStore(folder.parent).events(folder.name)) if resume else 0
     print(f"Run folder: {folder}", flush=True)
     # In the foreground the user waits for it: no lower priority.
@@ -89,14 +89,15 @@ def _show(event: dict, ended: dict) -> None:
     elif kind == "step":
         held_out = f"  held-out {event['held_out']:.5f}" if event.get("held_out") is not None else ""
         left_s = (event["steps"] - event["step"]) * event["seconds"]
-        facts = f"step {event['step']}/{event['steps']}  {event['expert']}  reward {_number(event['reward'])}  loss {_number(event['loss'])}"
+        measure = "accuracy" if event["expert"] == "pavrm" else "reward"
+        facts = f"step {event['step']}/{event['steps']}  {event['expert']}  {measure} {_number(event['reward'])}  loss {_number(event['loss'])}"
         print(f"{facts}  grad {_number(event['grad_norm'])}  {event['seconds']:.2f} s  left {left_s / 60:.1f} min{held_out}", flush=True)
     elif kind in ("checkpoint", "sample"):
         print(f"{kind}: {', '.join(event['files'])}", flush=True)
     elif kind == "finished":
         ended |= event
         title = f"{event['reason'].replace('_', ' ').capitalize()} after step {event['step']}. {event.get('detail', '')}".strip()
-        print(f"\n{title} LoRAs:\n" + "\n".join("  " + file for file in event["files"]), flush=True)
+        print(f"\n{title} Files:\n" + "\n".join("  " + file for file in event["files"]), flush=True)
     elif kind == "failed":
         ended |= event
         print(f"\nFailed: {event['error']}", file=sys.stderr, flush=True)

@@ -224,6 +224,45 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the model is run in the memory at hand. The plan chooses what is left open (-1 or `auto`); none of it changes what is computed.
+
+    resident_blocks, ffn_chunk_tokens, row_chunk_tokens, head_groups, slots, keep_place, keep_attention: see `offload/knobs.py`.
+    optimiser_place: where masters and optimiser live, `device` or `host`.
+    attention, kernels: see `kernels/attention.py` and `kernels/lora_linear/kernels.py`.
+    card_gb, ram_gb: plan for a card and a host of this size; 0 takes those of the machine.
+    self_check: compare one block with the plain path before the first step.
+    """
+
+    resident_blocks: int = -1
+    slots: int = -1
+    ffn_chunk_tokens: int = -1
+    row_chunk_tokens: int = -1
+    head_groups: int = -1
+    keep_place: str = "auto"
+    keep_attention: str = "auto"
+    optimiser_place: str = "auto"
+    attention: str = "auto"
+    kernels: str = "auto"
+    card_gb: float = 0.0
+    ram_gb: float = 0.0
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("resident_blocks", "slots", "ffn_chunk_tokens", "row_chunk_tokens", "head_groups"):
+            _whole(f"engine.{name}", getattr(self, name), -1)
+        for name in ("slots", "head_groups"):
+            _require(getattr(self, name) != 0, f"engine.{name} is 0; it must be at least 1, or -1 for the plan's choice")
+        _choice("engine.keep_place", self.keep_place, ("auto", "device", "host"))
+        _choice("engine.keep_attention", self.keep_attention, ("auto", "yes", "no"))
+        _choice("engine.optimiser_place", self.optimiser_place, ("auto", "device", "host"))
+        _choice("engine.attention", self.attention, ("auto", "cudnn", "flash", "cpu", "plain"))
+        _choice("engine.kernels", self.kernels, ("auto", "torch", "triton"))
+        for name in ("card_gb", "ram_gb"):
+            _number(f"engine.{name}", getattr(self, name), least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run. `output_folder`: where finished LoRAs are copied to besides the run folder (empty: nowhere)."""
 
@@ -254,7 +293,7 @@ class TrainConfig:
     output_folder: str = ""
     dtype: str = "auto"
     save_dtype: str = "bf16"
-    gradient_checkpointing: bool = False
+    engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         name_rule = "letters, digits, '.', '_' and '-', at most 100 of them, starting with a letter or a digit"
@@ -334,5 +373,5 @@ class TrainConfig:
 
 # A resumed run may go on for longer, save more often or write elsewhere: none of these changes a step's numbers.
 _FREE_TO_CHANGE = frozenset(
-    {"steps", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "frame_rate", "output_folder", "held_out", "gradient_checkpointing"}
+    {"steps", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "frame_rate", "output_folder", "held_out", "engine"}
 )

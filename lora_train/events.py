@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The worker is ready: models loaded, prompts encoded. `first_step` > 0 means that it resumed there."""
+    """The worker is ready: models loaded, prompts encoded. `first_step` > 0 means that it resumed there.
+
+    `measure`: what the numbers called reward are in this run: `reward`, or `accuracy` where a PAVRM is trained.
+    """
 
     name: ClassVar[str] = "started"
     time: float
@@ -25,6 +28,7 @@ class Started:
     device: str = ""
     boundary_step: int = 0
     sampling_steps: int = 0
+    measure: str = "reward"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora": {"rank": 128, "alpha": 64, "skip": ["ffn"]},
         "optimiser": {"lr": 1e-5, "weight_decay": 0.03, "eps": 1e-10, "clip_norm": 0.3},
         "checkpoint_every": 100,
-        "gradient_checkpointing": True,
     },
     "hy-video-prfl": {
         "method": "prfl",
@@ -38,7 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prfl": {"solver": "unipc", "guidance": 1.0, "loss": "hinge", "even_gradient": False, "null_rate": 0.1, "real_weight": 1.0},
         "lora": {"rank": 128, "alpha": 128, "targets": ["self_attn", "cross_attn"], "skip": []},
         "optimiser": {"lr": 5e-6, "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 5},
-        "gradient_checkpointing": True,
     },
     "roll-reward-flow": {
         "method": "reward_flow",
@@ -49,7 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_flow": {"first_step": 4, "last_step": 7, "guidance": 1.0, "measure_videos": 16, "fixed_noise": True},
         "lora": {"rank": 32, "alpha": 32, "skip": []},
         "optimiser": {"lr": 2.5e-6, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
-        "gradient_checkpointing": True,
     },
     "reward-lab": {
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
@@ -60,12 +57,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "lora": {"rank": 32, "skip": ["ffn"]},
         "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
-        "gradient_checkpointing": True,
     },
     "pocket": {
         "video": {"width_px": 64, "height_px": 64, "frames": 17},
         "sampling": {"steps": 12, "shift": 5.0, "boundary": 0.875, "guidance": 3.0, "schedule": "simple"},
-        "objective": {"mode": "chain", "strategy": "random", "grad_steps": 1, "decode": "first", "decode_count": 1, "kl_weight": 0.4},
+        "objective": {"mode": "chain", "strategy": "tail", "grad_steps": 1, "decode": "random", "decode_count": 1, "kl_weight": 0.4},
         "lora": {"rank": 16, "skip": ["ffn"]},
         "optimiser": {"lr": 2e-3, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 5},
         "batch": 8,
@@ -76,9 +72,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What fits on a card, laid over a preset; from arithmetic (host/plan), not yet run on these cards.
 CARDS: dict[str, dict[str, Any]] = {
-    "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16", "gradient_checkpointing": True},
-    "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16", "gradient_checkpointing": True},
-    "80GB": {"video": {"width_px": 832, "height_px": 480, "frames": 33}, "lora": {"rank": 64}, "batch": 1, "dtype": "bf16", "gradient_checkpointing": True},
+    "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16"},
+    "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16"},
+    "80GB": {"video": {"width_px": 832, "height_px": 480, "frames": 33}, "lora": {"rank": 64}, "batch": 1, "dtype": "bf16"},
 }
 
 

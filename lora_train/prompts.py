@@ -1,7 +1,8 @@
 """Prompt sets: reading them from text and files, and drawing from them reproducibly. No torch.
 
-Files: `.txt` (one prompt a line), `.csv` (column `prompt`, `text` or `caption`, optionally `weight`), `.json` (a list of texts or of objects with
-these keys) and `.jsonl`. UTF-8 with or without byte-order mark, UTF-16 with one; any line ends. Empty lines are dropped, repeated prompts merged.
+Files: `.txt` (one prompt a line), `.csv` (column `prompt`, `text` or `caption`, optionally `weight` and `image`), `.json` (a list of texts or of
+objects with these keys) and `.jsonl`. A start image is a path, relative ones beside the file. UTF-8 with or without byte-order mark, UTF-16 with one; any
+line ends. Empty lines are dropped, repeated prompts merged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .config import Prompt
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_FILE_BYTES = 64 * 1024 * 1024
 _TEXT_KEYS = ("prompt", "text", "caption")
+_IMAGE_KEYS = ("image", "start_image", "image_path")
 _BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -51,13 +54,34 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
         raise ValueError(f"the prompt file {path.name} has {size_bytes} bytes, the limit is {MAX_FILE_BYTES}; split it")
     text = _decoded(path.read_bytes(), path.name)
     if ending == ".csv":
-        return _merged(_from_csv(text, path.name), path.name)
+        return _merged(_from_csv(text, path.name), path.name, path.parent)
     if ending == ".json":
-        return _merged(_from_json(text, path.name), path.name)
+        return _merged(_from_json(text, path.name), path.name, path.parent)
     if ending == ".jsonl":
         entries = [(number, line) for number, line in enumerate(_lines(text, path.name), 1) if line.strip()]
-        return _merged([_entry(_loads(line, path.name, number), f"{path.name} line {number}") for number, line in entries], path.name)
+        return _merged([_entry(_loads(line, path.name, number), f"{path.name} line {number}") for number, line in entries], path.name, path.parent)
     return parse_prompt_lines(text, path.name)
+
+
+def split(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Divide prompts into those to train on and held-out ones, as a function of the texts and the seed, whatever their order.
+
+    A text with several start images goes to one side with all of them.
+
+    Args:
+        share: of the texts that is held out, in [0, 1); at least one when it is above 0.
+
+    Raises:
+        ValueError: the share is out of range, or nothing would be left on one side.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the held-out share is {share}; it must be at least 0 and below 1")
+    texts = sorted({prompt.text for prompt in prompts}, key=lambda text: derived_seed(seed, "held out prompts", text))
+    count = max(1, round(share * len(texts))) if share else 0
+    if count >= len(texts) and share:
+        raise ValueError(f"a held-out share of {share} of {len(texts)} prompts leaves none to train on; give more prompts or a smaller share")
+    held = set(texts[:count])
+    return [prompt for prompt in prompts if prompt.text not in held], [prompt for prompt in prompts if prompt.text in held]
 
 
 def _decoded(raw: bytes, source: str) -> str:
@@ -83,10 +107,10 @@ def _from_csv(text: str, source: str) -> list[Prompt]:
     column = next((columns[key] for key in _TEXT_KEYS if key in columns), None)
     if column is None:
         raise ValueError(f"{source} has the columns {list(columns)}; one must be called {' or '.join(_TEXT_KEYS)}, in the first line")
-    weight = columns.get("weight")
+    weight, image = columns.get("weight"), next((columns[key] for key in _IMAGE_KEYS if key in columns), None)
     rows = [(reader.line_num, row) for row in reader]
     return [
-        _entry({"prompt": row[column], "weight": (row[weight] if weight else None) or 1}, f"{source} line {number}")
+        _entry({"prompt": row[column], "weight": (row[weight] if weight else None) or 1, "image": row[image] if image else ""}, f"{source} line {number}")
         for number, row in rows
         if (row[column] or "").strip()
     ]
@@ -113,8 +137,9 @@ def _entry(value: Any, where: str) -> Prompt:
     if isinstance(value, dict):
         text = next((value[key] for key in _TEXT_KEYS if key in value), None)
         weight = value.get("weight", 1)
+        image = next((value[key] for key in _IMAGE_KEYS if value.get(key)), "")
     else:
-        text, weight = value, 1
+        text, weight, image = value, 1, ""
     if not isinstance(text, str):
         raise ValueError(f"{where} holds no prompt; give a text or an object with one of the keys {', '.join(_TEXT_KEYS)}")
     if len(text) > MAX_PROMPT_CHARACTERS:
@@ -123,16 +148,28 @@ def _entry(value: Any, where: str) -> Prompt:
         number = float(weight)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} has the weight {weight!r}; give a positive number") from error
-    return Prompt(text=text.strip(), weight=number)
+    if not isinstance(image, str):
+        raise ValueError(f"{where} has the image {image!r}; give the path of a picture, or nothing")
+    return Prompt(text=text.strip(), weight=number, image=image.strip())
 
 
-def _merged(prompts: list[Prompt], source: str) -> list[Prompt]:
-    unique: dict[str, Prompt] = {}
+def _merged(prompts: list[Prompt], source: str, folder: Path | None = None) -> list[Prompt]:
+    """Each prompt and start image once, pictures looked up beside the file."""
+    unique: dict[tuple[str, str], Prompt] = {}
     for prompt in prompts:
-        unique.setdefault(prompt.text, prompt)
+        placed = replace(prompt, image=_picture(prompt.image, folder or Path(), source)) if prompt.image else prompt
+        unique.setdefault((placed.text, placed.image), placed)
     if not unique:
         raise ValueError(f"{source} holds no prompt; write at least one")
     return list(unique.values())
+
+
+def _picture(name: str, folder: Path, source: str) -> str:
+    path = Path(name).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if not path.is_file():
+        raise ValueError(f"{source} names the start image {name!r}, but there is no file {path}; correct the path")
+    return str(path.absolute())
 
 
 class PromptSampler:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import paths, routes, training
-from .inspect_lora import InspectLoRA
-from .loras import LoadLoRAs
+from .loras import InspectLoRA, LoadLoRAs, MergeLoRA
 from .models import WanModels
+from .pavrm import TrainPAVRM, VideoDataset
 from .prompts import Prompts
 from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
@@ -18,6 +18,7 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     WanModels,
     LoadLoRAs,
     InspectLoRA,
+    MergeLoRA,
     SampleWan22,
     RewardModelNode,
     MixRewards,
@@ -25,6 +26,8 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     ScoreLatent,
     Prompts,
     TrainLoRA,
+    VideoDataset,
+    TrainPAVRM,
     RunResult,
     TestLabCell,
     TestLabGrid,

@@ -19,6 +19,7 @@ from ..host.training_mode import training_mode
 from ..host.vae import load_decoder
 from ..host.wan import load_backbone
 from ..lora_train.config import Sampling
+from ..lora_train.flow import boundary_index
 from ..lora_train.lora.keys import from_file_tensors
 from ..lora_train.lora.linears import install
 from ..lora_train.rollout import ContextCache, Experts
@@ -39,10 +40,11 @@ class Generator:
         self.backbones = {expert: load_backbone(weights / name, dtype=dtype, device=device) for expert, name in dit.FILE_NAMES.items()}
         self.decoder = load_decoder(weights / vae.FILE_NAME, dtype=dtype, device=device)
         self._encoder = PromptEncoder(load_text_encoder(weights / text.FILE_NAME))
+        self._switched: dict[tuple, torch.Tensor] = {}
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], loras: Sequence[tuple[Path, str, float]] = ()) -> torch.Tensor:
-        """Sampled latents in model space.
+        """Sampled latents in model space. Calls that differ in the low-noise expert's LoRAs only share the high-noise expert's steps.
 
         Args:
             prompts: one per video.
@@ -54,6 +56,8 @@ class Generator:
         """
         cache = self.contexts(prompts)
         experts = Experts(backbones=self.backbones, sampling=self.sampling)
+        sigmas = self.sampling.sigmas()
+        switch = boundary_index(sigmas, self.sampling.boundary)
         out = []
         with ExitStack() as stack:
             for path, expert, strength in loras:
@@ -62,9 +66,13 @@ class Generator:
                 stack.enter_context(stack.enter_context(install(linears, adapter)).merged())
             for start in range(0, len(prompts), _BATCH):
                 chosen = slice(start, start + _BATCH)
-                noise = [torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chosen]]
+                key = (tuple(prompts[chosen]), tuple(seeds[chosen]), tuple(row for row in loras if row[1] == "high"))
+                context = cache.batch(prompts[chosen])
                 with training_mode(), torch.no_grad():
-                    out.append(experts.roll(torch.stack(noise), self.sampling.sigmas(), cache.batch(prompts[chosen])))
+                    if key not in self._switched:
+                        noise = [torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chosen]]
+                        self._switched[key] = experts.roll(torch.stack(noise), sigmas[: switch + 1], context)
+                    out.append(experts.roll(self._switched[key], sigmas[switch:], context))
         return torch.cat(out)
 
     def contexts(self, prompts: Sequence[str]) -> ContextCache:

@@ -41,7 +41,6 @@ _POCKET = {
     "lora": {"rank": 16, "alpha": 8.0},
     "optimiser": {"lr": 2e-3, "warmup": 5, "accumulate": 1},
     "batch": 4,
-    "gradient_checkpointing": False,
     "steps": 10_000,
     "checkpoint_every": 0,
     "save_dtype": "fp32",

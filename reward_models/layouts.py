@@ -62,7 +62,7 @@ def identify(state: Mapping[str, object]) -> str:
         return "arcface"
     if "query_attention.queries" in state and any(key.startswith("lora.") for key in state):
         return "pavrm_lora"
-    if "query_attention.queries" in state and "mlp.fc1.weight" in state:
+    if "mlp.fc1.weight" in state and ("query_attention.queries" in state or "trunk.patch_embedding.weight" in state):
         return "pavrm"
     if "queries" in state and "multihead_attn.in_proj_weight" in state:
         return "pavrm_query"

@@ -22,6 +22,7 @@ from . import layouts
 from .weights import load_into, read_weights
 
 HEADS = 8
+POOLINGS = ("query", "mean", "max")
 _HIDDEN = (1024, 512)
 
 
@@ -100,16 +101,25 @@ class PavrmHead(nn.Module):
     """Query attention and score head together.
 
     Args:
-        query_attention: pooling.
+        query_attention: pooling; None for `mean` and `max`.
         mlp: score head.
         use_folded: compute the pooling in its folded form (equal up to rounding).
+        pooling: one of POOLINGS; the published models have `query`, the others are the paper's comparisons (table 5).
     """
 
-    def __init__(self, query_attention: QueryAttention, mlp: ScoreHead, *, use_folded: bool = True):
+    def __init__(self, query_attention: QueryAttention | None, mlp: ScoreHead, *, use_folded: bool = True, pooling: str = "query"):
         super().__init__()
+        if pooling not in POOLINGS or (pooling == "query") != (query_attention is not None):
+            raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}, and 'query' alone has a query attention.")
         self.query_attention = query_attention
         self.mlp = mlp
         self.use_folded = use_folded
+        self.pooling = pooling
+
+    @property
+    def dim(self) -> int:
+        """Width of the features that it reads."""
+        return self.mlp.fc1.in_features
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> PavrmOutput:
         """Score trunk features.
@@ -122,19 +132,25 @@ class PavrmHead(nn.Module):
             ValueError: no features, or of another width.
         """
         layers = [features] if isinstance(features, Tensor) else list(features)
-        dim = self.query_attention.queries.shape[-1]
+        dim = self.dim
         if not layers or any(x.ndim != 3 or x.shape[-1] != dim for x in layers):
             raise ValueError(f"PAVRM features must be [batch, tokens, {dim}] (one tensor per tapped block), got {[tuple(x.shape) for x in layers]}.")
-        pool = self.query_attention.folded if self.use_folded else self.query_attention
-        dtype = self.query_attention.queries.dtype
-        pooled_BD = torch.stack([pool(x.to(dtype)) for x in layers]).mean(dim=0)
+        dtype = self.mlp.fc1.weight.dtype
+        pooled_BD = torch.stack([self._pooled(x.to(dtype)) for x in layers]).mean(dim=0)
         logit_B = self.mlp(pooled_BD)
         return PavrmOutput(logit=logit_B, probability=logit_B.sigmoid(), pooled=pooled_BD)
 
+    def _pooled(self, features_BLD: Tensor) -> Tensor:
+        if self.pooling == "mean":
+            return features_BLD.mean(dim=1)
+        if self.pooling == "max":
+            return features_BLD.amax(dim=1)
+        return self.query_attention.folded(features_BLD) if self.use_folded else self.query_attention(features_BLD)
 
-def build_head(dim: int, num_heads: int = HEADS) -> PavrmHead:
+
+def build_head(dim: int, num_heads: int = HEADS, *, pooling: str = "query") -> PavrmHead:
     """A trainable head with the published initialisation."""
-    return PavrmHead(QueryAttention(dim, num_heads), ScoreHead(dim))
+    return PavrmHead(QueryAttention(dim, num_heads) if pooling == "query" else None, ScoreHead(dim), pooling=pooling)
 
 
 def load_head(
@@ -153,10 +169,12 @@ def load_head(
         ValueError: a file is unreadable or is something else; the two belong to different widths; keys are missing.
     """
     first = read_weights(query)
+    pooling = "query"
     if first.kind == "pavrm":
         if mlp is not None:
             raise ValueError(f"{query} is a single-file PAVRM and holds its score head already; give no second file.")
-        num_heads = num_heads or int(json.loads(first.metadata.get("config", "{}")).get("num_heads", HEADS))
+        config = json.loads(first.metadata.get("config", "{}"))
+        num_heads, pooling = num_heads or int(config.get("num_heads", HEADS)), str(config.get("pooling", pooling))
         query_state, mlp_state = split_single_file(first.state)
     else:
         _expect(first.kind, "pavrm_query", query)
@@ -167,8 +185,9 @@ def load_head(
         query_state, mlp_state = first.state, second.state
     with torch.inference_mode(False):
         with torch.device("meta"):
-            head = build_head(query_state["queries"].shape[-1], num_heads or HEADS)
-        load_into(head.query_attention, query_state, f"{query} (query attention)")
+            head = build_head(mlp_state["fc1.weight"].shape[1], num_heads or HEADS, pooling=pooling)
+        if head.query_attention is not None:
+            load_into(head.query_attention, query_state, f"{query} (query attention)")
         load_into(head.mlp, mlp_state, f"{mlp or query} (score head)")
         head.use_folded = use_folded
         return head.float().eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lora_train import events
-from ..lora_train.config import TrainConfig
+from ..lora_train.run_config import RunConfig
 from . import lock
 
 CONFIG, METRICS, LOG, STOP = "config.json", "metrics.jsonl", "log.txt", "stop"
@@ -67,7 +67,7 @@ class RunStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
-    def create(self, config: TrainConfig, run_id: str | None = None) -> str:
+    def create(self, config: RunConfig, run_id: str | None = None) -> str:
         """Make a run folder with its `config.json`.
 
         Args:
@@ -211,7 +211,7 @@ def _read_info(folder: Path) -> RunInfo:
         "name": str(config.get("name", folder.name)),
         "steps": int(config.get("steps", 0)),
         "expert": str(config.get("expert", "")),
-        "reward_kind": str(reward.get("kind", "")) if isinstance(reward, dict) else "",
+        "reward_kind": str(reward.get("kind", "")) if isinstance(reward, dict) else str(config.get("kind", "")),
         "created": (folder / CONFIG).stat().st_mtime,
         "pid": lock.owner(folder),
     }

@@ -2,6 +2,7 @@
 /** The sidebar tab: all training runs, newest first. `mount` draws into an element and returns what undoes it. */
 import { el, icon, onceAFrame, setText } from "./dom.js";
 import { isLive } from "./events.js";
+import { openLabelPage } from "./label_page.js";
 import { createRunCard } from "./run_card.js";
 
 /** @typedef {import("./run_store.js").RunStore} RunStore */
@@ -12,6 +13,8 @@ import { createRunCard } from "./run_card.js";
  * @property {(title: string, message: string) => Promise<boolean>} confirm
  * @property {(severity: "success" | "info" | "warn" | "error", summary: string, detail?: string) => void} toast
  * @property {(path: string) => string} fileUrl
+ * @property {(path: string) => Promise<any>} getJson
+ * @property {(path: string, body?: unknown) => Promise<any>} postJson
  */
 
 /** @type {Set<string>} cards that the user opened or closed; kept while the tab is away */
@@ -43,12 +46,13 @@ export function reveal(store, id) {
  */
 export function mount(root, store, host) {
   const refresh = el("button", { class: "rl-icon-button", type: "button", title: "Read the runs again", "aria-label": "Refresh" }, [icon("refresh")]);
+  const label = el("button", { class: "rl-icon-button", type: "button", title: "Label videos and vote blind", "aria-label": "Label and vote" }, [icon("heart")]);
   const count = el("span", { class: "rl-count" });
   const notice = el("div", { class: "rl-notice", role: "status" });
   const list = el("div", { class: "rl-run-list" });
   const empty = emptyState();
   const panel = el("div", { class: "rl-root rl-panel", data: { rewardLab: "panel" } }, [
-    el("header", { class: "rl-panel-head" }, [el("span", { class: "rl-panel-title", text: "Reward Lab" }), count, refresh]),
+    el("header", { class: "rl-panel-head" }, [el("span", { class: "rl-panel-title", text: "Reward Lab" }), count, label, refresh]),
     notice,
     list,
     empty,
@@ -87,6 +91,7 @@ export function mount(root, store, host) {
   const onChange = () => frame.request();
   store.addEventListener("change", onChange);
   refresh.addEventListener("click", () => void store.reload());
+  label.addEventListener("click", () => void openLabelPage(host));
   root.replaceChildren(panel);
   render();
   void store.start();

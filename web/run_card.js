@@ -76,7 +76,7 @@ export function headLine(run, detail) {
   const isWaiting = run.state === "created" || (run.state === "running" && !run.step);
   return [
     isWaiting ? "loading models" : `step ${run.step} of ${run.steps}`,
-    reward === null ? "" : `reward ${reward.toFixed(4)}`,
+    reward === null ? "" : `${detail?.started?.measure ?? "reward"} ${reward.toFixed(4)}`,
     left === null ? "" : `${formatDuration(left)} left`,
   ]
     .filter(Boolean)
@@ -141,8 +141,9 @@ function figureRows(run, detail) {
   const { started, heldOutSpan } = detail;
   if (started?.reward) rows.push(["Reward model", started.reward]);
   if (started?.experts?.length) rows.push(["Expert", started.experts.join(", ")]);
-  if (heldOutSpan) rows.push(["Held-out reward", `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}`]);
-  if (heldOutSpan && heldOutSpan.base !== null) rows.push(["Held-out, base model", heldOutSpan.base.toFixed(4)]);
+  const measure = started?.measure ?? "reward";
+  if (heldOutSpan) rows.push([`Held-out ${measure}`, `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}`]);
+  if (heldOutSpan && heldOutSpan.base !== null) rows.push([measure === "reward" ? "Held-out, base model" : "Held-out, before training", heldOutSpan.base.toFixed(4)]);
   if (detail.secondsAStep) rows.push(["Speed", `${detail.secondsAStep < 10 ? detail.secondsAStep.toFixed(1) : Math.round(detail.secondsAStep)} s a step`]);
   if (detail.checkpoints.length) rows.push(["Checkpoint", `step ${detail.checkpoints[detail.checkpoints.length - 1]}`]);
   if (started?.parameters) rows.push(["Trained", `${(started.parameters / 1e6).toFixed(started.parameters < 1e7 ? 2 : 0)} M parameters`]);
@@ -185,7 +186,7 @@ function sampleRows(id, latest, actions) {
       return el("img", { src, title, alt: title || `Sample of step ${latest.step}` });
     });
   for (const item of media) if (item instanceof HTMLVideoElement) item.muted = true; // the attribute alone does not allow autoplay
-  return [el("figcaption", { class: "rl-heading", text: `Sample at step ${latest.step}` }), el("div", { class: "rl-sample-grid" }, media)];
+  return [el("figcaption", { class: "rl-heading", text: `${latest.files[0].includes("validation-") ? "Validation" : "Sample"} at step ${latest.step}` }), el("div", { class: "rl-sample-grid" }, media)];
 }
 
 /**
@@ -202,7 +203,7 @@ function fileRows(files, actions) {
     copy.addEventListener("click", () => actions.copy(name));
     return el("div", { class: "rl-file-row", title: path }, [icon("file"), el("span", { class: "rl-file-row-name", text: name }), copy]);
   });
-  return [el("div", { class: "rl-heading", text: rows.length > 1 ? "LoRA files" : "LoRA file" }), ...rows];
+  return [el("div", { class: "rl-heading", text: rows.length > 1 ? "Files" : "File" }), ...rows];
 }
 
 /**

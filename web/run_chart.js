@@ -16,13 +16,14 @@ const COLORS = { dark: { reward: "#4aa8ff", heldOut: "#ffb347", loss: "#b58cff" 
  * @returns {{ panes: import("./chart.js").Pane[], xRange: [number, number] }}
  */
 export function chartPanes(detail, colors, compact) {
+  const measure = detail.started?.measure ?? "reward";
   const reward = detail.reward.points();
   const heldOut = detail.heldOut.points();
   const loss = detail.loss.points();
   const rewardLines = [
     { label: "raw", color: colors.reward, points: reward, faint: true },
-    { label: "reward", color: colors.reward, points: smooth(reward) },
-    ...(heldOut.length ? [{ label: "held-out reward", color: colors.heldOut, points: heldOut, markers: true }] : []),
+    { label: measure, color: colors.reward, points: smooth(reward) },
+    ...(heldOut.length ? [{ label: `held-out ${measure}`, color: colors.heldOut, points: heldOut, markers: true }] : []),
   ];
   const lossLines = [
     { label: "raw", color: colors.loss, points: loss, faint: true },
@@ -31,7 +32,7 @@ export function chartPanes(detail, colors, compact) {
   const xs = [...reward, ...heldOut].map((point) => point.x);
   const last = xs.length ? Math.max(...xs) : 1;
   const first = xs.length ? Math.min(...xs) : 0;
-  const panes = [{ title: "reward", lines: rewardLines, weight: 3 }];
+  const panes = [{ title: measure, lines: rewardLines, weight: 3 }];
   if (!compact) panes.push({ title: "loss", lines: lossLines, weight: 2 });
   return { panes, xRange: [first, Math.max(last, first + 1)] };
 }

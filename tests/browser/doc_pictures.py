@@ -1,8 +1,9 @@
 """Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
 
-    python tests/browser/doc_pictures.py URL
+    python tests/browser/doc_pictures.py URL [OUTPUT_FOLDER]
 
-URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg.
+URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. With the server's output folder, where a
+dataset and a sweep are made, only the pictures of the labelling page are taken.
 """
 
 from __future__ import annotations
@@ -89,8 +90,40 @@ def show_node(page: Any, node_type: str, scale: float) -> None:
     page.wait_for_timeout(1500)
 
 
-def main(url: str) -> None:
+def label_pictures(url: str, output: Path) -> None:
+    """Label and vote a little, and take pictures of both."""
+    spec = importlib.util.spec_from_file_location("reward_lab_alias", REPO / "labtools" / "alias.py")
+    alias = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alias)
+    alias.register(REPO)
+    from reward_lab.tests.browser import frontend, label_scene
+    from reward_lab.tests.browser.test_label_page import open_page, wait_for_progress
+
+    label_scene.fill(output)
+    with frontend.open_front_end(url, width_px=1200, height_px=760) as page:
+        open_page(page, label_scene.DATASET)
+        page.keyboard.press("g")
+        wait_for_progress(page, "1 of 4")
+        page.keyboard.press("b")
+        wait_for_progress(page, "2 of 4")
+        page.wait_for_timeout(1200)
+        page.screenshot(path=str(IMAGES / "label_page.jpg"), type="jpeg", quality=82)
+        page.keyboard.press("Escape")
+        open_page(page, label_scene.SWEEP)
+        for number, key in enumerate(("ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft"), 1):
+            page.keyboard.press(key)
+            wait_for_progress(page, f"{number} votes")
+        page.get_by_role("button", name="Ranking").click()
+        page.locator(".rl-ranking tbody tr").first.wait_for()
+        page.wait_for_timeout(1200)
+        page.screenshot(path=str(IMAGES / "vote_page.jpg"), type="jpeg", quality=82)
+
+
+def main(url: str, output: str = "") -> None:
     """Run the graph and take the pictures."""
+    if output:
+        label_pictures(url, Path(output))
+        return
     frontend = _frontend()
     with frontend.open_front_end(url, width_px=1500, height_px=1000) as page:
         frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
@@ -108,4 +141,4 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -10,12 +10,13 @@ NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
     "RewardLabInspectLoRA": ["lora", "compare_with", "model_high", "model_low"],
     "RewardLabLoadLoRAs": ["model_high", "model_low", "rows", "application"],
+    "RewardLabMergeLoRA": ["base", "rows", "expert", "dtype", "rounding", "seed", "shard_gb", "name", "overwrite"],
     "RewardLabSampleWan22": [
         *("model_high", "model_low", "positive", "negative", "latent", "seed", "steps", "shift"),
         *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
     ],
     "RewardLabRewardModel": [
-        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference"),
+        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference", "stability"),
     ],
     "RewardLabMixRewards": [
         *(f"{name}_{number}" for number in range(1, 5) for name in ("reward", "weight", "centre", "scale")),
@@ -23,10 +24,17 @@ NODES = {
     ],
     "RewardLabScoreVideo": ["images", "reward_model", "prompt", "video", "path", "prompts_file"],
     "RewardLabScoreLatent": ["latent", "positive", "reward_model", "sigmas", "seed"],
-    "RewardLabPrompts": ["text", "file"],
+    "RewardLabPrompts": ["text", "file", "held_out_share", "split_seed"],
     "RewardLabTrainLoRA": [
         *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
         *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),
+    ],
+    "RewardLabDataset": [
+        *("wan_files", "name", "folder", "prompt", "prompts_file", "frame_rate", "frames", "short_px", "long_px", "width_px", "height_px", "dtype"),
+    ],
+    "RewardLabTrainPAVRM": [
+        *("wan_files", "dataset", "name", "trunk", "pavrm_file", "quality", "loss", "votes", "noise", "blocks", "pooling", "steps", "batch"),
+        *("block_lr", "head_lr", "seed", "advanced"),
     ],
     "RewardLabRunResult": ["run", "wait"],
     "RewardLabTestLabCell": ["images", "sweep", "prompt", "reward_model", "frame_rate", "applied"],

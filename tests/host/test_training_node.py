@@ -172,8 +172,11 @@ def test_lora_fits_the_hosts_own_loader(shared_fixtures: Path) -> None:
 def test_prompts_from_text_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     (tmp_path / "set.txt").write_bytes("\ufeffa dog\r\n\r\na cat\r\n".encode())
-    prompts, count = Prompts.execute("a cat\n", "set.txt").args
-    assert (prompts, count) == ([{"text": "a cat", "weight": 2.0}, {"text": "a dog", "weight": 1.0}], 2)
+    prompts, count, held_out = Prompts.execute("a cat\n", "set.txt").args
+    both = [{"text": "a cat", "weight": 2.0, "image": ""}, {"text": "a dog", "weight": 1.0, "image": ""}]
+    assert (prompts, count, held_out) == (both, 2, [])
+    prompts, count, held_out = Prompts.execute("a cat\n", "set.txt", 0.5, 0).args
+    assert count == 1 and sorted([*prompts, *held_out], key=lambda prompt: prompt["text"]) == both
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "long.txt").write_text("a" * 10_000_000)
     for file, message in (
@@ -194,6 +197,6 @@ def test_prompts_from_text_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_non_finite_numbers_do_not_break_the_chart(tmp_path: Path) -> None:
     from reward_lab.host import score_pictures
 
-    assert score_pictures.plot_run([float("nan")] * 3, [], "x").shape[0] == 1
+    assert score_pictures.plot_run([{"reward": None, "loss": None}] * 3, "x").shape[0] == 1
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert training.host_lora(tmp_path / "x.safetensors") == {}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from reward_lab.lora_train.config import Prompt
-from reward_lab.lora_train.prompts import PromptSampler, parse_prompt_lines, read_prompt_file
+from reward_lab.lora_train.prompts import PromptSampler, parse_prompt_lines, read_prompt_file, split
 
 
 def _file(tmp_path, name, content):
@@ -74,3 +74,31 @@ def test_every_prompt_once_per_pass_and_draws_depend_on_the_position_only():
 def test_weights_are_honoured():
     drawn = PromptSampler([Prompt(text="a", weight=3), Prompt(text="b", weight=1)], 0).draw(0, 2000)
     assert drawn.count("a") / 2000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_start_images_are_looked_up_beside_the_file(tmp_path):
+    picture = _file(tmp_path, "a.png", b"x")
+    rows = [{"text": "a cat", "image": "a.png"}, {"text": "a cat"}, {"text": "a cat", "start_image": str(picture)}, {"prompt": "a dog"}]
+    for name, content in (
+        ("a.json", json.dumps(rows)),
+        ("a.jsonl", "\n".join(map(json.dumps, rows))),
+        ("a.csv", "prompt,image\na cat,a.png\na cat,\na dog,\n"),
+    ):
+        prompts = read_prompt_file(_file(tmp_path, name, content))
+        assert [(prompt.text, prompt.image) for prompt in prompts] == [("a cat", str(picture)), ("a cat", ""), ("a dog", "")]
+    with pytest.raises(ValueError, match="names the start image 'no.png'"):
+        read_prompt_file(_file(tmp_path, "b.json", json.dumps([{"text": "x", "image": "no.png"}])))
+    with pytest.raises(ValueError, match="has the image 3"):
+        read_prompt_file(_file(tmp_path, "b.json", json.dumps([{"text": "x", "image": 3}])))
+
+
+def test_the_split_depends_on_texts_and_seed_alone():
+    prompts = [Prompt(text=f"prompt {index}") for index in range(40)] + [Prompt(text="prompt 3", image="/a.png")]
+    train, held_out = split(prompts, 0.25, 1)
+    assert len({prompt.text for prompt in held_out}) == 10 and not {prompt.text for prompt in train} & {prompt.text for prompt in held_out}
+    assert {prompt.text for prompt in split(prompts[::-1], 0.25, 1)[1]} == {prompt.text for prompt in held_out}
+    assert split(prompts, 0.25, 2)[1] != held_out and split(prompts, 0.0, 1) == (prompts, [])
+    assert len(split(prompts[:2], 0.01, 1)[1]) == 1
+    for share, message in ((1.0, "below 1"), (0.9, "leaves none")):
+        with pytest.raises(ValueError, match=message):
+            split(prompts[:1], share, 0)

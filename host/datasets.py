@@ -1,0 +1,210 @@
+"""Datasets of encoded videos on disk: our own folder and HY-Video-PRFL's metas, read into the same samples.
+
+Our folder: `dataset.json` (settings, videos, what was skipped), `latents/` and `texts/` named by content, `previews/`, `annotations.jsonl`.
+HY-Video-PRFL: a list file with one meta path a line; metas name .npy files. Its aliases are all read. Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7
+(Apache-2.0), dataset/ and scripts/preprocess/gen_wanx_latent.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..lora_train import annotations
+from ..lora_train.pavrm_data import LatentVideo, Sample
+
+INDEX = "dataset.json"
+VERSION = 1
+LATENT_CHANNELS = 16
+# Other names under which HY-Video-PRFL's readers look for the same thing, in their order.
+ALIASES = {
+    "latent": ("video_vae_latent_path", "vae_latent_path", "latents_path"),
+    "short": ("save_textshort_path", "textshort_path", "text_en_path"),
+    "long": ("save_textlong_path", "textlong_path"),
+    "clip": ("image_embeds", "imgclip_path"),
+    "condition": ("f1_black_path", "latents_condition_path"),
+}
+_CAPTIONS = ("short_caption", "caption", "prompt", "long_caption")
+_PARENTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What was read. `notes`: for the log; `folder`: of our own form, where annotations and previews lie."""
+
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+    folder: Path | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read(source: str | Path, annotation_file: str = "") -> Dataset:
+    """Read a dataset.
+
+    Args:
+        source: our folder, a list file of metas, one meta, or a folder of `*_meta_v1.json`.
+        annotation_file: labels laid over those of the dataset; empty takes the folder's own.
+
+    Raises:
+        ValueError: nothing there, a broken index, meta or annotation file, or no video in it.
+    """
+    source = Path(source).expanduser()
+    if source.is_dir() and (source / INDEX).is_file():
+        samples, notes, index, folder = *_own(source), source
+    elif source.exists():
+        samples, notes, index, folder = *_metas(source), {}, None
+    else:
+        raise ValueError(f"there is no dataset {source}; make one with `lab.py preprocess FOLDER`, or give a list file of metas")
+    given = Path(annotation_file).expanduser() if annotation_file else (folder / annotations.FILE_NAME if folder else None)
+    if given is not None and (annotation_file or given.is_file()):
+        samples, more = _annotated(samples, annotations.read(given), given)
+        notes += more
+    if not samples:
+        raise ValueError(f"{source} holds no video that can be used{': ' + '; '.join(notes) if notes else ''}")
+    return Dataset(samples=tuple(samples), notes=tuple(notes), folder=folder, index=index)
+
+
+def _own(folder: Path) -> tuple[list[Sample], list[str], dict[str, Any]]:
+    index = read_index(folder)
+    samples, missing = [], []
+    for video in index["videos"]:
+        files = {"latent": video["latent"], "short": video["text"], **({"long": video["long_text"]} if video.get("long_text") else {})}
+        paths = {name: folder / file for name, file in files.items()}
+        if all(path.is_file() for path in paths.values()):
+            samples.append(_sample(video["id"], tuple(video["latent_shape"]), paths, video.get("caption", ""), video.get("labels", {})))
+        else:
+            missing.append(video["id"])
+    notes = [f"{len(index.get('skipped', []))} videos were skipped when the dataset was made; see {folder / INDEX}"] if index.get("skipped") else []
+    if missing:
+        notes.append(f"{len(missing)} videos have lost their cache files ({', '.join(missing[:3])}); run preprocess again")
+    return samples, notes, index
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a dataset folder of our own form.
+
+    Raises:
+        ValueError: it is missing, broken, or of another version.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); run preprocess again, its caches are kept") from error
+    if not isinstance(index, dict) or index.get("version") != VERSION or not isinstance(index.get("videos"), list):
+        raise ValueError(f"{path} is not a dataset of version {VERSION}; run preprocess again, its caches are kept")
+    return index
+
+
+def _metas(source: Path) -> tuple[list[Sample], list[str]]:
+    if source.is_dir():
+        metas = sorted(source.rglob("*_meta_v1.json"))
+    elif source.suffix.lower() == ".json":
+        metas = [source]
+    else:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        metas = [_found(line.strip(), source.parent, f"line {number} of {source}") for number, line in enumerate(lines, 1) if line.strip()]
+    samples, notes, seen = [], [], set()
+    for meta in metas:
+        sample = _from_meta(meta)
+        if sample.id in seen:
+            notes.append(f"{sample.id} is listed twice; the first one counts")
+            continue
+        seen.add(sample.id)
+        samples.append(sample)
+    return samples, notes
+
+
+def _from_meta(path: Path) -> Sample:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the meta {path} cannot be read ({error})") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"the meta {path} holds a {type(meta).__name__}, not an object")
+    files = {}
+    for what, names in ALIASES.items():
+        name = next((meta[name] for name in names if isinstance(meta.get(name), str) and meta[name]), None)
+        if name is not None:
+            files[what] = _found(name, path.parent, f"{what} in {path}")
+    if "latent" not in files or not {"short", "long"} & set(files):
+        raise ValueError(f"the meta {path} names no latent or no text; it needs {' or '.join(ALIASES['latent'])}, and {' or '.join(ALIASES['short'])}")
+    sample_id = str(meta.get("source_id") or path.name.removesuffix("_meta_v1.json"))
+    caption = next((str(meta[name]) for name in _CAPTIONS if meta.get(name)), "")
+    return _sample(sample_id, _shape(files["latent"]), files, caption, meta)
+
+
+def _found(name: str, start: Path, where: str) -> Path:
+    """Upstream's paths are relative to the folder that its scripts run in: some folder above the list or the meta."""
+    path = Path(name)
+    folders = [start, *start.absolute().parents[:_PARENTS]]
+    for folder in [Path()] if path.is_absolute() else folders:
+        if (folder / path).is_file():
+            return folder / path
+    raise ValueError(f"{where} is {name!r}, which does not exist" + ("" if path.is_absolute() else f" in {start} or a folder above it"))
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    try:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape if path.suffix == ".npy" else tuple(_tensor(path).shape)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"the latent {path} cannot be read ({error}); make it again") from error
+    shape = tuple(shape[1:] if len(shape) == 5 and shape[0] == 1 else shape)
+    if len(shape) != 4 or shape[0] != LATENT_CHANNELS:
+        raise ValueError(f"the latent {path} has shape {list(shape)}; PAVRM reads Wan2.1 latents [{LATENT_CHANNELS}, F, H, W]")
+    return shape
+
+
+def _sample(sample_id: str, shape: tuple[int, ...], files: Mapping[str, Path], caption: str, labels: Mapping[str, Any]) -> Sample:
+    return Sample(id=sample_id, shape=shape, read=functools.partial(_read_video, dict(files)), caption=caption, labels=labels)
+
+
+def _read_video(files: Mapping[str, Path]) -> LatentVideo:
+    return LatentVideo(
+        latent_CFHW=_without_batch(_tensor(files["latent"]), 4, files["latent"]),
+        texts_PD={name: _without_batch(_tensor(files[name]), 2, files[name]) for name in ("short", "long") if name in files},
+        clip_PD=_without_batch(_tensor(files["clip"]), 2, files["clip"]) if "clip" in files else None,
+        condition_CFHW=_without_batch(_tensor(files["condition"]), 4, files["condition"]) if "condition" in files else None,
+    )
+
+
+def _tensor(path: Path) -> torch.Tensor:
+    """An .npy array or the one tensor of a .safetensors, fp32."""
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        with safe_open(path, framework="pt") as file:
+            (name,) = file.keys()
+            return file.get_tensor(name).float()
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); make it again") from error
+
+
+def _without_batch(tensor: torch.Tensor, axes: int, path: Path) -> torch.Tensor:
+    tensor = tensor[0] if tensor.ndim == axes + 1 and tensor.shape[0] == 1 else tensor
+    if tensor.ndim != axes:
+        raise ValueError(f"{path} has shape {list(tensor.shape)}; {axes} axes are needed, or {axes + 1} with a first one of 1")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{path} holds NaN or infinity; make it again")
+    return tensor
+
+
+def _annotated(samples: Sequence[Sample], labels: Mapping[str, Mapping[str, Any]], path: Path) -> tuple[list[Sample], list[str]]:
+    known = {sample.id for sample in samples}
+    strange = sorted(set(labels) - known)
+    notes = [f"{path}: labels of {len(labels)} videos"]
+    if strange:
+        notes.append(f"{len(strange)} labelled videos are not in the dataset ({', '.join(strange[:3])})")
+    laid = [
+        Sample(id=sample.id, shape=sample.shape, read=sample.read, caption=sample.caption, labels={**sample.labels, **labels.get(sample.id, {})})
+        for sample in samples
+    ]
+    return laid, notes

@@ -1,0 +1,156 @@
+"""The training loop of a PAVRM: draw, gradient, update, validate, save. Its own loop because nothing is generated: no experts, decoder or LoRA.
+
+Checkpoints, events and their order are those of `run.py`; a resumed run gives the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, events
+from .objectives.pavrm import LatentScorer, PavrmObjective
+from .pavrm_config import PavrmConfig
+from .pavrm_data import Draws, Learnable
+from .pavrm_trainee import PavrmTrainee, new_trainee
+from .pavrm_validation import summary, validate
+from .protocols import EventSink, StopRequested
+from .run import NonFiniteError
+
+VALIDATION_FOLDER = "samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PavrmParts:
+    """What the loop is wired with.
+
+    write: `write(folder, step)` saves the scorer as it is now and returns the files. draw: draws a report as a picture at a path.
+    """
+
+    scorer: LatentScorer
+    learnable: Learnable
+    sink: EventSink
+    stop_requested: StopRequested
+    write: Callable[[Path, int], list[Path]]
+    draw: Callable[[dict[str, Any], Path], None] | None = None
+    pause: Callable[[], None] = lambda: None
+    clock: Callable[[], float] = time.time
+
+
+def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool = False) -> events.Finished:
+    """Run the whole training.
+
+    Args:
+        config: checked settings.
+        parts: network, data and connections; the network must be in training mode (host) for the whole call.
+        folder: run folder, for checkpoints, reports and the PAVRM.
+        resume: go on from the newest checkpoint there.
+
+    Returns:
+        The last event, which was also sent to the sink.
+
+    Raises:
+        NonFiniteError: the loss or gradient became NaN or infinite; names step, sigma and the last three accuracies.
+    """
+    trainee = new_trainee(parts.scorer.groups(), config.optimiser)
+    objective = PavrmObjective(config, parts.scorer, Draws(parts.learnable, config.data, config.seed))
+    progress = checkpoint.load_latest(folder, config, [trainee]) if resume else checkpoint.Progress()
+    parts.sink(_started(config, parts, trainee, progress))
+    has_held_out = bool(parts.learnable.held_out or parts.learnable.held_out_pairs)
+    if config.validate_every and has_held_out and progress.step == 0:
+        progress = replace(progress, held_out_base=_validated(config, parts, objective, trainee, folder, 0)[0])
+
+    reason, saved_at = "completed", progress.step
+    for step in range(progress.step + 1, config.steps + 1):
+        parts.pause()
+        if parts.stop_requested():
+            reason = "stopped"
+            break
+        begun = time.perf_counter()
+        batches = [objective.add_gradient(step, micro) for micro in range(config.optimiser.accumulate)]
+        loss, correct, sigma = (sum(getattr(batch, name) for batch in batches) / len(batches) for name in ("loss", "correct", "sigma"))
+        grad_norm = trainee.update(step) if math.isfinite(loss) else math.nan
+        if not math.isfinite(grad_norm):
+            recent = ", ".join(f"{value:.3g}" for value in (*progress.last_rewards[-2:], correct))
+            raise NonFiniteError(
+                f"step {step} at mean sigma {sigma:.4f}: loss {loss}, gradient norm {grad_norm}; last three batch accuracies: {recent}. "
+                "The last checkpoint is good; resume from it with smaller learning rates (optimiser.block_lr, optimiser.head_lr)"
+            )
+        progress = replace(progress, step=step, forwards=progress.forwards + len(batches) * config.batch, last_rewards=(*progress.last_rewards[-2:], correct))
+        held_out = None
+        if config.validate_every and has_held_out and (step % config.validate_every == 0 or step == config.steps):
+            held_out = _validated(config, parts, objective, trainee, folder, step)
+        parts.sink(
+            events.Step(
+                time=parts.clock(),
+                step=step,
+                steps=config.steps,
+                reward=correct,
+                loss=loss,
+                grad_norm=grad_norm,
+                sigma=sigma,
+                seconds=time.perf_counter() - begun,
+                expert=trainee.expert,
+                learning_rate=config.optimiser.head_lr * trainee.warmth(step),
+                forwards=progress.forwards,
+                held_out=held_out[0] if held_out else None,
+                held_out_error=held_out[1] if held_out else None,
+                held_out_base=progress.held_out_base if held_out else None,
+            )
+        )
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            _save(config, parts, folder, trainee, progress)
+            saved_at = step
+
+    if saved_at != progress.step or not checkpoint.states(folder):
+        _save(config, parts, folder, trainee, progress)
+    with trainee.averaged():
+        targets = [Path(target) for target in (str(folder), config.output_folder) if target]
+        files = [str(file.resolve()) for target in targets for file in parts.write(target, progress.step)]
+    finished = events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason)
+    parts.sink(finished)
+    return finished
+
+
+def _started(config: PavrmConfig, parts: PavrmParts, trainee: PavrmTrainee, progress: checkpoint.Progress) -> events.Started:
+    return events.Started(
+        time=parts.clock(),
+        steps=config.steps,
+        first_step=progress.step,
+        experts=[trainee.expert],
+        reward=f"PAVRM, {config.data.quality}",
+        parameters=sum(parameter.numel() for parameter in trainee.parameters.values()),
+        device=str(parts.scorer.device),
+        measure="accuracy",
+    )
+
+
+def _validated(
+    config: PavrmConfig, parts: PavrmParts, objective: PavrmObjective, trainee: PavrmTrainee, folder: Path, step: int
+) -> tuple[float, float]:
+    """Write the report of a step, tell of it, and return accuracy and its standard error."""
+    with trainee.averaged():
+        report = validate(config, objective, parts.learnable)
+    accuracy, error = summary(report)
+    target = folder / VALIDATION_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    document = {"step": step, "quality": config.data.quality, "loss": config.loss, "accuracy": accuracy, "standard_error": error, **report}
+    path = target / f"validation-{step:06d}.json"
+    path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if parts.draw is not None:
+        picture = path.with_suffix(".png")
+        parts.draw(document, picture)
+        files = [picture.relative_to(folder).as_posix()]
+        parts.sink(events.Sample(time=parts.clock(), step=step, files=files, prompts=[f"accuracy {accuracy:.3f} on held-out videos, {path.name}"]))
+    return accuracy, error
+
+
+def _save(config: PavrmConfig, parts: PavrmParts, folder: Path, trainee: PavrmTrainee, progress: checkpoint.Progress) -> None:
+    state = checkpoint.save_state(folder, config, [trainee], progress)
+    checkpoint.prune(folder, config.keep_checkpoints)
+    parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[state.relative_to(folder).as_posix()]))

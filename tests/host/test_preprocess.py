@@ -1,0 +1,210 @@
+"""Datasets: decoding and sizes, caches, broken videos, sweeps, HY-Video-PRFL's layout there and back; with the pocket VAE and text encoder."""
+
+from __future__ import annotations
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("comfy.sd", reason="needs ComfyUI on the path")
+
+import torch  # noqa: E402
+
+from reward_lab.host import datasets, preprocess_command, prfl_layout  # noqa: E402
+from reward_lab.host.video_clips import ClipSettings, read_clip  # noqa: E402
+from reward_lab.lora_train import annotations  # noqa: E402
+from reward_lab.testlab import cells  # noqa: E402
+
+pytestmark = pytest.mark.host
+TEXT = "a red square moves left fast over a gray background"
+
+
+def video(path, frames=20, rate=8, size=(96, 64)):
+    """A brightness ramp: frame i has the grey value 10 i, so that a decoded frame tells its number."""
+    shot = (np.full((size[1], size[0], 3), 10 * index, np.uint8) for index in range(frames))
+    cells.write_video(path, shot, rate)
+    return path
+
+
+def numbers(clip):
+    """Which source frames a clip shows."""
+    return [round(float(frame.mean()) * 25.5) for frame in clip.frames_FCHW]
+
+
+def test_frames_at_another_rate(tmp_path):
+    source = video(tmp_path / "a.mp4")
+    small = {"width_px": 32, "height_px": 32}
+    assert numbers(read_clip(source, ClipSettings(frame_rate=8, frames=17, **small))) == list(range(17))
+    assert numbers(read_clip(source, ClipSettings(frame_rate=16, frames=9, **small))) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert numbers(read_clip(source, ClipSettings(frame_rate=4, frames=81, **small))) == list(range(0, 18, 2))  # 10 frames, floored to 9
+    assert numbers(read_clip(source, ClipSettings(frame_rate=8, frames=5, start_s=1.0, **small))) == [8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [((1920, 1080), (832, 480)), ((1080, 1920), (480, 832)), ((640, 640), (480, 480)), ((3840, 1080), (832, 480)), ((320, 240), (640, 480))],
+)
+def test_short_side_long_side(source, expected):
+    assert ClipSettings().size(*source) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frames": 80}, r"takes 4n\+1; use 77 or 81"),
+        ({"width_px": 100, "height_px": 64}, "the width is 100 pixels.*multiples of 16; use 96"),
+        ({"short_px": 470}, "short side is 470 pixels.*use 464"),
+        ({"width_px": 64}, "give both"),
+        ({"frame_rate": 0}, "positive"),
+        ({"short_px": 832, "long_px": 480}, "exchange"),
+    ],
+)
+def test_what_the_vae_cannot_take_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClipSettings(**settings)
+
+
+@pytest.fixture
+def options(tmp_path, repo, pocket_models):
+    """`options(source, **changes)` for a small dataset with the pocket models."""
+    weights = repo / "pocket" / "weights"
+
+    def make(source, **changes):
+        values = {
+            "source": str(source), "out": str(tmp_path / "set"), "vae": str(weights / "pocket_wan_2.1_vae.safetensors"), "prompt": TEXT,
+            "text_encoder": str(weights / "pocket_umt5.safetensors"), "width_px": 64, "height_px": 64, "frames": 9, "frame_rate": 8, "dtype": "fp32",
+        }  # fmt: skip
+        return {**values, **changes}
+
+    return make
+
+
+def run(values):
+    return preprocess_command.run(values, torch.device("cpu"), lambda done, total: None)
+
+
+def test_a_folder_with_broken_videos(tmp_path, options):
+    folder = tmp_path / "videos"
+    (folder / "deep").mkdir(parents=True)
+    video(folder / "b.mp4", frames=12)
+    video(folder / "deep" / "a.mp4", frames=7)
+    (folder / "b.txt").write_text("a blue circle stays still over a white background")
+    whole = video(folder / "c.mp4", frames=9, rate=9).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 3])
+    (folder / "text.mp4").write_text("no video")
+    (folder / "twin.mp4").write_bytes(whole)
+    video(folder / "short.mp4", frames=3)
+    made = run(options(folder, hy=str(tmp_path / "hy")))
+    reasons = {entry["file"].rsplit("/", 1)[1]: entry["reason"] for entry in made.skipped}
+    assert set(reasons) == {"cut.mp4", "text.mp4", "twin.mp4", "short.mp4"} and made.videos == 3 == made.encoded
+    assert "cannot be decoded" in reasons["text.mp4"] and "same video as c.mp4" in reasons["twin.mp4"] and "3 frames" in reasons["short.mp4"]
+    index = datasets.read_index(tmp_path / "set")
+    assert [(entry["frames"], entry["latent_shape"]) for entry in index["videos"]] == [(9, [16, 3, 8, 8]), (5, [16, 2, 8, 8]), (5, [16, 2, 8, 8])]
+    assert [entry["caption"] for entry in index["videos"]] == ["a blue circle stays still over a white background", TEXT, TEXT]
+    with av.open(str(tmp_path / "set" / index["videos"][0]["preview"])) as container:
+        assert container.streams.video[0].frames == 9
+
+    # Cached: nothing is encoded again, also when a video gets another name; another setting makes another cache.
+    (folder / "b.mp4").rename(folder / "z.mp4")
+    assert run(options(folder)).encoded == 0
+    assert run(options(folder, dtype="bf16")).encoded == 3
+    run(options(folder))
+
+    # The same samples come back from both layouts.
+    for video_id, label in zip([entry["id"] for entry in index["videos"]], ("good", "bad", "skip"), strict=True):
+        annotations.append(tmp_path / "set" / annotations.FILE_NAME, video_id, "motion_quality", label)
+    prfl_layout.export(tmp_path / "set", tmp_path / "hy", preprocess_encoder(options(folder)))
+    own, theirs = datasets.read(tmp_path / "set"), datasets.read(tmp_path / "hy" / prfl_layout.LIST)
+    assert sorted(sample.labels["motion_quality"] for sample in own.samples) == ["bad", "good", "skip"]
+    by_id = {sample.id: sample for sample in theirs.samples}
+    for sample in own.samples:
+        mine, other = sample.read(), by_id[sample.id].read()
+        assert torch.equal(mine.latent_CFHW, other.latent_CFHW) and torch.equal(mine.texts_PD["short"], other.texts_PD["short"])
+        assert other.condition_CFHW.shape == mine.latent_CFHW.shape and sample.shape == tuple(mine.latent_CFHW.shape)
+        assert len(mine.texts_PD["short"]) < 32  # no padding is stored
+    labels = {sample.id: sample.labels.get("motion_quality") for sample in theirs.samples}
+    assert sorted(map(str, labels.values())) == ["None", "good", "poor"]
+
+
+def preprocess_encoder(values):
+    from pathlib import Path
+
+    return preprocess_command._Encoders(Path(values["text_encoder"]), Path(values["vae"]), torch.device("cpu")).video
+
+
+def test_latents_decode_to_the_video(tmp_path, options, repo):
+    """Encoding in model space: the decoder gives a clip of the pocket world back, up to the pocket VAE's own error and H.264's."""
+    import random
+
+    from reward_lab.host.vae import load_decoder
+    from reward_lab.pocket import world
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    pixels = world.render(world.sample_scene(random.Random(1), held_out=False))
+    cells.write_video(folder / "a.mp4", iter((pixels * 255).round().astype(np.uint8)), 8)
+    run(options(folder))
+    latent = datasets.read(tmp_path / "set").samples[0].read().latent_CFHW[None]
+    decoder = load_decoder(repo / "pocket" / "weights" / "pocket_wan_2.1_vae.safetensors", dtype=torch.float32, device=torch.device("cpu"))
+    clip = read_clip(folder / "a.mp4", ClipSettings(width_px=64, height_px=64, frames=9, frame_rate=8))
+    with torch.no_grad():
+        assert float((decoder.decode(latent)[0] - clip.frames_FCHW).abs().mean()) < 0.04
+
+
+def test_cells_of_a_sweep_keep_their_own_size(tmp_path, options):
+    key = "ab" * 20
+    frames = np.zeros((9, 32, 48, 3), np.uint8)
+    cells.record(tmp_path / "sweep", key, frames, applied=[], prompt=TEXT, frame_rate=8.0, scores={})
+    made = run(options(tmp_path / "sweep", prompt=None))
+    (entry,) = datasets.read_index(tmp_path / "set")["videos"]
+    assert made.videos == 1 and entry["id"] == key and (entry["width_px"], entry["height_px"], entry["caption"]) == (48, 32, TEXT)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, options):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for index in range(3):
+        video(folder / f"{index}.mp4", frames=9 + index, size=(64, 64))
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preprocess_command.run(options(folder), torch.device("cpu"), stop)
+    assert run(options(folder)).encoded == 1
+
+
+def test_an_input_list_and_what_is_refused(tmp_path, options, capsys):
+    video(tmp_path / "a.mp4", frames=9)
+    rows = [{"source_id": "one", "video_path": "a.mp4", "short_caption": TEXT, "long_caption": f"{TEXT} slowly", "physics_quality": 1}]
+    rows += [{"source_id": "gone", "video_path": "none.mp4", "short_caption": TEXT}, {"source_id": "../x", "video_path": "a.mp4", "short_caption": TEXT}]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    made = run(options(tmp_path / "in.json", prompt=None))
+    assert [entry["reason"] for entry in made.skipped] == ["the file does not exist", "its id '../x' cannot be a file name"]
+    (sample,) = datasets.read(tmp_path / "set").samples
+    assert sample.id == "one" and sample.labels == {"physics_quality": 1} and set(sample.read().texts_PD) == {"short", "long"}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    video(empty / "a.mp4")
+    for values, message in (
+        (options(tmp_path / "none"), "no folder or list"),
+        (options(empty, prompt=None), "none of 1 videos could be used. The first reason: it has no caption"),
+        (options(empty, vae=str(tmp_path / "x")), "the VAE .* does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(values)
+    assert preprocess_command.main([json.dumps(options(tmp_path / "none"))]) == 1 and "no folder or list" in capsys.readouterr().err
+
+
+def test_recorded_folder_is_read(shared_fixtures):
+    """HY-Video-PRFL's own files, with every alias."""
+    folder = shared_fixtures / "pavrm" / "labels" / "temp_data"
+    samples = datasets.read(folder / "temp_data_480.list").samples
+    assert [sample.shape for sample in samples] == [(16, 3, 8, 8)] * 2
+    video_ = samples[0].read()
+    assert [tuple(text.shape) for text in video_.texts_PD.values()] == [(6, 48), (14, 48)] and tuple(video_.clip_PD.shape) == (257, 16)
+    assert datasets.read(folder).samples[0].id == samples[0].id
