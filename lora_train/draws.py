@@ -10,7 +10,7 @@ import torch
 
 from .config import TrainConfig
 from .prompts import PromptSampler, derived_seed
-from .real import RealLatents
+from .real import RealLatents, RealSamples
 from .selection import choose_latents, choose_steps
 
 NULL_PROMPT = ""
@@ -42,7 +42,7 @@ def prompt_sampler(config: TrainConfig) -> PromptSampler:
     return PromptSampler([replace(prompt, text=f"{prompt.text}{_SEPARATOR}{prompt.image}") for prompt in config.prompts], config.seed)
 
 
-def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | None, expert: str, step: int, micro: int) -> Draw:
+def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | RealSamples | None, expert: str, step: int, micro: int) -> Draw:
     """The micro-batch number `micro` of update `step` (from 1), for any method.
 
     Args:

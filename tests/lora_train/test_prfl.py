@@ -251,3 +251,25 @@ def test_nan_stops_with_step_sigma_and_rewards_and_keeps_the_checkpoint(prfl, tm
     from reward_lab.lora_train import checkpoint
 
     assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["step-000002.state.safetensors"]
+
+
+def test_dataset_videos_of_one_shape_are_drawn_like_a_files_rows(tmp_path):
+    from reward_lab.lora_train.pavrm_data import LatentVideo, Sample
+    from reward_lab.lora_train.real import RealSamples
+
+    latents = torch.randn(5, 16, 2, 2, 4)
+    captions = [f"clip {index}" for index in range(5)]
+
+    def sample(name, latent, caption):
+        return Sample(id=name, shape=tuple(latent.shape), read=lambda: LatentVideo(latent_CFHW=latent, texts_PD={}), caption=caption)
+
+    odd = [sample("long", torch.zeros(16, 3, 2, 4), "longer"), sample("mute", latents[0], " ")]
+    real = RealSamples([*(sample(str(index), latents[index], captions[index]) for index in range(5)), *odd])
+    write_real(tmp_path / "real.safetensors", latents, captions)
+    file = RealLatents(tmp_path / "real.safetensors")
+    assert real.left_out == 2 and real.prompts == file.prompts and tuple(real.shape) == tuple(file.shape)
+    for position in range(7):
+        (ours, said), (theirs, wanted) = real.draw(3, position, 2), file.draw(3, position, 2)
+        assert torch.equal(ours, theirs) and said == wanted
+    with pytest.raises(ValueError, match="none of the dataset's 1 videos has a caption"):
+        RealSamples(odd[1:])
