@@ -35,7 +35,7 @@ def check(config: TrainConfig, folder: Path) -> None:
     for slot in needs.experts(config):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
     _check_widths(config, headers)
-    if needs.real_latents(config) and not Path(config.real.path).is_file():
+    if needs.real_latents(config) and not Path(config.real.path).exists():
         raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
     check_disk(config, folder)
 

@@ -36,13 +36,13 @@ class WanBackbone:
         self.dtype = dtype
         self.device = device
         freeze(model)
-        self._extra_channels = model.in_dim - self.latent_channels
 
     def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
         """The transformer's output for latents in model space.
 
         Args:
-            latent_BCFHW: [B, 16, F, H, W], any float type.
+            latent_BCFHW: [B, 16, F, H, W], any float type; for image-to-video with the condition's channels behind. Channels that the model has beyond
+                these are zero: its mask says then that nothing is known.
             sigma: in [0, 1]; the model is told 1000 * sigma.
             context_BPD: text encoder output, [B, P, text_dim].
 
@@ -50,8 +50,9 @@ class WanBackbone:
             [B, 16, F, H, W] fp32.
         """
         x = latent_BCFHW.to(self.dtype)
-        if self._extra_channels > 0:
-            zeros = x.new_zeros((x.shape[0], self._extra_channels, *x.shape[2:]))
+        missing = self.model.in_dim - x.shape[1]
+        if missing > 0:
+            zeros = x.new_zeros((x.shape[0], missing, *x.shape[2:]))
             x = torch.cat([x, zeros], dim=1)
         return self._run(x, sigma * _TIMESTEPS, context_BPD)
 

@@ -145,16 +145,16 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
     from ..lora_train import needs, objectives
     from ..lora_train.offload.knobs import Knobs
-    from ..lora_train.real import RealLatents
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
     from ..runs import lease
     from ..runs.store import append_event
+    from . import start_images
     from .samples import SampleFiles
     from .training_mode import training_mode
     from .wan import load_backbone
 
-    real = RealLatents(config.real.path) if needs.real_latents(config) else None
+    real = _open_real(config.real.path) if needs.real_latents(config) else None
     contexts, negative = _encode(config, real)
     backbones = {
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in needs.experts(config)
@@ -175,7 +175,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
         parts = Parts(
             experts=Experts(backbones=backbones, sampling=config.sampling),
-            contexts=ContextCache(contexts, negative, device),
+            contexts=ContextCache(contexts, negative, device, start_images.conditions(config, needs.start_images(config), backbones, scorers["decoder"])),
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),
@@ -186,6 +186,19 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             **scorers,
         )
         train(config, parts, objectives.create(config, parts), folder, resume=resume)
+
+
+def _open_real(path: str):
+    """Real latents of a file, or of a dataset of encoded videos."""
+    from ..lora_train.real import RealLatents, RealSamples
+    from . import datasets
+
+    if Path(path).is_file() and path.endswith(".safetensors"):
+        return RealLatents(path)
+    real = RealSamples(datasets.read(path).samples)
+    if real.left_out:
+        logger.warning("%d of the real videos have no caption or another size than most, and are left out", real.left_out)
+    return real
 
 
 def _encode(config, real) -> tuple[dict, object]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .config import TrainConfig
 from .prompts import PromptSampler, derived_seed
-from .real import RealLatents
+from .real import RealLatents, RealSamples
 from .selection import choose_latents, choose_steps
 
 NULL_PROMPT = ""
+# Parts a prompt from its start image in what is drawn; no text has it.
+_SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class Draw:
     sigmas: the trajectory's own, which leaves out of the schedule what is not rolled out.
     steps: indices into `sigmas` of the steps with gradient, rising.
     latents: latent frames to decode.
+    images: paths of start images, one each, empty for none.
     """
 
     prompts: list[str]
@@ -31,10 +34,20 @@ class Draw:
     sigmas: list[float]
     steps: list[int]
     latents: range
+    images: list[str] = field(default_factory=list)
 
 
-def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | None, expert: str, step: int, micro: int) -> Draw:
-    """The micro-batch number `micro` of update `step` (from 1), for any method."""
+def prompt_sampler(config: TrainConfig) -> PromptSampler:
+    """Draws prompts together with their start images."""
+    return PromptSampler([replace(prompt, text=f"{prompt.text}{_SEPARATOR}{prompt.image}") for prompt in config.prompts], config.seed)
+
+
+def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | RealSamples | None, expert: str, step: int, micro: int) -> Draw:
+    """The micro-batch number `micro` of update `step` (from 1), for any method.
+
+    Args:
+        sampler: of `prompt_sampler`.
+    """
     draws = random.Random(derived_seed(config.seed, "draw", step, micro))
     is_fixed = config.method == "reward_flow" and config.reward_flow.fixed_noise
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "noise", *((0, 0) if is_fixed else (step, micro))))
@@ -43,18 +56,19 @@ def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | 
     sigmas = config.sampling.sigmas()
     if config.objective.start == "real":
         clean, prompts = real.draw(config.seed, position, config.batch)
+        images = [""] * len(prompts)
         noise = torch.randn(clean.shape, generator=generator)
         sigma = sigmas[steps[0]]
         start = (1 - sigma) * clean + sigma * noise
         sigmas, steps = sigmas[steps[0] :], [index - steps[0] for index in steps]
     else:
-        prompts = sampler.draw(position, config.batch)
+        prompts, images = (list(part) for part in zip(*(key.split(_SEPARATOR) for key in sampler.draw(position, config.batch)), strict=True))
         start = torch.randn(config.video.latent_shape(config.batch), generator=generator)
         sigmas, steps = shortened(sigmas, steps, config.objective.rollout_steps)
     if config.method == "prfl":
         prompts = [NULL_PROMPT if draws.random() < config.prfl.null_rate else prompt for prompt in prompts]
     latents = choose_latents(config.objective, start.shape[2], draws)
-    return Draw(prompts=prompts, start_BCFHW=start, sigmas=sigmas, steps=steps, latents=latents)
+    return Draw(prompts=prompts, start_BCFHW=start, sigmas=sigmas, steps=steps, latents=latents, images=images)
 
 
 def _gradient_steps(config: TrainConfig, expert: str, draws: random.Random) -> list[int]:

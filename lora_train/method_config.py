@@ -89,7 +89,8 @@ class RewardFlow:
 
 @dataclass(frozen=True, kw_only=True)
 class Real:
-    """Real videos as latents: a `.safetensors` file with `latents` [N, C, F, H, W] in model space and, in its metadata, `prompts`, a JSON list of N."""
+    """Real videos as latents. `path`: a dataset (the folder that Video Dataset makes, or HY-Video-PRFL's list of metas), or a `.safetensors` file with
+    `latents` [N, C, F, H, W] in model space and, in its metadata, `prompts`, a JSON list of N."""
 
     path: str = ""
 

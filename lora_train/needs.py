@@ -19,7 +19,12 @@ def looks_at_videos(config: TrainConfig) -> bool:
 
 def decodes(config: TrainConfig) -> bool:
     """Whether the VAE is loaded."""
-    return decodes_training_videos(config) or looks_at_videos(config) or config.sample_every > 0
+    return decodes_training_videos(config) or looks_at_videos(config) or config.sample_every > 0 or bool(start_images(config))
+
+
+def start_images(config: TrainConfig) -> list[str]:
+    """Paths of all start images, each once."""
+    return list(dict.fromkeys(prompt.image for prompt in config.prompts if prompt.image))
 
 
 def experts(config: TrainConfig) -> tuple[str, ...]:

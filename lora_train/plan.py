@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import needs
 from .config import TrainConfig
-from .flow import steps_of_expert
 from .lora.targets import select_targets
 from .safetensors_file import Header, read_header
 
@@ -43,23 +43,51 @@ def lora_parameters(header: Header, config: TrainConfig) -> tuple[int, int]:
 
 
 def passes_per_update(config: TrainConfig, expert: str) -> dict[str, float]:
-    """Transformer passes of one update and one video: rollout, gradient (a backward is two passes), reference; and their sum.
+    """Transformer passes of one update and one video: rollout, gradient (a backward is two passes), reference, real videos; and their sum.
 
-    For strategies that draw their steps: the mean.
+    For steps that are drawn: the mean (a shortened rollout is reckoned at the mean step).
     """
-    own = steps_of_expert(config.sampling.sigmas(), config.sampling.boundary, expert)
-    objective = config.objective
-    selected = len([step for step in objective.step_list if step in own]) or (1 if objective.strategy == "last" else objective.grad_steps)
-    branches = 1 if config.sampling.guidance == 1.0 else 2
-    last = {"random": own[0] + (len(own) + 1) * selected / (selected + 1) - 1, "list": max([step for step in objective.step_list if step in own], default=0)}
-    end = config.sampling.steps - 1 if objective.mode == "chain" else last.get(objective.strategy, own[-1])
-    factor = branches * config.optimiser.accumulate
+    own_guidance = {"prfl": config.prfl.guidance, "reward_flow": config.reward_flow.guidance or config.sampling.guidance}
+    guidance = own_guidance.get(config.method, config.sampling.guidance)
+    first, last, selected = _gradient_span(config, expert)
+    is_chain = config.method == "reward_backprop" and config.objective.mode == "chain"
+    end = config.sampling.steps - 1 if is_chain else last
+    if config.objective.start == "real":
+        skipped = first
+    else:
+        skipped = max(0.0, first - config.objective.rollout_steps) if config.objective.rollout_steps else 0.0
+    # Steps of reward flow run once without gradient, if they are run again in backward.
+    again = selected if config.method == "reward_flow" and config.reward_flow.recompute else 0
+    needs_reference = config.objective.kl_weight > 0 or config.guards.kl_budget > 0
+    is_real = config.method == "prfl" and config.prfl.real_weight > 0
+    factor = (1 if guidance == 1.0 else 2) * config.optimiser.accumulate
     passes = {
-        "rollout": factor * (end + 1 - selected),
+        "rollout": factor * (end + 1 - selected - skipped + again),
         "gradient": factor * 3.0 * selected,
-        "reference": factor * float(selected if objective.kl_weight else 0),
+        "reference": factor * float(selected if needs_reference else 0),
+        "real": config.optimiser.accumulate * (3.0 if is_real else 0.0),
     }
     return {**passes, "total": sum(passes.values())}
+
+
+def _gradient_span(config: TrainConfig, expert: str) -> tuple[float, float, int]:
+    """Mean index of the first and of the last step with gradient, and how many there are."""
+    own, objective = config.gradient_steps(expert), config.objective
+    if config.method == "reward_flow":
+        return own[0], own[-1], len(own)
+    strategy, count = ("random", config.prfl.points) if config.method == "prfl" else (objective.strategy, objective.grad_steps)
+    if strategy == "list":
+        chosen = sorted(step for step in objective.step_list if step in own)
+        return chosen[0], chosen[-1], len(chosen)
+    if strategy == "random":
+        spread = (len(own) + 1) / (count + 1)
+        return own[0] + spread - 1, own[0] + spread * count - 1, count
+    if strategy == "uniform":
+        reach = (count - 1) * (len(own) // count)
+        start = own[0] + (len(own) - 1 - reach) / 2
+        return start, start + reach, count
+    count = 1 if strategy == "last" else count
+    return own[-1] - count + 1, own[-1], count
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
@@ -69,7 +97,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         ValueError: a model file is missing, truncated or not safetensors.
     """
     experts, lora_bytes, state_bytes = {}, 0, 0
-    for expert in ("high", "low"):
+    for expert in needs.experts(config):
         header = read_header(getattr(config.models, expert), f"{expert}-noise expert")
         is_trained = expert in config.trained_experts
         modules, parameters = lora_parameters(header, config) if is_trained else (0, 0)

@@ -1,4 +1,4 @@
-"""Real videos as latents with their prompts: for flow-matching losses and as starts of trajectories.
+"""Real videos as latents with their prompts: for flow-matching losses and as starts of trajectories. From a file, or from a dataset of encoded videos.
 
 File: safetensors with `latents` [N, C, F, H, W] in model space, any float type, and in the metadata `prompts`, a JSON list of N texts.
 """
@@ -6,6 +6,7 @@ File: safetensors with `latents` [N, C, F, H, W] in model space, any float type,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import Prompt
+from .pavrm_data import Sample
 from .prompts import PromptSampler
 
 
@@ -39,12 +41,38 @@ class RealLatents:
 
     def draw(self, seed: int, position: int, count: int) -> tuple[torch.Tensor, list[str]]:
         """Latents [count, C, F, H, W] fp32 and their prompts, number `position` and on of the endless stream."""
-        names = [Prompt(text=str(index)) for index in range(len(self.prompts))]
-        rows = [int(name) for name in PromptSampler(names, seed).draw(position, count)]
+        rows = _rows(len(self.prompts), seed, position, count)
         with safe_open(self._path, "pt") as file:
             whole = file.get_slice("latents")
             latents = torch.cat([whole[row : row + 1] for row in rows])
         return latents.float(), [self.prompts[row] for row in rows]
+
+
+class RealSamples:
+    """The same of a dataset's videos; those of another shape than most are left out, as a batch has one shape.
+
+    Raises:
+        ValueError: no video has a caption.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        told = [sample for sample in samples if sample.caption.strip()]
+        if not told:
+            raise ValueError(f"none of the dataset's {len(samples)} videos has a caption, which flow matching needs; add captions")
+        ((self.shape, count),) = Counter(tuple(sample.shape) for sample in told).most_common(1)
+        self._samples = [sample for sample in told if tuple(sample.shape) == self.shape]
+        self.prompts = [sample.caption for sample in self._samples]
+        self.left_out = len(samples) - count
+
+    def draw(self, seed: int, position: int, count: int) -> tuple[torch.Tensor, list[str]]:
+        """See `RealLatents.draw`."""
+        rows = _rows(len(self.prompts), seed, position, count)
+        return torch.stack([self._samples[row].read().latent_CFHW for row in rows]).float(), [self.prompts[row] for row in rows]
+
+
+def _rows(total: int, seed: int, position: int, count: int) -> list[int]:
+    names = [Prompt(text=str(index)) for index in range(total)]
+    return [int(name) for name in PromptSampler(names, seed).draw(position, count)]
 
 
 def write_real(path: Path, latents_BCFHW: torch.Tensor, prompts: Sequence[str]) -> None:

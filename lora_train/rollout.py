@@ -83,19 +83,34 @@ class PromptContext:
 class ContextCache:
     """Embeddings of all prompts of a run, made once; the text encoder can go afterwards."""
 
-    def __init__(self, contexts: Mapping[str, torch.Tensor], negative_PD: torch.Tensor, device: torch.device) -> None:
+    def __init__(
+        self, contexts: Mapping[str, torch.Tensor], negative_PD: torch.Tensor, device: torch.device, conditions: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Args:
         contexts: [P, D] per prompt; lengths may differ.
+        conditions: [C, F, H, W] per path of a start image.
         """
         self._contexts = dict(contexts)
+        self._conditions = dict(conditions or {})
         self._negative = negative_PD
         self._device = device
 
-    def batch(self, prompts: Sequence[str]) -> PromptContext:
-        """Embeddings of a batch; shorter ones are filled up with zero rows, as the host fills every prompt up to the text length."""
+    def batch(self, prompts: Sequence[str], images: Sequence[str] = ()) -> PromptContext:
+        """Embeddings of a batch; shorter ones are filled up with zero rows, as the host fills every prompt up to the text length.
+
+        Args:
+            images: start images, one each; an empty one stands for none, which a model with a mask is told by zeros.
+        """
         rows = [self._contexts[prompt] for prompt in prompts]
         length = max(row.shape[0] for row in (*rows, self._negative))
         padded = [torch.nn.functional.pad(row, (0, 0, 0, length - row.shape[0])) for row in (*rows, self._negative)]
         return PromptContext(
-            prompt_BPD=torch.stack(padded[:-1]).to(self._device), negative_BPD=padded[-1].expand(len(rows), -1, -1).to(self._device)
+            prompt_BPD=torch.stack(padded[:-1]).to(self._device), negative_BPD=padded[-1].expand(len(rows), -1, -1).to(self._device),
+            condition_BCFHW=self._condition(images),
         )
+
+    def _condition(self, images: Sequence[str]) -> torch.Tensor | None:
+        known = [self._conditions[image] for image in images if image]
+        if not known:
+            return None
+        return torch.stack([self._conditions[image] if image else torch.zeros_like(known[0]) for image in images]).to(self._device)

@@ -26,7 +26,7 @@ from .lora.linears import install
 from .lora.targets import select_targets
 from .prompts import derived_seed
 from .protocols import Decoder, EventSink, LatentReward, Objective, SampleWriter, StopRequested
-from .real import RealLatents
+from .real import RealLatents, RealSamples
 from .rollout import ContextCache, Experts
 from .trainee import Trainee, new_trainee
 
@@ -51,7 +51,7 @@ class Parts:
     latent_reward: LatentReward | None = None
     motion: RewardModel | None = None
     judge: RewardModel | None = None
-    real: RealLatents | None = None
+    real: RealLatents | RealSamples | None = None
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
     base_sha256: Callable[[str], str] = lambda expert: ""

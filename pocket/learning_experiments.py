@@ -56,6 +56,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         reward="pavrm",
         changes={"expert": "high", "objective": {"kl_weight": 0.1}, "prfl": {"loss": "logit", "even_gradient": True, "real_weight": 0.0, "null_rate": 0.0}},
     ),
+    # And what the real videos alone do: the same runs with a reward of no weight.
+    "real-clips-only": Experiment(
+        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "objective": {"reward_scale": 1e-12}}, seeds=_FIRST_SEED
+    ),
     "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
     "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
     "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from ..config import TrainConfig
-from ..draws import NULL_PROMPT, Draw, draw_batch
+from ..draws import NULL_PROMPT, Draw, draw_batch, prompt_sampler
 from ..flow import expert_of, shift_sigma
-from ..prompts import PromptSampler, derived_seed
+from ..prompts import derived_seed
 from ..protocols import Outcome
 from ..rollout import PromptContext
 from ..run import Parts
@@ -52,7 +52,7 @@ class Prfl:
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self._config, self._parts = config, parts
-        self._sampler = PromptSampler(config.prompts, config.seed)
+        self._sampler = prompt_sampler(config)
 
     def measure(self) -> dict[str, float]:
         """Nothing."""
@@ -65,7 +65,7 @@ class Prfl:
         """Add one micro-batch's share of the update's gradient to the trainee's parameters."""
         config, parts = self._config, self._parts
         draw = draw_batch(config, self._sampler, parts.real, trainee.expert, step, micro)
-        context = parts.contexts.batch(draw.prompts)
+        context = parts.contexts.batch(draw.prompts, draw.images)
         velocity_of = prfl_velocity(config, parts, context)
         solver, latent, at, outcomes = SOLVERS[config.prfl.solver](draw.sigmas), draw.start_BCFHW.to(parts.device), 0, []
         for index in draw.steps:

@@ -19,9 +19,8 @@ from __future__ import annotations
 import torch
 
 from ..config import TrainConfig
-from ..draws import Draw, draw_batch
+from ..draws import Draw, draw_batch, prompt_sampler
 from ..flow import euler_step, x0_from_velocity
-from ..prompts import PromptSampler
 from ..protocols import Outcome
 from ..rollout import PromptContext
 from ..run import Parts
@@ -34,12 +33,12 @@ class RewardBackprop:
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self._config, self._parts = config, parts
-        self._sampler = PromptSampler(config.prompts, config.seed)
+        self._sampler = prompt_sampler(config)
 
     def add_gradient(self, trainee: Trainee, step: int, micro: int) -> Outcome:
         """Add one micro-batch's share of the update's gradient to the trainee's parameters."""
         draw = draw_batch(self._config, self._sampler, self._parts.real, trainee.expert, step, micro)
-        context = self._parts.contexts.batch(draw.prompts)
+        context = self._parts.contexts.batch(draw.prompts, draw.images)
         gradient_of = _through_chain if self._config.objective.mode == "chain" else _through_x0
         return gradient_of(self._config, self._parts, trainee, draw, context)
 

@@ -18,9 +18,8 @@ import torch
 
 from ...reward_models.base import score_in_chunks
 from ..config import TrainConfig
-from ..draws import Draw, draw_batch
+from ..draws import Draw, draw_batch, prompt_sampler
 from ..flow import euler_step
-from ..prompts import PromptSampler
 from ..protocols import Outcome
 from ..rollout import PromptContext
 from ..run import Parts
@@ -35,7 +34,7 @@ class RewardFlow:
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self._config, self._parts = config, parts
-        self._sampler = PromptSampler(config.prompts, config.seed)
+        self._sampler = prompt_sampler(config)
         self._centre, self._scale = config.reward_flow.centre, config.reward_flow.scale
 
     def use(self, measured: dict[str, float]) -> None:
@@ -54,7 +53,7 @@ class RewardFlow:
             number += 1
             expert = config.trained_experts[(number - 1) % len(config.trained_experts)]
             draw = draw_batch(config, self._sampler, parts.real, expert, number, 0)
-            context = parts.contexts.batch(draw.prompts)
+            context = parts.contexts.batch(draw.prompts, draw.images)
             latent, targets = self._rolled(draw, context)
             for index in draw.steps:
                 velocity = self._velocity(context)(latent, draw.sigmas[index])
@@ -72,7 +71,7 @@ class RewardFlow:
         """Add one micro-batch's share of the update's gradient to the trainee's parameters."""
         config = self._config
         draw = draw_batch(config, self._sampler, self._parts.real, trainee.expert, step, micro)
-        context = self._parts.contexts.batch(draw.prompts)
+        context = self._parts.contexts.batch(draw.prompts, draw.images)
         velocity_of = self._velocity(context)
         latent, targets = self._rolled(draw, context)
         tape = []

@@ -163,3 +163,79 @@ def test_a_mix_of_rewards_trains(launch, settings, tmp_path):
     (step,) = [event for event in store.events(run_id) if event["event"] == "step"]
     assert step["grad_norm"] > 0 and step["reward"] == step["reward"]
     assert any("mix" in Path(file).name for file in store.get(run_id).files)
+
+
+@pytest.fixture
+def tiny_pavrm(comfyui, tmp_path):
+    """A random PAVRM in our single-file form that fits the tiny models' text encoder."""
+    import comfy.ldm.wan.model
+    import comfy.ops
+    import torch
+    from safetensors.torch import save_file
+
+    from reward_lab.reward_models.pavrm import build_head
+
+    from .conftest import TRANSFORMER, _randomise
+
+    sizes = {**TRANSFORMER, "num_layers": 1}
+    trunk = _randomise(comfy.ldm.wan.model.WanModel(**sizes, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init), 8)
+    tensors = {f"trunk.{key}": value for key, value in trunk.items() if not key.startswith("head.")} | build_head(sizes["dim"], 8).state_dict()
+    path = tmp_path / "tiny_PAVRM.safetensors"
+    save_file(tensors, path, metadata={"config": json.dumps({"transformer": sizes, "feature_layers": [1], "num_heads": 8})})
+    return {"kind": "pavrm", "path": str(path)}
+
+
+def test_high_noise_prfl_loads_neither_the_other_expert_nor_a_vae(launch, settings, tiny_pavrm, tmp_path):
+    import torch
+
+    from reward_lab.lora_train.real import write_real
+
+    captions = ["a red square moves left over white", "a blue circle moves right over black"]
+    write_real(tmp_path / "real.safetensors", torch.randn(2, 16, 2, 4, 4), captions)
+    settings["models"] = settings["models"] | {"low": str(tmp_path / "absent_low.safetensors"), "vae": str(tmp_path / "absent_vae.safetensors")}
+    settings |= {"method": "prfl", "expert": "high", "reward": tiny_pavrm, "objective": {}, "sampling": {"steps": 8}, "sample_every": 0}
+    settings |= {"prfl": {"real_weight": 1.0, "null_rate": 0.5}, "real": {"path": str(tmp_path / "real.safetensors")}}
+    settings["held_out"] = {"every": 1, "prompts": ["a red circle moves left over black"]}
+    store, run_id, worker = launch(settings)
+    assert worker.wait(TIMEOUT_S) == 0, store.log_tail(run_id, 40)
+    steps = [event for event in store.events(run_id) if event["event"] == "step"]
+    assert len(steps) == 2 and all(step["grad_norm"] > 0 and 0 < step["held_out"] < 1 for step in steps)
+    assert [Path(file).name for file in store.get(run_id).files] == ["tiny-high-noise-PAVRM.safetensors"]
+    assert "loaded the high-noise expert, latent_reward" in "\n".join(store.log_tail(run_id, 100))
+
+
+def test_reward_flow_measures_its_reward_and_a_guard_ends_the_run(launch, settings):
+    settings |= {"method": "reward_flow", "expert": "low", "steps": 50, "sample_every": 0, "objective": {"decode": "all", "kl_weight": 0.1}}
+    settings |= {"reward_flow": {"measure_videos": 4}, "optimiser": {"lr": 5e-2}, "guards": {"kl_budget": 1e-3, "kl_window": 2}}
+    store, run_id, worker = launch(settings)
+    assert worker.wait(TIMEOUT_S) == 0, store.log_tail(run_id, 40)
+    finished, info = store.events(run_id)[-1], store.get(run_id)
+    assert finished["reason"] == "kl_budget" and info.state == "finished" and info.step < 50
+    assert info.ended == finished["detail"] and "above guards.kl_budget 0.001" in info.ended
+    assert info.ended in "\n".join(store.log_tail(run_id, 100))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "prfl"}, "hpsv2.1, which scores frames; the method prfl scores latents: give a PAVRM"),
+        ({"reward": {"kind": "pavrm", "path": "x.safetensors"}}, "pavrm, which scores latents; the method reward_backprop scores frames"),
+        ({"method": "prfl", "reward": "tiny", "prfl": {"real_weight": 1.0}, "real": {"path": "none.safetensors"}}, "real latents .* do not exist"),
+    ],
+)
+def test_methods_and_rewards_that_do_not_fit_are_told(settings, tiny_pavrm, tmp_path, changes, message):
+    from reward_lab.host import preflight
+
+    values = {**settings, "objective": {}, "expert": "high", **changes}
+    values["reward"] = tiny_pavrm if values["reward"] == "tiny" else values["reward"]
+    with pytest.raises(ValueError, match=message):
+        preflight.check(TrainConfig.from_dict(values), tmp_path)
+
+
+def test_pavrm_of_another_text_width_is_told(settings, tiny_pavrm, pocket_models, repo, tmp_path):
+    from reward_lab.host import preflight
+
+    other = {"kind": "pavrm", "path": str(repo / "pocket" / "weights" / "pocket_PAVRM.safetensors")}
+    values = {**settings, "objective": {}, "expert": "high", "method": "prfl", "reward": other}
+    with pytest.raises(ValueError, match="the PAVRM reads text of width 128, but the experts read 32"):
+        preflight.check(TrainConfig.from_dict(values), tmp_path)

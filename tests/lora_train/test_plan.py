@@ -32,18 +32,38 @@ def test_counts(config):
     assert high["parameters"] == 64 + 128 + 512 + 64 + 512 and high["file_bytes"] == 4 * high["parameters"]
     assert (high["lora_modules"], high["lora_parameters"]) == (2, 3 * 16 + 3 * 72) and low["lora_modules"] == 0
     # Six steps, three of them high: two rolled, one with gradient (3 passes) and a reference; guidance doubles all.
-    assert high["passes_per_update_and_video"] == {"rollout": 4, "gradient": 6.0, "reference": 2.0, "total": 12.0}
+    assert high["passes_per_update_and_video"] == {"rollout": 4, "gradient": 6.0, "reference": 2.0, "real": 0.0, "total": 12.0}
     assert found["lora_file_bytes"] == 4 * high["lora_parameters"] and found["tokens_per_video"] == 2 * 1 * 2
 
 
-def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": {"mode": "chain", "strategy": "tail", "grad_steps": 2}},
+        {"objective": {"strategy": "list", "step_list": [2], "rollout_steps": 1}},
+        {"method": "reward_flow", "expert": "low", "reward_flow": {"measure_videos": 0}},
+        {"method": "reward_flow", "expert": "low", "reward_flow": {"measure_videos": 0, "recompute": False, "guidance": 1.0}},
+        {"method": "prfl", "prfl": {"first_step": 2, "last_step": 2, "real_weight": 1.0}, "optimiser": {"accumulate": 2}},
+        {"method": "prfl", "prfl": {"first_step": 1, "last_step": 2, "points": 2, "guidance": 2.0}, "guards": {"kl_budget": 9.0}},
+        {"method": "prfl", "expert": "low", "prfl": {"first_step": 4, "last_step": 4}, "objective": {"start": "real"}},
+    ],
+)
+def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path, changes):
     from reward_lab.lora_train import objectives
+    from reward_lab.lora_train.real import RealLatents, write_real
     from reward_lab.lora_train.run import train
 
-    parts = toy.parts(config)
+    from .test_prfl import ToyLatentReward
+
+    write_real(tmp_path / "real.safetensors", torch.randn(3, 16, 2, 2, 4), ["one", "two", "three"])
+    values = config.to_dict() | {"real": {"path": str(tmp_path / "real.safetensors")}}
+    config = toy.config(**{key: {**values[key], **value} if isinstance(value, dict) else value for key, value in {**values, **changes}.items()})
+    real = RealLatents(config.real.path)
+    parts = toy.parts(config, more_prompts=real.prompts, real=real, latent_reward=ToyLatentReward(torch.float32))
     train(config, parts, objectives.create(config, parts), tmp_path / "run")
     steps = [event for event in toy.events if event.name == "step"]
-    wanted = plan.passes_per_update(config, "high")["total"] * config.batch
+    wanted = plan.passes_per_update(config, config.expert)["total"] * config.batch
     assert [event.forwards for event in steps] == [wanted * event.step for event in steps]
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from reward_lab.lora_train import needs, objectives, run
-from reward_lab.lora_train.draws import draw_batch, shortened
+from reward_lab.lora_train.draws import draw_batch, prompt_sampler, shortened
 from reward_lab.lora_train.lora.adapter import new_adapter
 from reward_lab.lora_train.lora.linears import install
 from reward_lab.lora_train.lora.targets import select_targets
 from reward_lab.lora_train.objectives.prfl import Prfl, told
-from reward_lab.lora_train.prompts import PromptSampler
 from reward_lab.lora_train.protocols import LatentScores
 from reward_lab.lora_train.real import RealLatents, write_real
 from reward_lab.lora_train.solvers import SOLVERS, gradient_scale
@@ -106,7 +105,7 @@ CASES = [
 def test_gradient_equals_naive_form_and_finite_differences(prfl, changes):
     config, parts = prfl(torch.float64, **changes)
     expert = changes["expert"]
-    draw = draw_batch(config, PromptSampler(config.prompts, 0), parts.real, expert, 1, 0)
+    draw = draw_batch(config, prompt_sampler(config), parts.real, expert, 1, 0)
     with ExitStack() as stack:
         trainee = _trainee(config, parts, expert, stack)
         parameters = trainee.adapter.parameters()
@@ -202,13 +201,13 @@ def test_clean_latent_is_never_scored_and_every_other_step_may_be(prfl):
     config, _ = prfl(expert="low")
     assert list(config.gradient_steps("low")) == [3, 4]
     assert list(prfl(expert="low", prfl={"last_step": 5})[0].gradient_steps("low")) == [3, 4, 5]
-    drawn = {draw_batch(config, PromptSampler(config.prompts, 0), None, "high", step, 0).steps[0] for step in range(1, 60)}
+    drawn = {draw_batch(config, prompt_sampler(config), None, "high", step, 0).steps[0] for step in range(1, 60)}
     assert drawn == set(config.gradient_steps("high"))
 
 
 def test_null_prompts_come_at_their_rate(prfl):
     config, _ = prfl(prfl={"null_rate": 0.3})
-    prompts = [prompt for step in range(1, 301) for prompt in draw_batch(config, PromptSampler(config.prompts, 0), None, "high", step, 0).prompts]
+    prompts = [prompt for step in range(1, 301) for prompt in draw_batch(config, prompt_sampler(config), None, "high", step, 0).prompts]
     # 600 draws: four standard errors are 0.075
     assert abs(prompts.count("") / len(prompts) - 0.3) < 0.075
 
@@ -235,3 +234,42 @@ def test_broken_real_latents_are_named(tmp_path):
     save_file({"latents": torch.zeros(3, 16, 2, 2, 2)}, tmp_path / "mute.safetensors")
     with pytest.raises(ValueError, match="N prompts in the metadata"):
         RealLatents(tmp_path / "mute.safetensors")
+
+
+def test_nan_stops_with_step_sigma_and_rewards_and_keeps_the_checkpoint(prfl, tmp_path):
+    config, parts = prfl(expert="high", steps=6)
+    plain, calls = parts.latent_reward.score, []
+
+    def score(*arguments):
+        calls.append(1)
+        scores = plain(*arguments)
+        return LatentScores(logit_B=scores.logit_B * float("nan"), probability_B=scores.probability_B) if len(calls) == 4 else scores
+
+    parts.latent_reward.score = score
+    with pytest.raises(run.NonFiniteError, match=r"step 4 at sigma 0\.\d+ .*last three rewards: \d\S+, \d\S+, nan|step 4 at sigma 1\.0+ "):
+        run.train(config, parts, objectives.create(config, parts), tmp_path / "run")
+    from reward_lab.lora_train import checkpoint
+
+    assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["step-000002.state.safetensors"]
+
+
+def test_dataset_videos_of_one_shape_are_drawn_like_a_files_rows(tmp_path):
+    from reward_lab.lora_train.pavrm_data import LatentVideo, Sample
+    from reward_lab.lora_train.real import RealSamples
+
+    latents = torch.randn(5, 16, 2, 2, 4)
+    captions = [f"clip {index}" for index in range(5)]
+
+    def sample(name, latent, caption):
+        return Sample(id=name, shape=tuple(latent.shape), read=lambda: LatentVideo(latent_CFHW=latent, texts_PD={}), caption=caption)
+
+    odd = [sample("long", torch.zeros(16, 3, 2, 4), "longer"), sample("mute", latents[0], " ")]
+    real = RealSamples([*(sample(str(index), latents[index], captions[index]) for index in range(5)), *odd])
+    write_real(tmp_path / "real.safetensors", latents, captions)
+    file = RealLatents(tmp_path / "real.safetensors")
+    assert real.left_out == 2 and real.prompts == file.prompts and tuple(real.shape) == tuple(file.shape)
+    for position in range(7):
+        (ours, said), (theirs, wanted) = real.draw(3, position, 2), file.draw(3, position, 2)
+        assert torch.equal(ours, theirs) and said == wanted
+    with pytest.raises(ValueError, match="none of the dataset's 1 videos has a caption"):
+        RealSamples(odd[1:])

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from reward_lab.lora_train import checkpoint, objectives, run
-from reward_lab.lora_train.draws import draw_batch
+from reward_lab.lora_train.draws import draw_batch, prompt_sampler
 from reward_lab.lora_train.flow import expert_of
 from reward_lab.lora_train.lora.adapter import new_adapter
 from reward_lab.lora_train.lora.linears import install
 from reward_lab.lora_train.lora.targets import select_targets
 from reward_lab.lora_train.objectives.reward_backprop import RewardBackprop
-from reward_lab.lora_train.prompts import PromptSampler
 from reward_lab.lora_train.run import NonFiniteError
 from reward_lab.lora_train.selection import choose_frames
 from reward_lab.lora_train.trainee import new_trainee
@@ -82,7 +81,7 @@ def _naive_loss(config, parts, trainee, draw, sigmas):
 def test_gradient_equals_naive_unrolled_form_and_finite_differences(toy, expert, objective):
     config = toy.config(expert=expert, objective=objective)
     parts = toy.parts(config, torch.float64)
-    draw = draw_batch(config, PromptSampler(config.prompts, 0), None, expert, 1, 0)
+    draw = draw_batch(config, prompt_sampler(config), None, expert, 1, 0)
     sigmas = draw.sigmas
     with ExitStack() as stack:
         trainee = _trainee(config, parts, expert, stack)

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from reward_lab.lora_train import checkpoint, objectives, run
-from reward_lab.lora_train.draws import draw_batch
+from reward_lab.lora_train.draws import draw_batch, prompt_sampler
 from reward_lab.lora_train.lora.adapter import new_adapter
 from reward_lab.lora_train.lora.linears import install
 from reward_lab.lora_train.lora.targets import select_targets
 from reward_lab.lora_train.objectives.reward_flow import RewardFlow
-from reward_lab.lora_train.prompts import PromptSampler
 from reward_lab.lora_train.trainee import new_trainee
 
 CENTRE, SCALE = 0.2, 0.5
@@ -73,7 +72,7 @@ def test_gradient_equals_one_unrolled_graph(toy, changes, recompute):
     config = _config(toy, **changes)
     config = toy.config(**{**config.to_dict(), "reward_flow": {**config.to_dict()["reward_flow"], "recompute": recompute}})
     parts = toy.parts(config, torch.float64)
-    draw = draw_batch(config, PromptSampler(config.prompts, 0), None, config.expert, 1, 0)
+    draw = draw_batch(config, prompt_sampler(config), None, config.expert, 1, 0)
     with ExitStack() as stack:
         trainee = _trainee(config, parts, stack)
         outcome = RewardFlow(config, parts).add_gradient(trainee, 1, 0)
@@ -91,7 +90,7 @@ def test_gradient_equals_finite_differences(toy):
     """Without KL, whose reference is a constant, and with the steps before it run by the unmoved expert (the other one): a true derivative."""
     config = _config(toy, objective={"kl_weight": 0.0}, reward_flow={"first_step": 3})
     parts = toy.parts(config, torch.float64)
-    draw = draw_batch(config, PromptSampler(config.prompts, 0), None, "low", 1, 0)
+    draw = draw_batch(config, prompt_sampler(config), None, "low", 1, 0)
     assert draw.steps[0] == len([sigma for sigma in draw.sigmas if sigma >= 0.875])
     with ExitStack() as stack:
         trainee = _trainee(config, parts, stack)
@@ -112,7 +111,7 @@ def test_centre_and_scale_are_those_of_base_videos_and_survive_a_resume(toy, tmp
     rewards = []
     for number in range(1, 7):
         parts = toy.parts(config)
-        draw = draw_batch(config, PromptSampler(config.prompts, 0), None, "low", number, 0)
+        draw = draw_batch(config, prompt_sampler(config), None, "low", number, 0)
         latent = parts.experts.roll(draw.start_BCFHW, config.sampling.sigmas(), parts.contexts.batch(draw.prompts))
         rewards += parts.reward.score(parts.decoder.decode(latent), draw.prompts).per_video.tolist()
     rewards = torch.tensor(rewards, dtype=torch.float64)
