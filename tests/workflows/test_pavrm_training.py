@@ -18,11 +18,11 @@ MODELS = {
 CLIP = {"frame_rate": 8.0, "frames": 17, "short_px": 64, "long_px": 64, "width_px": 64, "height_px": 64, "dtype": "bf16"}
 
 
-def graph(folder: str, name: str, **training) -> dict:
+def graph(folder: str, dataset: str, **training) -> dict:
     """API prompt; with `training` the PAVRM is trained too."""
     nodes = {
         "1": {"class_type": "RewardLabWanModels", "inputs": MODELS},
-        "2": {"class_type": "RewardLabDataset", "inputs": {"wan_files": ["1", 4], "name": name, "folder": folder, "prompt": "", "prompts_file": "", **CLIP}},
+        "2": {"class_type": "RewardLabDataset", "inputs": {"wan_files": ["1", 4], "name": dataset, "folder": folder, "prompt": "", "prompts_file": "", **CLIP}},
     }
     if not training:
         return nodes
