@@ -58,8 +58,10 @@ def test_from_videos_to_a_pavrm(pocket_server):
     assert (base / "output" / "reward_models" / "from_labels.safetensors").is_file()
     files = client.get("/object_info/RewardLabRewardModel")["RewardLabRewardModel"]["input"]["required"]["file"][1]["options"]
     assert "from_labels.safetensors" in files
+    # The pocket's captions of two things are longer than its text length; that is said, once.
     run = next(entry for entry in client.get("/reward_lab/runs") if entry["name"] == "from_labels")
     assert run["state"] == "finished" and run["samples"] and client.fetch(f"/reward_lab/runs/{run['id']}/files/{run['samples'][0]}")[:4] == b"\x89PNG"
+    assert client.fetch(f"/reward_lab/runs/{run['id']}/log").decode().count("the end of such captions is cut off") == 1
 
 
 def test_from_votes_to_a_pavrm(pocket_server):
