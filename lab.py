@@ -148,6 +148,10 @@ def run_test(options) -> int:
 
 def run_train(options) -> int:
     """Train from a config file in the foreground; Ctrl-C asks the run to stop in order."""
+    if options.schema:
+        with contextlib.redirect_stdout(sys.stderr):
+            setup = prepare(options)
+        return launch(setup, options, "lora_train.config_schema", [])
     config = Path(options.config)
     if not config.is_dir():
         from labtools.configs import read_config
@@ -216,7 +220,7 @@ def arguments_pavrm_lora(parser) -> None:
 
 
 def run_lora(options) -> int:
-    """Look into, apply, convert, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
+    """Look into, apply, convert, merge, extract or download LoRA files; `lab.py lora VERB --help` tells more."""
     # Programs read the one JSON object on standard output; what the set-up has to say goes elsewhere.
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(options)
@@ -266,7 +270,9 @@ def arguments_test(parser) -> None:
 
 
 def arguments_train(parser) -> None:
-    parser.add_argument("config", help="training config, a JSON file; or the folder of an earlier run, which then goes on")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", help="training config, a JSON file; or the folder of an earlier run, which then goes on")
+    what.add_argument("--schema", action="store_true", help="print the JSON Schema of such a file")
     parser.add_argument("--output", help="output folder; the run goes to <output>/reward_lab/runs (default: .lab/base/output, where `serve` shows it)")
 
 
@@ -281,7 +287,7 @@ def arguments_bench(parser) -> None:
 
 
 def arguments_lora(parser) -> None:
-    parser.add_argument("verb", choices=["inspect", "apply", "convert", "extract", "download"], help="what to do")
+    parser.add_argument("verb", choices=["inspect", "apply", "convert", "merge", "extract", "download"], help="what to do")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the verb")
 
 
@@ -289,6 +295,9 @@ BENCHMARKS = {
     "pocket": "pocket.bench",
     "adversarial": "pocket.adversarial",
     "pavrm-lora": "pocket.pavrm_lora",
+    "rewards": "benchmarks.rewards",
+    "stability": "benchmarks.stability",
+    "learning": "pocket.learning",
     "pavrm": "pocket.pavrm_bench",
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 KINDS = {
@@ -152,3 +153,20 @@ def _near(word: str) -> str:
     """Suggest the nearest known word."""
     near = difflib.get_close_matches(word, (*KINDS, "rest", *PRESETS), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def layer_factors(text: str, weights: Iterable[str], blocks: int) -> dict[str, float]:
+    """Return the factor of every weight of a model.
+
+    Args:
+        text: The rules; empty is 1 everywhere.
+        weights: Keys such as `diffusion_model.blocks.0.self_attn.q.weight`.
+        blocks: How many blocks the model has.
+
+    Raises:
+        ValueError: As `parse_block_strengths`.
+    """
+    if not text:
+        return dict.fromkeys(weights, 1.0)
+    strengths = parse_block_strengths(text, blocks)
+    return {weight: strengths.factor(weight.rpartition(".")[0]) for weight in weights}

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import comfy.model_patcher
@@ -162,9 +163,20 @@ def _sigma_reader(run: _Run, model: Any) -> Any:
     return read
 
 
+_kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # of loaded models; what they are stored in does not change
+_shapes: weakref.WeakKeyDictionary[nn.Module, Mapping[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+
 def quantised_kind(model: Any) -> str:
     """Name the storage of a MODEL's weights when merging into them would lose precision: `fp8`, `GGUF`, …; empty otherwise."""
-    for module in model.model.get_submodule(MODEL).modules():
+    if model.model not in _kinds:
+        _kinds[model.model] = _quantised_kind(model.model.get_submodule(MODEL))
+    return _kinds[model.model]
+
+
+def _quantised_kind(network: nn.Module) -> str:
+    """Look at every weight."""
+    for module in network.modules():
         if getattr(module, "layout_type", None) is not None or getattr(module, "quant_format", None):
             return str(getattr(module, "quant_format", None) or "quantised")
         for parameter in module._parameters.values():
@@ -178,8 +190,15 @@ def quantised_kind(model: Any) -> str:
     return ""
 
 
-def weight_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a MODEL's weights as the layers use them, not as a quantised format packs them."""
+def weight_shapes(model: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of a MODEL's weights as the layers use them, not as a quantised format packs them; the same object every time."""
+    if model.model not in _shapes:
+        _shapes[model.model] = MappingProxyType(_weight_shapes(model))
+    return _shapes[model.model]
+
+
+def _weight_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Collect the shapes."""
     shapes = {key: tuple(value.shape) for key, value in model.model_state_dict().items()}
     for name, module in model.model.named_modules():
         key = f"{name}.weight"

@@ -1,4 +1,4 @@
-"""The command line's `lab.py lora`: inspect, apply, convert, extract, download. Exit status 0, or 2 when refused; `--json` prints one object.
+"""The command line's `lab.py lora`: inspect, apply, convert, merge, extract, download. Exit status 0, or 2 when refused; `--json` prints one object.
 
 A new verb is one function for its arguments, one that runs it and returns what to print, and one line in VERBS.
 """
@@ -9,20 +9,24 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 
-from .lora_apply import apply_and_run
+from .experts import guess_expert
+from .lora_apply import apply_and_run, parse_row
 from .lora_base import base_from_file
 from .lora_convert import convert
 from .lora_download import download
 from .lora_extract import DTYPES, extract
 from .lora_inspect import inspect_files
 from .lora_keys import LAYOUTS
+from .lora_merge import MergeSettings, merge
+from .merge_plan import DTYPES as MERGE_DTYPES
 from .official_loras import OFFICIAL, STRENGTH_NOTE, official_named
+from .rounding import ROUNDINGS
 
 REFUSED = 2
 
@@ -82,6 +86,19 @@ def run_convert(options: argparse.Namespace) -> Answer:
             "notes": list(done.notes),
         },
     )
+
+
+def run_merge(options: argparse.Namespace) -> Answer:
+    """Merge LoRA rows into a model file, which is written anew; an interrupted run is taken up where it stopped."""
+    base = Path(options.base)
+    expert = guess_expert(base.name).expert or "low"
+    settings = MergeSettings(
+        dtype=options.dtype, rounding=options.rounding, seed=options.seed, shard_bytes=int(options.shard_gb * 1e9), overwrite=options.force
+    )
+    rows = [replace(parse_row(row, expert), blocks=options.blocks) for row in options.row]
+    device = comfy.model_management.get_torch_device()
+    done = merge(base, rows, Path(options.out), settings, expert=expert, device=device, progress=_progress)
+    return Answer(text=done.text(), data={"verdict": "ok", **done.to_dict()})
 
 
 def run_extract(options: argparse.Namespace) -> Answer:
@@ -146,6 +163,18 @@ def arguments_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
 
 
+def arguments_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="MODEL", help="diffusion model: a safetensors file, an index of shards, or their folder")
+    parser.add_argument("--row", action="append", default=[], metavar="FILE:STRENGTH", help="a LoRA with its strength; may be given several times")
+    parser.add_argument("--blocks", default="", metavar="RULES", help="strengths per block for all rows, such as 0-9:0.5, ffn:0.8")
+    parser.add_argument("--out", required=True, metavar="OUT", help="safetensors file to write")
+    parser.add_argument("--dtype", default="same", choices=list(MERGE_DTYPES), help="type of the numbers (default: as in the base)")
+    parser.add_argument("--rounding", default="nearest", choices=ROUNDINGS, help="stochastic keeps small changes on average (default: nearest)")
+    parser.add_argument("--seed", type=int, default=0, help="of the stochastic rounding (default: 0)")
+    parser.add_argument("--shard-gb", type=float, default=0.0, metavar="GB", help="write shards of at most this size and an index (default: one file)")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
+
+
 def arguments_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("full", metavar="FULL", help="the trained model: a safetensors file, an index of shards, or their folder")
     parser.add_argument("base", metavar="BASE", help="the model it was trained from, in the same forms")
@@ -166,6 +195,7 @@ VERBS: dict[str, Verb] = {
     "inspect": (arguments_inspect, run_inspect),
     "apply": (arguments_apply, run_apply),
     "convert": (arguments_convert, run_convert),
+    "merge": (arguments_merge, run_merge),
     "extract": (arguments_extract, run_extract),
     "download": (arguments_download, run_download),
 }
@@ -186,6 +216,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _progress(done: int, of: int) -> None:
-    """Show how far a long verb is, on a terminal only."""
+    """Show how far a long verb is, on a terminal only; in weights or in bytes."""
     if sys.stderr.isatty():
-        print(f"\r{done} of {of} weights", end="\n" if done == of else "", file=sys.stderr, flush=True)
+        print(f"\r{100 * done // max(of, 1)} %", end="\n" if done == of else "", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import comfy.lora
@@ -25,6 +25,7 @@ from .experts import ExpertGuess, guess_expert
 from .lora_keys import NormalisedKeys, detect_layout, normalise, wan_layers
 from .lora_reasons import nothing_fits
 from .lora_shapes import misfit
+from .weight_source import read_tensor
 
 MODEL_PREFIX = "diffusion_model."
 CACHED_FILES = 4  # files kept in memory, so that changing a strength does not read them again
@@ -70,6 +71,8 @@ class FittedLora:
         kinds: Kind of adapter (`lora`, `loha`, `lokr`, `diff`, …) -> how many weights.
         left_out: Kind of key that was left out (`image_branch`, `text_encoder`, `duplicate`, `unknown`, `misfit`) -> how many keys.
         memory_bytes: Of the tensors that are used.
+        parts: Model weight key -> part (`lora_down.weight`) -> key in the file, for reading one layer at a time.
+        shapes: Model weight key -> shape of the weight.
     """
 
     patches: dict[str, object]
@@ -82,6 +85,8 @@ class FittedLora:
     kinds: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: int = 0
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 _cache: OrderedDict[tuple[str, int, int], LoraFile] = OrderedDict()
@@ -100,41 +105,68 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         ValueError: Not a safetensors file, truncated, empty, too many keys, no floating-point numbers, or with NaN or infinity in it.
     """
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        raise ValueError(
-            f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read."
-        )
-    header = read_header(path, "LoRA", limit_bytes=MAX_HEADER_BYTES)
-    status = path.stat()
-    key = (str(path), status.st_mtime_ns, status.st_size)
+    status = path.stat() if path.is_file() else None
+    key = (str(path), status.st_mtime_ns, status.st_size) if status else None
     with _cache_lock:
-        if key in _cache:
+        if key in _cache:  # a new strength must not take the time of reading the header
             _cache.move_to_end(key)
             return _cache[key]
+    header = _read_header(path)
     _check_header(path.name, header)
     try:
         tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} cannot be read ({str(error)[:300]}). Download or copy it again.") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise ValueError(
-                f"{path.name}: {name[:200]} holds NaN or infinity. The training of this LoRA failed; choose another file or an earlier checkpoint."
-            )
-    layout = detect_layout(normalise(tensors, wan_layers()))
-    lora = LoraFile(
-        name=path.name,
-        tensors=tensors,
-        metadata=header.metadata,
-        guess=guess_expert(path.name, header.metadata),
-        layout=layout.name if layout else "mixed",
-        path=path,
-    )
+        _check_finite(path, name, tensor)
+    lora = _lora_file(path, tensors, header)
     with _cache_lock:
         _cache[key] = lora
         while len(_cache) > CACHED_FILES:
             _cache.popitem(last=False)
     return lora
+
+
+def scan_lora(path: Path) -> LoraFile:
+    """Check a LoRA file as `read_lora` does, with one tensor in memory at a time.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        The file with tensors that have shape and type but no numbers (device `meta`); alphas have theirs. `fit` takes it;
+        `patch_of` reads the numbers of one layer.
+
+    Raises:
+        ValueError: As `read_lora`.
+    """
+    header = _read_header(path)
+    _check_header(path.name, header)
+    tensors = {}
+    for key in header.shapes:
+        tensor = read_tensor(path, key)
+        _check_finite(path, key, tensor)
+        tensors[key] = tensor.clone() if key.endswith("alpha") else tensor.to("meta")
+    return _lora_file(path, tensors, header)
+
+
+def patch_of(lora: LoraFile, fitted: FittedLora, weight_key: str) -> object:
+    """Read one weight's patch from the file.
+
+    Args:
+        lora: From `scan_lora`.
+        fitted: What `fit` made of it.
+        weight_key: One of `fitted.patches`.
+
+    Returns:
+        The host's adapter or patch, with numbers.
+
+    Raises:
+        ValueError: The file cannot be read any more.
+    """
+    names = fitted.parts[weight_key]
+    real = replace(lora, tensors={key: read_tensor(lora.path, key) for key in names.values()})
+    return _layer_patches(_parts(real, names), weight_key)[weight_key]
 
 
 def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedLora:
@@ -153,6 +185,7 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
     layers = {key[len(MODEL_PREFIX) :].removesuffix(".weight"): key for key in weight_shapes if key.startswith(MODEL_PREFIX) and not key.endswith(".bias")}
     keys = normalise(lora.tensors, layers)
     patches: dict[str, object] = {}
+    parts_of: dict[str, Mapping[str, str]] = {}
     used_keys: set[str] = set()
     misfits: dict[str, str] = {}
     ranks, alphas = set(), set()
@@ -165,7 +198,9 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
                 raise ValueError(f"{lora.name} does not fit this model: {problem}. Choose a LoRA that was made for this size of Wan.")
             misfits[layer] = problem
             continue
-        patches.update(comfy.lora.load_lora({f"{layer}.{part}": tensor for part, tensor in parts.items()}, {layer: weight_key}, log_missing=False))
+        found = _layer_patches(parts, weight_key)
+        patches.update(found)
+        parts_of.update(dict.fromkeys(found, names))
         used_keys.update(names.values())
         ranks.update(_rank(parts))
         if "alpha" in parts:
@@ -185,7 +220,36 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
         kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
         left_out=_left_out(keys, misfits),
         memory_bytes=sum(lora.tensors[key].nbytes for key in used_keys),
+        parts=parts_of,
+        shapes={key: tuple(weight_shapes[key]) for key in patches},
     )
+
+
+def _layer_patches(parts: Mapping[str, torch.Tensor], weight_key: str) -> dict[str, object]:
+    """Build the host's adapters and patches of one layer: for its weight, and for its bias where the file has a change of it."""
+    return comfy.lora.load_lora({f"layer.{part}": tensor for part, tensor in parts.items()}, {"layer": weight_key}, log_missing=False)
+
+
+def _lora_file(path: Path, tensors: Mapping[str, torch.Tensor], header: Header) -> LoraFile:
+    """Say what the names and the metadata tell."""
+    layout = detect_layout(normalise(tensors, wan_layers()))
+    guess = guess_expert(path.name, header.metadata)
+    return LoraFile(name=path.name, tensors=tensors, metadata=header.metadata, guess=guess, layout=layout.name if layout else "mixed", path=path)
+
+
+def _check_finite(path: Path, key: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        raise ValueError(f"{path.name}: {key[:200]} holds NaN or infinity. The training of this LoRA failed; choose another file or an earlier checkpoint.")
+
+
+def _read_header(path: Path) -> Header:
+    """Read the header of a LoRA file; other formats are refused unread."""
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        raise ValueError(
+            f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read."
+        )
+    return read_header(path, "LoRA", limit_bytes=MAX_HEADER_BYTES)
 
 
 def _check_header(name: str, header: Header) -> None:

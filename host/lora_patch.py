@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from . import paths
-from .block_strengths import parse_block_strengths
+from .block_strengths import layer_factors
 from .experts import EXPERTS, guess_expert
 from .lora_bypass import UnmergedRow, add_rows, quantised_kind, split_patches, weight_shapes
-from .lora_file import MODEL_PREFIX, FittedLora, LoraFile, fit, read_lora
+from .lora_file import FittedLora, LoraFile, fit, read_lora
 from .lora_rows import APPLICATIONS, LoraRow, application_of, check_rows, fingerprint, parse_rows
+from .lora_share import Share, share_of
 from .lora_slots import repeat_warnings, slot_warnings
 
 __all__ = ["APPLICATIONS", "AppliedRows", "RowReport", "apply_rows", "check_rows", "fingerprint", "model_expert", "parse_rows"]
@@ -33,7 +34,8 @@ class RowReport:
     """What became of one row.
 
     `applied_*` counts keys of the file; None where the row does not act on that expert. `unmerged` names the experts beside whose weights it runs.
-    `kinds`, `left_out` and `memory_bytes` are those of `FittedLora`, `layout` is that of the file.
+    `kinds`, `left_out` and `memory_bytes` are those of `FittedLora`, `layout` is that of the file. `shares` tells by expert how much the row changes the
+    weights it acts on, at its strengths, a curve at its largest.
     """
 
     file: str
@@ -49,6 +51,7 @@ class RowReport:
     left_out: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: int = 0
     layout: str = ""
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data for the page."""
@@ -64,6 +67,7 @@ class RowReport:
             "left_out": dict(self.left_out),
             "memory_bytes": self.memory_bytes,
             "layout": self.layout,
+            "shares": {expert: {"value": share.value, "text": share.text()} for expert, share in self.shares.items()},
         }
 
     def text(self) -> str:
@@ -71,7 +75,8 @@ class RowReport:
         counts = []
         for expert, applied, strength in (("high", self.applied_high, self.high), ("low", self.applied_low, self.low)):
             how = ", unmerged" if expert in self.unmerged else ""
-            counts.append(f"{expert} {strength:g}: " + ("not applied" if applied is None else f"applied {applied} of {self.total} keys{how}"))
+            share = f", changes {self.shares[expert].text()}" if expert in self.shares else ""
+            counts.append(f"{expert} {strength:g}: " + ("not applied" if applied is None else f"applied {applied} of {self.total} keys{how}{share}"))
         lines = [f"{self.file} ({self.detail})" if self.detail else self.file, "  " + "; ".join(counts)]
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
@@ -105,6 +110,7 @@ class _Plan:
     unmerged: UnmergedRow | None = None
     is_beside: bool = False
     notes: tuple[str, ...] = ()
+    share: Share | None = None
 
 
 def apply_rows(
@@ -152,7 +158,7 @@ def apply_rows(
 
 def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: FittedLora, application: str, quantised: str) -> _Plan:
     """Decide how one row is applied to one expert. Changes nothing."""
-    factors = _layer_factors(row, fitting, len(model.model.diffusion_model.blocks))
+    factors = layer_factors(row.blocks, fitting.patches, len(model.model.diffusion_model.blocks))
     strength = row.strength(expert)
     is_beside = application == "bypass" or (application == "auto" and (bool(quantised) or not row.curve.is_constant()))
     # The host (0.30.0) passes over bare parameters such as a block's modulation when it merges, so these always run beside the weights.
@@ -176,15 +182,9 @@ def _plan(row: LoraRow, expert: str, model: Any, lora: LoraFile, fitting: Fitted
         factor = factors[key] * row.curve.at(1.0)
         if factor != 0.0:
             merged.setdefault(factor, {})[key] = fitting.patches[key]
-    return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, is_beside=is_beside, notes=notes)
-
-
-def _layer_factors(row: LoraRow, fitting: FittedLora, blocks: int) -> dict[str, float]:
-    """Return the per-block factor of every patched weight of a model with `blocks` blocks."""
-    if not row.blocks:
-        return dict.fromkeys(fitting.patches, 1.0)
-    strengths = parse_block_strengths(row.blocks, blocks)
-    return {key: strengths.factor(key.removeprefix(MODEL_PREFIX).rpartition(".")[0]) for key in fitting.patches}
+    largest = strength * row.curve.largest()
+    share = share_of(model, fitting, {key: largest * factor for key, factor in factors.items()})
+    return _Plan(file=row.file, strength=strength, merged=merged, unmerged=unmerged, is_beside=is_beside, notes=notes, share=share)
 
 
 def _apply(clone: Any, plans: Sequence[_Plan]) -> None:
@@ -246,6 +246,7 @@ def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora],
         left_out=fitting.left_out if fitting else {},
         memory_bytes=fitting.memory_bytes if fitting else 0,
         layout=lora.layout,
+        shares={expert: plan.share for expert, plan in plans.items() if plan.share is not None},
     )
 
 

@@ -133,6 +133,11 @@ class Adapted:
             if own is None or own.shape != value.shape:
                 raise ValueError(f"The PAVRM's LoRA names {name} of {tuple(value.shape)}; this generator has no such weight.")
             self._part(name).diff[name] = value
+        for path, module in self._modules.items():
+            match = _BLOCK.match(path)
+            is_used = int(match.group(1)) < blocks if match else not path.startswith("head.")
+            if is_used and isinstance(module, torch.nn.Linear) and path not in delta.lora:
+                self._part(path).plain.append(module)
 
     def _part(self, name: str) -> _Part:
         match = _BLOCK.match(name)
@@ -168,6 +173,8 @@ class Adapted:
     def _in_place(self, part: _Part) -> Iterator[None]:
         linears, parameters = [], []
         try:
+            for linear in part.plain:
+                linears.append((linear, linear.__dict__.pop("forward", None)))
             for path, (down, up) in part.lora.items():
                 linear = self._modules[path]
                 linears.append((linear, linear.__dict__.get("forward")))
@@ -193,6 +200,8 @@ class _Part:
 
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     diff: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    # Linears that the delta leaves as they are: a LoRA in training that is installed on them must go as well.
+    plain: list[torch.nn.Module] = dataclasses.field(default_factory=list)
 
 
 def _adapted_linear(linear: torch.nn.Module, down_RI: torch.Tensor, up_OR: torch.Tensor):

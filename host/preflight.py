@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from ..lora_train import needs
 from ..lora_train.config import TrainConfig
 from ..lora_train.plan import check_disk
 from ..lora_train.safetensors_file import Header, read_header
@@ -25,18 +26,31 @@ def check(config: TrainConfig, folder: Path) -> None:
         ValueError: a missing or truncated file; an expert in the wrong slot; experts or text encoder of widths that do not fit; not
             enough disk.
     """
-    headers = {name: _header(getattr(config.models, name), role) for name, role in ROLES.items()}
-    if config.reward.kind == "pavrm":
-        raise ValueError("the reward is a PAVRM, which scores latents; reward backpropagation decodes frames: use an image or video reward, or a mix of them")
+    roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
+    headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
+    _check_reward(config)
     with_image = next((prompt for prompt in config.prompts if prompt.image), None)
     if with_image is not None:
         raise ValueError(f"the prompt {with_image.text[:40]!r} has a start image, but this version trains without: remove the images from the prompt set")
-    for file in RewardModelSpec.from_dict(asdict(config.reward)).files():
-        _header(file, "reward model")
-    for slot in ("high", "low"):
+    for slot in needs.experts(config):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
     _check_widths(config, headers)
+    if needs.real_latents(config) and not Path(config.real.path).is_file():
+        raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
     check_disk(config, folder)
+
+
+def _check_reward(config: TrainConfig) -> None:
+    is_latent = config.method == "prfl"
+    if is_latent != (config.reward.kind == "pavrm"):
+        has = "scores latents" if config.reward.kind == "pavrm" else "scores frames"
+        remedy = "give a PAVRM" if is_latent else "use an image or video reward, a mix of them, or the method prfl"
+        raise ValueError(f"the reward is {config.reward.kind}, which {has}; the method {config.method} scores {'latents' if is_latent else 'frames'}: {remedy}")
+    for source in filter(None, (config.reward, config.held_out.judge)):
+        for file in RewardModelSpec.from_dict(asdict(source)).files():
+            # A PAVRM's trunk may be a folder; its reader checks that.
+            if not Path(file).is_dir():
+                _header(file, "reward model")
 
 
 def _header(path: str, role: str) -> Header | None:
@@ -58,16 +72,21 @@ def _check_slot(slot: str, path: str, header: Header | None) -> None:
 
 
 def _check_widths(config: TrainConfig, headers: dict[str, Header | None]) -> None:
-    widths = {slot: _text_width(headers[slot]) for slot in ("high", "low")}
+    widths = {slot: _text_width(headers[slot]) for slot in needs.experts(config)}
     for slot, width in widths.items():
         if width is None:
             raise ValueError(f"{Path(getattr(config.models, slot)).name} has no {_TEXT_KEY}: it is not a Wan transformer; pick a Wan2.2 expert")
     encoder = headers["text_encoder"]
     encoder_width = encoder.shapes.get("shared.weight", (0, 0))[-1] if encoder else None
-    if widths["high"] != widths["low"]:
+    if len(set(widths.values())) > 1:
         raise ValueError(f"the high-noise expert reads text of width {widths['high']}, the low-noise one {widths['low']}; they belong to different models")
-    if encoder_width is not None and encoder_width != widths["high"]:
-        raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {widths['high']}; pick the text encoder of these models")
+    width = next(iter(widths.values()))
+    if encoder_width is not None and encoder_width != width:
+        raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {width}; pick the text encoder of these models")
+    if config.reward.kind == "pavrm" and config.reward.path.endswith(".safetensors"):
+        pavrm_width = _text_width(read_header(config.reward.path, "PAVRM"))
+        if pavrm_width not in (None, width):
+            raise ValueError(f"the PAVRM reads text of width {pavrm_width}, but the experts read {width}; it belongs to another model")
 
 
 def _text_width(header: Header) -> int | None:

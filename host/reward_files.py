@@ -1,4 +1,4 @@
-"""Which files a reward model is made of: what the Load Reward Model node shows, and fetches when asked."""
+"""Which widgets and files belong to a kind of reward model: what the Load Reward Model node shows, and fetches when asked."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import comfy.utils
 import folder_paths
 
 from ..reward_models import published
-from ..reward_models.spec import PATHLESS
+from ..reward_models.spec import OPTIONS_OF, PATHLESS
 from . import downloads, paths
-from .scoring import NO_FILE
+from .scoring import NO_FILE, REWARD_KINDS
 
 _FACE_NOTE = "The weights of InsightFace's published face recognisers are for non-commercial research only; check the licence of yours."
+
+# What the widgets `second_file` and `third_file` hold: an option of the reward model, and the name that the page gives to the widget.
+FURTHER_FILES: dict[str, tuple[tuple[str, str], ...]] = {
+    "aesthetic": (("clip", "CLIP ViT-L/14 file"),),
+    "face": (("detector", "face detector file"),),
+    "pavrm": (("query", "query attention file"), ("head", "score head file")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,7 @@ def resolve(choice: Choice) -> Files:
     if choice.download and choice.kind not in PATHLESS:
         file = _fetched(choice.kind) if file in ("", NO_FILE) else file
         second = _fetched("clip") if choice.kind == "aesthetic" and second in ("", NO_FILE) else second
-    names = {"aesthetic": ("clip",), "face": ("detector",), "pavrm": ("query", "head")}.get(choice.kind, ())
+    names = [name for name, _ in FURTHER_FILES.get(choice.kind, ())]
     given = dict(zip(names, (second, choice.third_file), strict=False))
     options = {name: str(paths.model_path(paths.REWARD_MODEL_FOLDER, value)) for name, value in given.items() if value not in ("", NO_FILE)}
     if choice.kind == "pavrm" and choice.generator not in ("", NO_FILE):
@@ -58,6 +65,28 @@ def resolve(choice: Choice) -> Files:
     if choice.kind == "face" and choice.reference.strip():
         options["reference"] = str(paths.input_path(choice.reference))
     return Files(file=file, options=options, report=_report(choice.kind, file))
+
+
+def widgets_of(kind: str) -> dict[str, str]:
+    """The node's widgets that a kind reads, with the name that each has for it."""
+    options, further = OPTIONS_OF[kind], [label for _, label in FURTHER_FILES.get(kind, ())]
+    widgets = {} if kind in PATHLESS else {"file": "file"}
+    widgets |= {name: name for name in ("resize", "antialias") if name in options}
+    widgets |= {"download": "download"} if published.of_kind(kind) else {}
+    widgets |= {name: name for name in ("condition", "threshold") if name in options}
+    widgets |= dict(zip(("second_file", "third_file"), further, strict=False))
+    return widgets | {name: name for name in ("generator", "reference", "stability") if name in options}
+
+
+def catalogue() -> dict[str, Any]:
+    """What the page needs to show the node before anything runs: per kind its widgets and published files, and the size of every file on disk."""
+    files = {name: paths.model_path(paths.REWARD_MODEL_FOLDER, name).stat().st_size for name in paths.model_files(paths.REWARD_MODEL_FOLDER)}
+    kinds = {}
+    for kind in REWARD_KINDS:
+        entries = [*published.of_kind(kind), *(published.of_kind("clip") if kind == "aesthetic" else [])]
+        offers = [{"name": entry.name, "text": downloads.describe(entry), "is_here": entry.name in files} for entry in entries]
+        kinds[kind] = {"widgets": widgets_of(kind), "published": offers, "needs_file": kind not in PATHLESS}
+    return {"kinds": kinds, "files": {name: f"{size / 1e6:.1f} MB" for name, size in files.items()}, "no_file": NO_FILE}
 
 
 def _fetched(kind: str) -> str:

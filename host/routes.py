@@ -1,4 +1,4 @@
-"""HTTP routes of the pack, for the page: runs, LoRA files, and the results of sweeps.
+"""HTTP routes of the pack, for the page: runs, LoRA files, reward models, and the results of sweeps.
 
 With `--listen` others on the network reach these, so every id is checked and no path leaves its folder. Nothing here starts a process.
 """
@@ -15,7 +15,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..testlab import sweep
-from . import label_routes, lora_routes, paths, training
+from . import label_routes, lora_routes, paths, reward_files, training
 
 RUN_FILE_FOLDERS = ("samples", "checkpoints")
 MAX_LOG_LINES = 2000
@@ -38,6 +38,7 @@ def register() -> None:
         ("/reward_lab/runs/{id}/log", show_log),
         ("/reward_lab/runs/{id}/files/{name:.+}", send_run_file),
         ("/reward_lab/loras", list_loras),
+        ("/reward_lab/reward_models", show_reward_models),
         ("/reward_lab/sweeps/{name}/{path:.+}", send_sweep_file),
         ("/reward_lab/datasets/{name}/{path:.+}", send_dataset_file),
         *lora_routes.GET_ROUTES,
@@ -98,6 +99,11 @@ async def send_run_file(request: web.Request) -> web.StreamResponse:
     if path.relative_to(folder.resolve()).parts[0] not in RUN_FILE_FOLDERS:
         raise ValueError(f"{request.match_info['name']!r} is not in {' or '.join(RUN_FILE_FOLDERS)}.")
     return _file_response(path)
+
+
+async def show_reward_models(_request: web.Request) -> web.Response:
+    """Return what Load Reward Model can show: kinds with their widgets and published files, and the files on disk."""
+    return web.json_response(reward_files.catalogue())
 
 
 async def list_loras(_request: web.Request) -> web.Response:

@@ -55,6 +55,8 @@ def _spec(options: dict[str, Any]) -> RewardModelSpec:
         raise ValueError(f"--kind {kind} needs --weights FILE.")
     names = ("config", "resize", "condition", "threshold", "normalise", "scale", "clip", "detector", "landmarks", "reference", "missing")
     given = {name: options[name] for name in names if options.get(name) is not None}
+    if options.get("stability"):
+        given["stability"] = True
     if options.get("antialias") is not None:
         given["antialias"] = options["antialias"] == "on"
     return RewardModelSpec(kind=kind, path=options.get("weights") or "", options=given)

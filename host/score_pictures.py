@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +68,28 @@ def plot_sigmas(sigmas: Sequence[float], probabilities: Sequence[float], title: 
     return paths.image_tensor(line_chart([curve], title=title, subtitle=subtitle, x_label="noise level (number in the list)", first_x=1, mark_extremes=True))
 
 
-def plot_run(rewards: Sequence[float], losses: Sequence[float], title: str) -> torch.Tensor:
-    """Draw reward and loss of a training run over its steps.
+def plot_run(steps: Sequence[Mapping[str, Any]], title: str) -> torch.Tensor:
+    """Draw reward and loss of a training run over its steps, and the reward of its held-out prompts where it was measured.
+
+    Args:
+        steps: The run's `step` events.
 
     Returns:
         IMAGE [1, H, W, 3].
     """
-    curves = [Curve(label="reward", values=tuple(rewards), smooth=True), Curve(label="loss", values=tuple(losses), smooth=True, axis="right")]
-    return paths.image_tensor(line_chart(curves, title=title, x_label="step", first_x=1))
+    bases = [step["held_out_base"] for step in steps if step.get("held_out_base") is not None]
+    held_out = (bases[0] if bases else math.nan, *(_number(step, "held_out") for step in steps))
+    curves = [
+        Curve(label="reward", values=(math.nan, *(_number(step, "reward") for step in steps)), smooth=True),
+        Curve(label="loss", values=(math.nan, *(_number(step, "loss") for step in steps)), smooth=True, axis="right"),
+        *([Curve(label="held-out reward", values=held_out, sparse=True)] if any(map(math.isfinite, held_out)) else []),
+    ]
+    return paths.image_tensor(line_chart(curves, title=title, x_label="step"))
+
+
+def _number(step: Mapping[str, Any], name: str) -> float:
+    value = step.get(name)
+    return math.nan if value is None else float(value)
 
 
 def draw_validation(report: dict[str, Any], path: Path) -> None:

@@ -42,6 +42,10 @@ class SigmaCurve:
         """Tell whether the factor is the same at every sigma."""
         return len({factor for _, factor in self.points}) <= 1
 
+    def largest(self) -> float:
+        """Return the factor of largest size."""
+        return max((factor for _, factor in self.points), key=abs, default=1.0)
+
     def text(self) -> str:
         """Return the curve as text that `parse_curve` reads; empty for the factor 1."""
         return ", ".join(f"{sigma:g}:{factor:g}" for sigma, factor in self.points)

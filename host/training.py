@@ -30,7 +30,7 @@ from .lora_keys import normalise, split_key
 
 logger = logging.getLogger("reward_lab")
 
-PRESETS = ("reward-lab", "videox-fun", "pocket")
+PRESETS = ("reward-lab", "videox-fun", "hy-video-prfl", "roll-reward-flow", "pocket")
 ACTIVE_STATES = ("created", "running", "stopping")
 POLL_S = 0.25
 # How long a run that was asked to stop may take for its step, checkpoint and LoRA before it is ended by force: a step of a 14B model takes minutes.
@@ -219,7 +219,7 @@ def run_result(run_id: str, wait: bool) -> RunResult:
         raise ValueError(f"Run {run_id} has written no LoRA yet (step {info.step} of {info.steps}, {info.state}). Switch 'wait' on, or run this node later.")
     steps = [event for event in runs.events(run_id) if event.get("event") == "step"]
     loss_map = {"loss": _numbers(steps, "loss"), "reward": _numbers(steps, "reward")}
-    chart = score_pictures.plot_run(loss_map["reward"], loss_map["loss"], f"{info.name}: {info.state}, step {info.step} of {info.steps}")
+    chart = score_pictures.plot_run(steps, f"{info.name}: {info.state}, step {info.step} of {info.steps}")
     reward = f", reward {info.reward:.4f}" if info.reward is not None else ""
     return RunResult(
         loras={} if is_pavrm else {expert: host_lora(file) for expert, file in files.items()},

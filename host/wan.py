@@ -6,14 +6,17 @@ which is how the official reward LoRAs were trained. It does not cover quantised
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.sd
 import torch
-from torch.utils.checkpoint import checkpoint
+from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
 
+from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.knobs import Knobs
+from ..lora_train.offload.store import place
 from ..lora_train.safetensors_file import read_header
 from .training_mode import attention
 
@@ -68,29 +71,18 @@ class WanBackbone:
         return self
 
     @contextmanager
-    def gradient_checkpointing(self) -> Iterator[None]:
-        """Keep only block inputs in forward; blocks run again in backward. The blocks' own `forward` is called, never the host's
-        `original_block` closure, which by then stands for the last block and would give wrong gradients without a word."""
-        done: list[torch.nn.Module] = []
-        try:
-            for block in self.model.blocks:
-                block.forward = _checkpointed(block.forward)
-                done.append(block)
-            yield
-        finally:
-            for block in done:
-                del block.__dict__["forward"]
+    def engine(self, knobs: Knobs) -> Iterator[BlockExecutor]:
+        """Run the blocks through the executor (`lora_train/offload`): kept inputs, streamed weights, as `knobs` say. The blocks' own `forward` is
+        called where a block is not a plain one, never the host's `original_block` closure, which by then stands for the last block and would give
+        wrong gradients without a word."""
+        place(self.model, self.device, "blocks.")
+        with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block).installed() as executor:
+            yield executor
 
 
-def _checkpointed(block_forward):
-    def forward(*args, transformer_options: Mapping = {}, **kwargs):  # noqa: B006 (the host's signature; never written to)
-        # The host changes this dictionary from block to block; the second run must see what the first one saw.
-        options = dict(transformer_options)
-        if not torch.is_grad_enabled():
-            return block_forward(*args, transformer_options=options, **kwargs)
-        return checkpoint(block_forward, *args, transformer_options=options, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return forward
+def is_plain_block(block: torch.nn.Module) -> bool:
+    """Whether a block has exactly the arithmetic that the executor knows."""
+    return type(block) is WanAttentionBlock and type(block.cross_attn) is WanT2VCrossAttention and type(block.self_attn) is WanSelfAttention
 
 
 def freeze(model: torch.nn.Module) -> None:

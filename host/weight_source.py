@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from .lora_keys import flat_name, wan_layers
 
 INDEX_END = ".safetensors.index.json"
 SCALE_ENDS = (".scale_weight", ".weight_scale")  # of ComfyUI's two ways to store scaled fp8
-READABLE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+READABLE_DTYPES = (*FLOAT_DTYPES, "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class WeightSource:
         places: Weight -> (file, key in the file).
         scales: Weight -> (file, key) of its fp8 scale, where it has one.
         unreadable: Weights in a quantised format that is not read here.
+        headers: Of the file or of all shards.
     """
 
     name: str
@@ -41,17 +44,22 @@ class WeightSource:
     places: Mapping[str, tuple[Path, str]]
     scales: Mapping[str, tuple[Path, str]]
     unreadable: tuple[str, ...]
+    headers: Mapping[Path, Header]
 
-    def read(self, weight: str) -> torch.Tensor:
-        """Return one weight, fp32 on the CPU, in the model's own scale.
+    def read(self, weight: str, rows: slice | None = None) -> torch.Tensor:
+        """Return one weight, or some rows of it, fp32 on the CPU, in the model's own scale.
 
         Raises:
             ValueError: The file changed or cannot be read, or the weight is quantised in a way that is not read here.
         """
         if weight in self.unreadable:
             raise ValueError(f"{self.name}: {weight} is quantised in a format that is not read here. Use the fp16, bf16 or fp8 file of the model.")
-        tensor = _read(*self.places[weight]).float()
-        return tensor * _read(*self.scales[weight]).float() if weight in self.scales else tensor
+        tensor = read_tensor(*self.places[weight], rows).float()
+        if weight not in self.scales:
+            return tensor
+        file, key = self.scales[weight]
+        is_per_row = prod(self.headers[file].shapes[key]) > 1
+        return tensor.mul_(read_tensor(file, key, rows if is_per_row else None).float())
 
 
 def open_source(path: Path) -> WeightSource:
@@ -85,8 +93,16 @@ def open_source(path: Path) -> WeightSource:
                 unreadable.append(weight)
     if not any(weight.startswith("blocks.") for weight in shapes):
         raise ValueError(f"{path.name} holds no blocks of a Wan model. Choose a Wan2.1 or Wan2.2 diffusion model.")
-    first = next(iter(headers.values()))
-    return WeightSource(name=path.name, shapes=shapes, metadata=first.metadata, places=places, scales=scales, unreadable=tuple(unreadable))
+    unreadable += [weight for weight, place in scales.items() if weight in shapes and not _is_one_scale(shapes[weight], headers, place)]
+    return WeightSource(
+        name=path.name,
+        shapes=shapes,
+        metadata=next(iter(headers.values())).metadata,
+        places=places,
+        scales=scales,
+        unreadable=tuple(dict.fromkeys(unreadable)),
+        headers=headers,
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -117,10 +133,17 @@ def _split(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _read(file: Path, key: str) -> torch.Tensor:
-    """Read one tensor."""
+def _is_one_scale(shape: tuple[int, ...], headers: Mapping[Path, Header], place: tuple[Path, str]) -> bool:
+    """Tell whether a scale is one number, or one per row; block formats (MXFP8, NVFP4) have others under the same name."""
+    file, key = place
+    scale = headers[file].shapes[key]
+    return headers[file].dtypes[key] in FLOAT_DTYPES and (prod(scale) == 1 or scale == (shape[0], 1))
+
+
+def read_tensor(file: Path, key: str, rows: slice | None = None) -> torch.Tensor:
+    """Read one tensor, or some rows of it, as it is stored. Raises ValueError when the file changed or cannot be read."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(key)
+            return opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file.name}: {key} cannot be read ({error}). Download or copy the file again.") from error

@@ -143,43 +143,31 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from ..lora_train import objectives
-    from ..lora_train.evaluation import all_prompts
-    from ..lora_train.flow import EXPERTS
+    from ..lora_train import needs, objectives
+    from ..lora_train.offload.knobs import Knobs
+    from ..lora_train.real import RealLatents
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
-    from ..reward_models.spec import RewardModelSpec
     from ..runs import lease
     from ..runs.store import append_event
-    from . import reward_loading
     from .samples import SampleFiles
-    from .text import PromptEncoder, load_text_encoder
     from .training_mode import training_mode
-    from .vae import load_decoder
     from .wan import load_backbone
 
-    prompts = all_prompts(config)
-    encoder = PromptEncoder(load_text_encoder(config.models.text_encoder))
-    contexts = dict(zip(prompts, encoder.encode(prompts), strict=True))
-    (negative,) = encoder.encode([config.sampling.negative_prompt])
-    del encoder
-    _free_memory()
-    logger.info("encoded %d prompts", len(prompts))
-
+    real = RealLatents(config.real.path) if needs.real_latents(config) else None
+    contexts, negative = _encode(config, real)
     backbones = {
-        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in EXPERTS
+        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in needs.experts(config)
     }
-    decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
-    reward = reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward)), device)
-    logger.info("loaded both experts, the VAE and the reward model %s", config.reward.kind)
+    scorers = _load_scorers(config, backbones, device, dtype)
+    logger.info("loaded %s", ", ".join([*(f"the {expert}-noise expert" for expert in backbones), *(name for name, part in scorers.items() if part)]))
 
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        if config.gradient_checkpointing:
-            for expert in config.trained_experts:
-                stack.enter_context(backbones[expert].gradient_checkpointing())
+        for backbone in backbones.values():
+            stack.enter_context(backbone.engine(Knobs()))
 
         def sink(event) -> None:
             append_event(folder, event)
@@ -187,8 +175,6 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
         parts = Parts(
             experts=Experts(backbones=backbones, sampling=config.sampling),
-            decoder=decoder,
-            reward=reward,
             contexts=ContextCache(contexts, negative, device),
             sink=sink,
             stop_requested=stop,
@@ -196,8 +182,45 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             pause=lambda: lease.wait_until_free(folder.parent, stop) if device.type != "cpu" else None,
             base_sha256=lambda expert: hashes[expert].result(),
             device=device,
+            real=real,
+            **scorers,
         )
         train(config, parts, objectives.create(config, parts), folder, resume=resume)
+
+
+def _encode(config, real) -> tuple[dict, object]:
+    """Contexts of every prompt, and of the negative one; the text encoder is gone afterwards."""
+    from ..lora_train.evaluation import all_prompts
+    from .text import PromptEncoder, load_text_encoder
+
+    prompts = list(dict.fromkeys([*all_prompts(config), *(real.prompts if real else ())]))
+    encoder = PromptEncoder(load_text_encoder(config.models.text_encoder))
+    contexts = dict(zip(prompts, encoder.encode(prompts), strict=True))
+    (negative,) = encoder.encode([config.sampling.negative_prompt])
+    del encoder
+    _free_memory()
+    logger.info("encoded %d prompts", len(prompts))
+    return contexts, negative
+
+
+def _load_scorers(config, backbones: dict, device, dtype) -> dict:
+    """Decoder and rewards by their name in `Parts`; None is what this run has no use for."""
+    from ..lora_train import needs
+    from ..reward_models.spec import RewardModelSpec
+    from . import latent_reward, reward_loading
+    from .vae import load_decoder
+
+    spec = RewardModelSpec.from_dict(asdict(config.reward))
+    judge = config.held_out.judge
+    files = {expert: getattr(config.models, expert) for expert in backbones}
+    is_latent = config.method == "prfl"
+    return {
+        "decoder": load_decoder(config.models.vae, dtype=dtype, device=device) if needs.decodes(config) else None,
+        "reward": None if is_latent else reward_loading.load(spec, device),
+        "latent_reward": latent_reward.load(spec, backbones, files, device=device, dtype=dtype) if is_latent else None,
+        "motion": reward_loading.load(RewardModelSpec(kind="dynamic_degree", path=""), device) if config.guards.motion_floor > 0 else None,
+        "judge": reward_loading.load(RewardModelSpec.from_dict(asdict(judge)), device) if judge else None,
+    }
 
 
 def _log(event) -> None:
@@ -207,6 +230,8 @@ def _log(event) -> None:
         logger.info("step %d/%d  %s  %s%s", event.step, event.steps, event.expert, numbers, held_out)
     elif event.name in ("finished", "checkpoint"):
         logger.info("%s at step %d: %s", event.name, event.step, ", ".join(event.files))
+    if event.name == "finished" and event.detail:
+        logger.info("%s: %s", event.reason, event.detail)
 
 
 def _sha256(path: str) -> str:

@@ -34,6 +34,7 @@ def arguments_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--landmarks", metavar="FILE", help="face: landmarks [F, 5, 2] of the frames (.safetensors) instead of a detector")
     parser.add_argument("--reference", metavar="PATH", help="face: picture, video or folder with the face (default: the video's own first face)")
     parser.add_argument("--missing", choices=["skip", "zero"], help="face: frames without a face are left out (default) or count as 0")
+    parser.add_argument("--stability", action="store_true", help="also tell how much the reward falls on slightly changed frames: a sign that it was fooled")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="of the towers (default: fp32)")
     parser.add_argument("--as-video", action="store_true", help="the pictures of a folder are the frames of one video")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -96,7 +96,8 @@ def _show(event: dict, ended: dict) -> None:
         print(f"{kind}: {', '.join(event['files'])}", flush=True)
     elif kind == "finished":
         ended |= event
-        print(f"\n{event['reason'].capitalize()} after step {event['step']}. Files:\n" + "\n".join("  " + file for file in event["files"]), flush=True)
+        title = f"{event['reason'].replace('_', ' ').capitalize()} after step {event['step']}. {event.get('detail', '')}".strip()
+        print(f"\n{title} Files:\n" + "\n".join("  " + file for file in event["files"]), flush=True)
     elif kind == "failed":
         ended |= event
         print(f"\nFailed: {event['error']}", file=sys.stderr, flush=True)

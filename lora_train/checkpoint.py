@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from . import safetensors_file
 from .config import TrainConfig
+from .guards import Watch
 from .lora.keys import to_file_tensors
 from .trainee import Trainee
 
@@ -28,12 +29,14 @@ _REWARD_LABELS = {"hpsv2": "HPS2.1", "hpsv2.1": "HPS2.1", "hpsv2.0": "HPS2.0", "
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands, besides its tensors."""
+    """Where a run stands, besides its tensors. `measured`: what the objective measured on the base model."""
 
     step: int = 0
     forwards: float = 0.0
     last_rewards: tuple[float, ...] = ()
     held_out_base: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
 
 
 def reward_label(kind: str) -> str:
@@ -46,8 +49,13 @@ def lora_file_name(config: TrainConfig, expert: str) -> str:
     return f"{config.name}-{expert}-noise-{reward_label(config.reward.kind)}.safetensors"
 
 
-def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base_sha256: str) -> None:
-    """Write one expert's LoRA in VideoX-Fun's layout with metadata that says what it is."""
+def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base_sha256: str, *, best: bool = False) -> None:
+    """Write one expert's LoRA in VideoX-Fun's layout with metadata that says what it is.
+
+    Args:
+        step: the update whose weights these are.
+        best: write the weights of the best look in place of the present ones.
+    """
     alpha = config.lora.effective_alpha
     metadata = {
         "format": "pt",
@@ -62,7 +70,7 @@ def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base
         "steps": str(step),
         "config_sha256": config.digest(),
     }
-    tensors = to_file_tensors(trainee.weights(), alpha, _SAVE_DTYPES[config.save_dtype])
+    tensors = to_file_tensors(trainee.best if best else trainee.weights(), alpha, _SAVE_DTYPES[config.save_dtype])
     safetensors_file.write(path, tensors, metadata)
 
 
@@ -104,7 +112,8 @@ def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) 
     for trainee in trainees:
         trainee.load_state(_own(tensors, trainee.expert))
     values = json.loads(metadata["progress"])
-    return Progress(**{**values, "last_rewards": tuple(values["last_rewards"])})
+    watch = Watch(**{**values["watch"], "recent_kl": tuple(values["watch"]["recent_kl"])})
+    return Progress(**{**values, "last_rewards": tuple(values["last_rewards"]), "watch": watch})
 
 
 def _own(tensors: Mapping[str, torch.Tensor], expert: str) -> dict[str, torch.Tensor]:

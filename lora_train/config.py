@@ -8,45 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .checks import choice as _choice
+from .checks import number as _number
+from .checks import require as _require
+from .checks import whole as _whole
 from .config_reader import build
 from .flow import SCHEDULES, shifted_sigmas, steps_of_expert
+from .method_config import Guards, Optimiser, Prfl, Real, RewardFlow
 from .presets import with_preset
 
 STRATEGIES = ("last", "tail", "uniform", "random", "list")
 MODES = ("chain", "x0")
 DECODES = ("first", "last", "random", "all")
 EXPERT_CHOICES = ("high", "low", "both")
-METHODS = ("reward_backprop",)
+METHODS = ("reward_backprop", "prfl", "reward_flow")
+STARTS = ("noise", "real")
 DTYPES = ("auto", "fp32", "bf16")
 SAVE_DTYPES = ("bf16", "fp16", "fp32")
 # Equal to reward_models.spec.PATHLESS, which this layer may not import; a test compares them.
 PATHLESS_REWARDS = ("dynamic_degree", "flicker", "drift", "mix")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    _require(value >= least, f"{name} is {value}, but it must be a whole number of at least {least}")
-
-
-def _number(name: str, value: float, *, above: float | None = None, least: float | None = None, most: float | None = None) -> None:
-    _require(math.isfinite(value), f"{name} is {value}, but it must be a finite number")
-    _require(above is None or value > above, f"{name} is {value}, but it must be greater than {above}")
-    _require(least is None or value >= least, f"{name} is {value}, but it must be at least {least}")
-    _require(most is None or value <= most, f"{name} is {value}, but it must be at most {most}")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +133,13 @@ class Objective:
     decode_history: how many earlier latent frames are decoded with them for context, since the VAE is causal; -1 takes all of them, which is
         exact; 1 is cheaper and close.
     score_frames: at most so many of the decoded frames, evenly spread, are scored; 0 scores all.
+    rollout_steps: at most so many steps before the first one with gradient, in place of all of the schedule; 0 makes all.
+    start: noise; or real, which noises a real latent (`real.path`) to the first step with gradient and rolls nothing out.
     kl_weight: weight of mean((v_lora - v_base)^2) / (2 sigma^2) over the selected steps; 0 skips the reference pass.
     reward_scale: loss = -reward_scale * reward + kl_weight * kl.
+
+    `rollout_steps`, `start`, `kl_weight` and `reward_scale` hold for all methods; what is decoded, for those that decode; the rest for
+    reward_backprop.
     """
 
     mode: str = "chain"
@@ -161,6 +151,8 @@ class Objective:
     decode_count: int = 1
     decode_history: int = -1
     score_frames: int = 0
+    rollout_steps: int = 0
+    start: str = "noise"
     kl_weight: float = 0.0
     reward_scale: float = 1.0
 
@@ -172,6 +164,8 @@ class Objective:
         _whole("objective.decode_count", self.decode_count, 1)
         _whole("objective.decode_history", self.decode_history, -1)
         _whole("objective.score_frames", self.score_frames, 0)
+        _whole("objective.rollout_steps", self.rollout_steps, 0)
+        _choice("objective.start", self.start, STARTS)
         _number("objective.kl_weight", self.kl_weight, least=0)
         _number("objective.reward_scale", self.reward_scale, above=0)
         is_list = self.strategy == "list"
@@ -206,36 +200,11 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """AdamW on fp32 masters; `clip_norm` 0 leaves gradients as they are; `ema_decay` 0 saves the plain weights."""
-
-    lr: float = 1e-4
-    betas: tuple[float, ...] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    warmup: int = 0
-    accumulate: int = 1
-    ema_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        _number("optimiser.lr", self.lr, above=0, most=1)
-        _require(len(self.betas) == 2, f"optimiser.betas has {len(self.betas)} numbers, but AdamW takes 2")
-        for beta in self.betas:
-            _number("optimiser.betas", beta, least=0, most=0.999999)
-        _number("optimiser.weight_decay", self.weight_decay, least=0)
-        _number("optimiser.eps", self.eps, above=0)
-        _number("optimiser.clip_norm", self.clip_norm, least=0)
-        _whole("optimiser.warmup", self.warmup, 0)
-        _whole("optimiser.accumulate", self.accumulate, 1)
-        _number("optimiser.ema_decay", self.ema_decay, least=0, most=0.999999)
-
-
-@dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Prompts that are never trained on; scored every `every` steps with fixed seeds (0: never).
 
     latents: only so many latent frames from the start are decoded and scored; 0 takes the whole video.
+    judge: a second reward, which training never sees; its curve is reported and is what `guards.patience` watches.
     """
 
     every: int = 0
@@ -243,6 +212,7 @@ class HeldOut:
     seeds: int = 1
     batch: int = 0
     latents: int = 0
+    judge: RewardSource | None = None
 
     def __post_init__(self) -> None:
         _whole("held_out.every", self.every, 0)
@@ -251,6 +221,45 @@ class HeldOut:
         _whole("held_out.batch", self.batch, 0)
         _require(all(text.strip() for text in self.prompts), "held_out.prompts holds an empty prompt; remove it")
         _require(self.every == 0 or bool(self.prompts), "held_out.every is set but held_out.prompts is empty; give prompts or set 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the model is run in the memory at hand. The plan chooses what is left open (-1 or `auto`); none of it changes what is computed.
+
+    resident_blocks, ffn_chunk_tokens, row_chunk_tokens, head_groups, slots, keep_place, keep_attention: see `offload/knobs.py`.
+    optimiser_place: where masters and optimiser live, `device` or `host`.
+    attention, kernels: see `kernels/attention.py` and `kernels/lora_linear/kernels.py`.
+    card_gb, ram_gb: plan for a card and a host of this size; 0 takes those of the machine.
+    self_check: compare one block with the plain path before the first step.
+    """
+
+    resident_blocks: int = -1
+    slots: int = -1
+    ffn_chunk_tokens: int = -1
+    row_chunk_tokens: int = -1
+    head_groups: int = -1
+    keep_place: str = "auto"
+    keep_attention: str = "auto"
+    optimiser_place: str = "auto"
+    attention: str = "auto"
+    kernels: str = "auto"
+    card_gb: float = 0.0
+    ram_gb: float = 0.0
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("resident_blocks", "slots", "ffn_chunk_tokens", "row_chunk_tokens", "head_groups"):
+            _whole(f"engine.{name}", getattr(self, name), -1)
+        for name in ("slots", "head_groups"):
+            _require(getattr(self, name) != 0, f"engine.{name} is 0; it must be at least 1, or -1 for the plan's choice")
+        _choice("engine.keep_place", self.keep_place, ("auto", "device", "host"))
+        _choice("engine.keep_attention", self.keep_attention, ("auto", "yes", "no"))
+        _choice("engine.optimiser_place", self.optimiser_place, ("auto", "device", "host"))
+        _choice("engine.attention", self.attention, ("auto", "cudnn", "flash", "cpu", "plain"))
+        _choice("engine.kernels", self.kernels, ("auto", "torch", "triton"))
+        for name in ("card_gb", "ram_gb"):
+            _number(f"engine.{name}", getattr(self, name), least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +275,10 @@ class TrainConfig:
     expert: str = "high"
     sampling: Sampling = field(default_factory=Sampling)
     objective: Objective = field(default_factory=Objective)
+    prfl: Prfl = field(default_factory=Prfl)
+    reward_flow: RewardFlow = field(default_factory=RewardFlow)
+    real: Real = field(default_factory=Real)
+    guards: Guards = field(default_factory=Guards)
     lora: Lora = field(default_factory=Lora)
     optimiser: Optimiser = field(default_factory=Optimiser)
     held_out: HeldOut = field(default_factory=HeldOut)
@@ -280,7 +293,7 @@ class TrainConfig:
     output_folder: str = ""
     dtype: str = "auto"
     save_dtype: str = "bf16"
-    gradient_checkpointing: bool = False
+    engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         name_rule = "letters, digits, '.', '_' and '-', at most 100 of them, starting with a letter or a digit"
@@ -296,22 +309,40 @@ class TrainConfig:
         _number("frame_rate", self.frame_rate, above=0)
         for expert in self.trained_experts:
             self._check_steps(expert)
+        needs_real = self.objective.start == "real" or (self.method == "prfl" and self.prfl.real_weight > 0)
+        _require(bool(self.real.path) or not needs_real, "real.path is empty; give a file of real latents, or set objective.start noise and prfl.real_weight 0")
+        needs_looks = self.guards.needs_looks or self.held_out.judge is not None
+        _require(bool(self.held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
 
     def _check_steps(self, expert: str) -> None:
         own = steps_of_expert(self.sampling.sigmas(), self.sampling.boundary, expert)
         facts = f"{self.sampling.steps} steps at shift {self.sampling.shift} and boundary {self.sampling.boundary}"
         _require(len(own) > 0, f"the {expert}-noise expert makes no step with {facts}; change these or train the other expert")
-        if self.objective.strategy == "list":
-            chosen = [step for step in self.objective.step_list if step in own]
-            limit = f"{own[0]} to {own[-1]} with {facts}"
-            if self.expert == "both":
-                _require(bool(chosen), f"objective.step_list has no step of the {expert}-noise expert, whose steps are {limit}")
-            else:
-                wrong = sorted(set(self.objective.step_list) - set(own))
-                _require(not wrong, f"objective.step_list holds {wrong}, but the {expert}-noise expert makes steps {limit}")
-        elif self.objective.strategy != "last":
-            count = self.objective.grad_steps
-            _require(count <= len(own), f"objective.grad_steps is {count}, but the {expert}-noise expert makes {len(own)} steps with {facts}")
+        eligible, limit = self.gradient_steps(expert), f"{own[0]} to {own[-1]} with {facts}"
+        if self.method != "reward_backprop":
+            name = f"{self.method}.first_step and last_step"
+            _require(len(eligible) > 0, f"{name} leave the {expert}-noise expert none of its steps, which are {limit}; widen them")
+            count, setting = (self.prfl.points, "prfl.points") if self.method == "prfl" else (1, name)
+        elif self.objective.strategy == "list":
+            wrong = sorted(set(self.objective.step_list) - set(own))
+            is_both = self.expert == "both" and len(wrong) < len(self.objective.step_list)
+            _require(not wrong or is_both, f"objective.step_list holds {wrong}, but the {expert}-noise expert makes steps {limit}")
+            return
+        else:
+            count, setting = 1 if self.objective.strategy == "last" else self.objective.grad_steps, "objective.grad_steps"
+        _require(count <= len(eligible), f"{setting} is {count}, but the {expert}-noise expert makes {len(eligible)} steps with {facts}")
+
+    def gradient_steps(self, expert: str) -> range:
+        """The sampling steps of `expert` that may get gradient under this method."""
+        own = steps_of_expert(self.sampling.sigmas(), self.sampling.boundary, expert)
+        if self.method == "prfl":
+            last = self.sampling.steps - 2 if self.prfl.last_step < 0 else self.prfl.last_step
+            return range(max(own.start, self.prfl.first_step), min(own.stop, last + 1))
+        if self.method == "reward_flow":
+            last = own.stop - 1 if self.reward_flow.last_step < 0 else min(own.stop - 1, self.reward_flow.last_step)
+            first = last - 3 if self.reward_flow.first_step < 0 else self.reward_flow.first_step
+            return range(max(own.start, first), last + 1)
+        return own
 
     @property
     def trained_experts(self) -> tuple[str, ...]:
@@ -333,11 +364,14 @@ class TrainConfig:
 
     def digest(self) -> str:
         """Hash of everything that changes what is trained; a checkpoint of another digest is not resumed."""
-        values = {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE}
+        # A falling learning rate depends on the number of updates, and guards on what they look at.
+        kept = {"steps"} if self.optimiser.schedule != "constant" else set()
+        kept |= {"held_out"} if self.guards.needs_looks else set()
+        values = {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE - kept}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 # A resumed run may go on for longer, save more often or write elsewhere: none of these changes a step's numbers.
 _FREE_TO_CHANGE = frozenset(
-    {"steps", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "frame_rate", "output_folder", "held_out", "gradient_checkpointing"}
+    {"steps", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "frame_rate", "output_folder", "held_out", "engine"}
 )

@@ -16,7 +16,10 @@ import torch
 from ..reward_models.base import score_in_chunks
 from . import events
 from .config import TrainConfig
+from .draws import NULL_PROMPT
+from .needs import looks_at_videos
 from .prompts import derived_seed
+from .rollout import PromptContext
 from .trainee import Trainee
 
 if TYPE_CHECKING:
@@ -24,27 +27,56 @@ if TYPE_CHECKING:
 
 FRAMES_PER_CHUNK = 64
 _SHOWN = 4
+_SCORED = 4  # latents of a rollout that a PAVRM scores in a look
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean reward over videos and its standard error."""
+    """Mean reward over videos and its standard error; mean dynamic degree and judge's reward where the config asks for them."""
 
     mean: float
     standard_error: float
+    motion: float | None = None
+    judge: float | None = None
+
+    @property
+    def curve(self) -> float:
+        """What early stopping watches."""
+        return self.mean if self.judge is None else self.judge
 
 
 def evaluate(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee]) -> Evaluation:
     """Score every held-out prompt with every held-out seed."""
     items = [(prompt, seed) for prompt in config.held_out.prompts for seed in range(config.held_out.seeds)]
-    rewards: list[float] = []
     spent = parts.experts.count.total
-    for prompts, frames_BFCHW in _videos(config, parts, trainees, items, config.held_out.latents):
-        rewards += score_in_chunks(parts.reward, frames_BFCHW, prompts, FRAMES_PER_CHUNK).per_video.tolist()
+    rewards = _latent_rewards(config, parts, trainees, items) if config.method == "prfl" else []
+    motion, judged = [], []
+    if looks_at_videos(config):
+        for prompts, frames_BFCHW in _videos(config, parts, trainees, items, config.held_out.latents):
+            for model, values in ((parts.reward, rewards), (parts.motion, motion), (parts.judge, judged)):
+                values += score_in_chunks(model, frames_BFCHW, prompts, FRAMES_PER_CHUNK).per_video.tolist() if model is not None else []
     parts.experts.count.total = spent  # looking is not training
     mean = sum(rewards) / len(rewards)
     variance = sum((reward - mean) ** 2 for reward in rewards) / max(1, len(rewards) - 1)
-    return Evaluation(mean=mean, standard_error=math.sqrt(variance / len(rewards)))
+    extra = {name: sum(values) / len(values) for name, values in (("motion", motion), ("judge", judged)) if values}
+    return Evaluation(mean=mean, standard_error=math.sqrt(variance / len(rewards)), **extra)
+
+
+@torch.no_grad()
+def _latent_rewards(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]) -> list[float]:
+    """PAVRM probability of every item: the mean over a few latents along its rollout, of the steps that may be trained."""
+    eligible = sorted(index for expert in trainees for index in config.gradient_steps(expert))
+    scored = {eligible[index * (len(eligible) - 1) // max(1, _SCORED - 1)] for index in range(_SCORED)}
+    sigmas, rewards = config.sampling.sigmas()[: max(scored) + 2], []
+    for prompts, latent, context in _starts(config, parts, trainees, items):
+        total_B = torch.zeros(len(prompts))
+        for index in range(len(sigmas) - 1):
+            latent = parts.experts.roll(latent, sigmas[index : index + 2], context, guidance=config.prfl.guidance)
+            if index in scored:
+                scores = parts.latent_reward.score(latent, sigmas[index + 1], context.prompt_BPD, context.condition_BCFHW)
+                total_B += scores.probability_B.cpu()
+        rewards += (total_B / len(scored)).tolist()
+    return rewards
 
 
 def show_samples(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], step: int) -> None:
@@ -66,22 +98,31 @@ def sample_prompts(config: TrainConfig) -> list[str]:
 
 
 def all_prompts(config: TrainConfig) -> list[str]:
-    """Every text that the run will ever encode, the negative prompt apart, each once."""
-    return list(dict.fromkeys([*(prompt.text for prompt in config.prompts), *config.held_out.prompts, *config.sample_prompts]))
+    """Every text that the run will ever encode, the negative prompt and those of real latents apart, each once."""
+    null = [NULL_PROMPT] if config.method == "prfl" and config.prfl.null_rate > 0 else []
+    return list(dict.fromkeys([*(prompt.text for prompt in config.prompts), *config.held_out.prompts, *config.sample_prompts, *null]))
 
 
 @torch.no_grad()
 def _videos(
     config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]], latents: int = 0
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
+    for prompts, start, context in _starts(config, parts, trainees, items):
+        latent = parts.experts.roll(start, config.sampling.sigmas(), context)
+        yield prompts, parts.decoder.decode(latent, range(min(latents or latent.shape[2], latent.shape[2])))
+
+
+def _starts(
+    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]
+) -> Iterator[tuple[list[str], torch.Tensor, PromptContext]]:
+    """Prompts, noise and context of every batch; LoRAs are merged meanwhile."""
     batch = config.held_out.batch or config.batch
     shape = config.video.latent_shape(1)
     with ExitStack() as merged:
         for trainee in trainees.values():
             merged.enter_context(trainee.switch.merged())
-        for start in range(0, len(items), batch):
-            part = items[start : start + batch]
+        for begin in range(0, len(items), batch):
+            part = items[begin : begin + batch]
             noise = [torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "held out", text, seed))) for text, seed in part]
             prompts = [text for text, _ in part]
-            latent = parts.experts.roll(torch.cat(noise).to(parts.device), config.sampling.sigmas(), parts.contexts.batch(prompts))
-            yield prompts, parts.decoder.decode(latent, range(min(latents or latent.shape[2], latent.shape[2])))
+            yield prompts, torch.cat(noise).to(parts.device), parts.contexts.batch(prompts)

@@ -33,7 +33,8 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimiser update. `reward` is the mean over its videos; `held_out` stands only on steps that evaluated."""
+    """One optimiser update. `reward` is the mean over its videos; what is `held_out` stands only on steps that evaluated: reward, dynamic degree,
+    and a judge's reward that training never sees."""
 
     name: ClassVar[str] = "step"
     time: float
@@ -51,6 +52,8 @@ class Step:
     held_out: float | None = None
     held_out_error: float | None = None
     held_out_base: float | None = None
+    held_out_motion: float | None = None
+    held_out_judge: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +79,17 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The run ended well. `reason` is `completed` or `stopped`; `files` are absolute paths of the LoRAs."""
+    """The run ended well. `files` are absolute paths of the LoRAs.
+
+    reason: completed, stopped (somebody asked), or a guard's: kl_budget, motion, no_gain. detail: why, and of which update the LoRAs are, in a sentence.
+    """
 
     name: ClassVar[str] = "finished"
     time: float
     step: int
     files: list[str]
     reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

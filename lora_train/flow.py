@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-SCHEDULES = ("simple", "linear", "diffusers")
+SCHEDULES = ("simple", "linear", "diffusers", "unipc")
 EXPERTS = ("high", "low")
 _TABLE = 1000  # entries of the host's sigma table, and training timesteps of the published models
 # Sigmas that should sit exactly on the border must not flip by a rounding of the last bit.
@@ -29,14 +29,15 @@ def shift_sigma(u: float, shift: float) -> float:
 
 
 def shifted_sigmas(steps: int, shift: float, schedule: str = "simple") -> list[float]:
-    """The sigmas of a rollout, from 1.0 to 0.0.
+    """The sigmas of a rollout, from 1.0 (`unipc`: just below) to 0.0.
 
     Args:
         steps: number of Euler steps, >= 1.
         shift: > 0; 1 leaves the grid uniform.
         schedule: `simple` is the host's scheduler of that name (indices into a table of 1000 sigmas), so that training visits the
             sigmas that people sample with; `linear` is a uniform grid, shifted; `diffusers` is FlowMatchEulerDiscreteScheduler, which
-            VideoX-Fun trains with: it takes its smallest sigma from the shifted table and shifts again, so its last step starts lower.
+            VideoX-Fun trains with: it takes its smallest sigma from the shifted table and shifts again, so its last step starts lower; `unipc` is
+            Wan's own FlowUniPC grid, which HY-Video-PRFL trains with: uniform from 0.999 down, shifted, so that it starts a little below 1.
 
     Returns:
         steps + 1 floats, strictly falling.
@@ -57,6 +58,8 @@ def shifted_sigmas(steps: int, shift: float, schedule: str = "simple") -> list[f
     elif schedule == "diffusers":
         smallest = shift_sigma(1 / _TABLE, shift)
         positions = [1 - (1 - smallest) * index / max(1, steps - 1) for index in range(steps)]
+    elif schedule == "unipc":
+        positions = [(1 - 1 / _TABLE) * (1 - index / steps) for index in range(steps)]
     else:
         raise ValueError(f"schedule is {schedule!r}, but it must be one of {', '.join(SCHEDULES)}")
     sigmas = [shift_sigma(u, shift) for u in positions] + [0.0]

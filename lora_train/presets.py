@@ -3,7 +3,13 @@
 `videox-fun` follows the shipped recipe of VideoX-Fun (aigc-apps/VideoX-Fun@804a4258:scripts/wan2.2_fun/train_reward_lora.sh, Apache-2.0):
 40 steps on diffusers' grid, one tail step through the finished chain, first latent frame, rank 128 alpha 64 without ffn. It differs in
 that clipping works and that guidance is right for batches greater than one.
-`reward-lab` is our default: a random step of the trained expert each time, decoded at its x0 prediction, with a small KL to the base.
+`hy-video-prfl` follows HY-Video-PRFL's shipped configs (Tencent-Hunyuan/HY-Video-PRFL@59ab9d7:configs, Apache-2.0) in LoRA form: UniPC rollout of 40 steps
+without guidance, hinge on the PAVRM's probability, flow-matching loss on real latents (give `real.path`, or set prfl.real_weight 0). It differs in that
+both gradients make one update together.
+`roll-reward-flow` follows ROLL's reward_fl (alibaba/ROLL@e98e9f89, Apache-2.0): 8 steps of a few-step model, gradient through the last four, whole
+video decoded, KL 1. Its constants belonged to one face scorer; centre and scale are measured.
+`reward-lab` is our default: one short rollout serves three random steps of the trained expert, each decoded at its prediction of the clean latent (a random
+latent frame, so that motion is not traded for a pretty first frame), with a KL to the base.
 `pocket` is for the pocket models: random steps through the finished chain, because at their few steps the x0 prediction of a high sigma is too
 blurred for a reward model.
 """
@@ -22,20 +28,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora": {"rank": 128, "alpha": 64, "skip": ["ffn"]},
         "optimiser": {"lr": 1e-5, "weight_decay": 0.03, "eps": 1e-10, "clip_norm": 0.3},
         "checkpoint_every": 100,
-        "gradient_checkpointing": True,
+    },
+    "hy-video-prfl": {
+        "method": "prfl",
+        "video": {"width_px": 832, "height_px": 480, "frames": 81},
+        "sampling": {"steps": 40, "shift": 5.0, "boundary": 0.9, "guidance": 5.0, "schedule": "unipc"},
+        "objective": {"reward_scale": 0.1},
+        "prfl": {"solver": "unipc", "guidance": 1.0, "loss": "hinge", "even_gradient": False, "null_rate": 0.1, "real_weight": 1.0},
+        "lora": {"rank": 128, "alpha": 128, "targets": ["self_attn", "cross_attn"], "skip": []},
+        "optimiser": {"lr": 5e-6, "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 5},
+    },
+    "roll-reward-flow": {
+        "method": "reward_flow",
+        "expert": "low",
+        "video": {"width_px": 640, "height_px": 352, "frames": 81},
+        "sampling": {"steps": 8, "shift": 5.0, "boundary": 0.9, "guidance": 1.0, "schedule": "simple"},
+        "objective": {"decode": "all", "kl_weight": 1.0, "reward_scale": 0.1},
+        "reward_flow": {"first_step": 4, "last_step": 7, "guidance": 1.0, "measure_videos": 16, "fixed_noise": True},
+        "lora": {"rank": 32, "alpha": 32, "skip": []},
+        "optimiser": {"lr": 2.5e-6, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
     },
     "reward-lab": {
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
         "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "simple"},
-        "objective": {"mode": "x0", "strategy": "random", "grad_steps": 1, "decode": "random", "decode_count": 1, "kl_weight": 0.01},
+        "objective": {
+            "mode": "x0", "strategy": "random", "grad_steps": 3, "rollout_steps": 4, "decode": "random", "decode_count": 1, "decode_history": 1,
+            "kl_weight": 0.1,
+        },
         "lora": {"rank": 32, "skip": ["ffn"]},
         "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
-        "gradient_checkpointing": True,
     },
     "pocket": {
         "video": {"width_px": 64, "height_px": 64, "frames": 17},
         "sampling": {"steps": 12, "shift": 5.0, "boundary": 0.875, "guidance": 3.0, "schedule": "simple"},
-        "objective": {"mode": "chain", "strategy": "random", "grad_steps": 1, "decode": "first", "decode_count": 1, "kl_weight": 0.4},
+        "objective": {"mode": "chain", "strategy": "tail", "grad_steps": 1, "decode": "random", "decode_count": 1, "kl_weight": 0.4},
         "lora": {"rank": 16, "skip": ["ffn"]},
         "optimiser": {"lr": 2e-3, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 5},
         "batch": 8,
@@ -44,19 +70,34 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What fits on a card, laid over a preset; from arithmetic (host/plan), not yet run on these cards.
+CARDS: dict[str, dict[str, Any]] = {
+    "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16"},
+    "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16"},
+    "80GB": {"video": {"width_px": 832, "height_px": 480, "frames": 33}, "lora": {"rank": 64}, "batch": 1, "dtype": "bf16"},
+}
+
+
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """Lay `values` over the preset that their `preset` key names; without one, return a copy.
+    """Lay `values` over the preset that their `preset` key names and the card that `card` names; without them, return a copy.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: unknown preset or card.
     """
-    if not isinstance(values, dict) or "preset" not in values:
+    if not isinstance(values, dict):
         return copy.deepcopy(values)
-    name = values["preset"]
-    if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}; the nearest is {near[0]!r}")
-    return _merge(PRESETS[name], {key: value for key, value in values.items() if key != "preset"})
+    merged: dict[str, Any] = {}
+    for key, table in (("preset", PRESETS), ("card", CARDS)):
+        if key in values:
+            merged = _merge(merged, _named(key, values[key], table))
+    return _merge(merged, {key: value for key, value in values.items() if key not in ("preset", "card")})
+
+
+def _named(key: str, name: Any, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if name not in table:
+        near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
+        raise ValueError(f"unknown {key} {name!r}; known: {', '.join(table)}; the nearest is {near[0]!r}")
+    return table[name]
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

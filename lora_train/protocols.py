@@ -37,6 +37,21 @@ class Decoder(Protocol):
         """Pixels [B, T, 3, H, W], fp32 in [0, 1], of the latent frames in `selection` (consecutive; None: all)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentScores:
+    """What a latent reward says; `probability_B` in [0, 1] is what is reported, the logit is what is best trained on. Both fp32 [B]."""
+
+    logit_B: torch.Tensor
+    probability_B: torch.Tensor
+
+
+class LatentReward(Protocol):
+    """A reward of noisy latents (PAVRM), frozen, differentiable in the latent."""
+
+    def score(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor, condition_BCFHW: torch.Tensor | None = None) -> LatentScores:
+        """Scores of latents at `sigma`; the condition is what an image-to-video backbone sees of the first frame."""
+
+
 class SampleWriter(Protocol):
     """Writes shown videos; returns file names relative to the run folder."""
 
@@ -45,7 +60,7 @@ class SampleWriter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Means over a micro-batch whose gradient was added to the LoRA's parameters."""
+    """Means over a micro-batch whose gradient was added to the LoRA's parameters; `kl` 0 where it was not measured."""
 
     reward: float
     loss: float
@@ -61,6 +76,12 @@ class Objective(Protocol):
 
         Equal (config, step, micro) and weights give equal gradients: whatever is random is drawn from seeds derived of these.
         """
+
+    def measure(self) -> dict[str, float]:
+        """Numbers that are measured once, on the base model, before the first update; checkpoints keep them."""
+
+    def use(self, measured: dict[str, float]) -> None:
+        """Take what `measure` gave, now or before the run was resumed."""
 
 
 EventSink = Callable[[Event], None]

@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import RewardModel
-from . import checkpoint, events
+from . import checkpoint, events, guards
 from .config import TrainConfig
-from .evaluation import evaluate, show_samples
+from .evaluation import Evaluation, evaluate, show_samples
 from .flow import steps_of_expert
+from .guards import Stop
 from .lora.adapter import new_adapter
 from .lora.linears import install
 from .lora.targets import select_targets
 from .prompts import derived_seed
-from .protocols import Decoder, EventSink, Objective, SampleWriter, StopRequested
+from .protocols import Decoder, EventSink, LatentReward, Objective, SampleWriter, StopRequested
+from .real import RealLatents
 from .rollout import ContextCache, Experts
 from .trainee import Trainee, new_trainee
 
@@ -35,14 +37,21 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else."""
+    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else.
+
+    None is what the config has no use for: decoder and reward without videos, latent_reward without PRFL, motion and judge without their guards.
+    """
 
     experts: Experts
-    decoder: Decoder
-    reward: RewardModel
     contexts: ContextCache
     sink: EventSink
     stop_requested: StopRequested
+    decoder: Decoder | None = None
+    reward: RewardModel | None = None
+    latent_reward: LatentReward | None = None
+    motion: RewardModel | None = None
+    judge: RewardModel | None = None
+    real: RealLatents | None = None
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
     base_sha256: Callable[[str], str] = lambda expert: ""
@@ -71,18 +80,16 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
         parts.experts.count.total = progress.forwards
         parts.sink(_started(config, parts, trainees, progress))
-        if progress.held_out_base is None and config.held_out.every and progress.step == 0:
-            base = evaluate(config, parts, trainees)
-            progress = replace(progress, held_out_base=base.mean)
-        if progress.step == 0 and config.sample_every:
-            show_samples(config, parts, trainees, 0)
+        if progress.step == 0:
+            progress = _look_at_base(config, parts, objective, trainees, progress)
+        objective.use(progress.measured)
 
-        reason = "completed"
+        ended = Stop(reason="completed", detail="")
         saved_at = progress.step
         for step in range(progress.step + 1, config.steps + 1):
             parts.pause()
             if parts.stop_requested():
-                reason = "stopped"
+                ended = Stop(reason="stopped", detail="")
                 break
             begun = time.perf_counter()
             expert = config.trained_experts[(step - 1) % len(trainees)]
@@ -104,12 +111,16 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
                     f"step {step} at sigma {sigma:.4f} ({expert}-noise expert): loss {loss}, gradient norm {grad_norm}; last three rewards: {recent}. "
                     "The last checkpoint is good; resume from it with a smaller learning rate (optimiser.lr) or reward_scale"
                 )
-            progress = replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=(*progress.last_rewards[-2:], reward))
+            watch, stop = guards.after_update(config, progress.watch, kl)
+            progress = replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=(*progress.last_rewards[-2:], reward), watch=watch)
 
-            is_last = step == config.steps
+            is_last = step == config.steps or stop is not None
             held_out = None
             if config.held_out.every and (step % config.held_out.every == 0 or is_last):
                 held_out = evaluate(config, parts, trainees)
+                # Only looks that a longer run would take as well may count, or resuming would not give the same.
+                if step % config.held_out.every == 0:
+                    progress, stop = _after_look(config, trainees, progress, held_out, stop)
             parts.sink(
                 events.Step(
                     time=parts.clock(),
@@ -127,6 +138,8 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
                     held_out=held_out.mean if held_out else None,
                     held_out_error=held_out.standard_error if held_out else None,
                     held_out_base=progress.held_out_base if held_out else None,
+                    held_out_motion=held_out.motion if held_out else None,
+                    held_out_judge=held_out.judge if held_out else None,
                 )
             )
             if config.sample_every and (step % config.sample_every == 0 or is_last):
@@ -134,10 +147,13 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
             if config.checkpoint_every and step % config.checkpoint_every == 0:
                 _save(config, parts, folder, trainees, progress)
                 saved_at = step
+            if stop is not None:
+                ended = stop
+                break
 
         if saved_at != progress.step or not checkpoint.states(folder):
             _save(config, parts, folder, trainees, progress)
-        finished = _finish(config, parts, folder, trainees, progress, reason)
+        finished = _finish(config, parts, folder, trainees, progress, ended)
     parts.sink(finished)
     return finished
 
@@ -147,7 +163,32 @@ def _new_trainee(config: TrainConfig, parts: Parts, expert: str, installed: Exit
     paths = select_targets(linears, config.lora.targets, config.lora.skip)
     seed = derived_seed(config.seed, "lora", expert)
     adapter = new_adapter(linears, paths, rank=config.lora.rank, alpha=config.lora.effective_alpha, seed=seed, device=parts.device)
-    return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser)
+    return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser, config.steps)
+
+
+def _look_at_base(
+    config: TrainConfig, parts: Parts, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress
+) -> checkpoint.Progress:
+    """Measure and show the base model, before the first update."""
+    progress = replace(progress, measured=objective.measure())
+    if config.held_out.every:
+        base = evaluate(config, parts, trainees)
+        progress = replace(progress, held_out_base=base.mean, watch=guards.first_look(progress.watch, base))
+        for trainee in trainees.values() if config.guards.needs_looks else ():
+            trainee.remember()
+    if config.sample_every:
+        show_samples(config, parts, trainees, 0)
+    return progress
+
+
+def _after_look(
+    config: TrainConfig, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, held_out: Evaluation, stop: Stop | None
+) -> tuple[checkpoint.Progress, Stop | None]:
+    """Let the guards see a look; what ended the run before it stands."""
+    watch, looked, is_best = guards.after_look(config, progress.watch, held_out, progress.step)
+    for trainee in trainees.values() if is_best and config.guards.needs_looks else ():
+        trainee.remember()
+    return replace(progress, watch=watch), stop or looked
 
 
 def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> events.Started:
@@ -166,25 +207,33 @@ def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee],
 
 
 def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> None:
-    state = checkpoint.save_state(folder, config, list(trainees.values()), progress)
-    files = [state]
+    # The state last: where there is one, its LoRAs are whole, whenever the process was killed.
+    files = []
+    (folder / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     for expert, trainee in trainees.items():
         name = checkpoint.lora_file_name(config, expert).removesuffix(".safetensors")
         path = folder / checkpoint.FOLDER / f"{name}-step{progress.step:06d}.safetensors"
         checkpoint.save_lora(path, config, trainee, progress.step, parts.base_sha256(expert))
         files.append(path)
+    files.insert(0, checkpoint.save_state(folder, config, list(trainees.values()), progress))
     checkpoint.prune(folder, config.keep_checkpoints)
     parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[path.relative_to(folder).as_posix() for path in files]))
 
 
 def _finish(
-    config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, reason: str
+    config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, ended: Stop
 ) -> events.Finished:
+    is_guarded = ended.reason not in ("completed", "stopped")
+    has_best = all(trainee.best for trainee in trainees.values())
+    use_best = has_best and (is_guarded or config.guards.keep_best)
+    step = progress.watch.best_step if use_best else progress.step
     files = []
     for expert, trainee in trainees.items():
         for target in filter(None, (str(folder), config.output_folder)):
             Path(target).mkdir(parents=True, exist_ok=True)
             path = Path(target) / checkpoint.lora_file_name(config, expert)
-            checkpoint.save_lora(path, config, trainee, progress.step, parts.base_sha256(expert))
+            checkpoint.save_lora(path, config, trainee, step, parts.base_sha256(expert), best=use_best)
             files.append(str(path.resolve()))
-    return events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason)
+    which = f"The LoRA is that of update {step}, the best look." if use_best else ""
+    detail = " ".join(filter(None, (ended.detail and f"{ended.detail[0].upper()}{ended.detail[1:]}.", which)))
+    return events.Finished(time=parts.clock(), step=progress.step, files=files, reason=ended.reason, detail=detail)

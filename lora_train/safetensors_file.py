@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +35,27 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says about itself: shape, type (`BF16`, `F8_E4M3`, ...) and size of each tensor by key, and the metadata."""
+    """What a file says about itself: shape, type (`BF16`, `F8_E4M3`, ...), size and place (byte in the file) of each tensor by key, and the metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     bytes_of: dict[str, int]
     metadata: dict[str, str]
+    begin_of: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor that is to be written: key, type by the format's name, shape."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its numbers."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int = _HEADER_LIMIT_BYTES) -> Header:
@@ -85,6 +101,7 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
         dtypes={key: entry["dtype"] for key, entry in entries.items()},
         bytes_of={key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in entries.items()},
         metadata={str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {},
+        begin_of={key: 8 + length + entry["data_offsets"][0] for key, entry in entries.items()},
     )
 
 
@@ -111,6 +128,23 @@ def _is_entry(entry: Any) -> bool:
     return offsets[0] <= offsets[1] if number_bytes is None else prod(shape) * number_bytes == offsets[1] - offsets[0]
 
 
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return everything that stands before the numbers of a file.
+
+    Args:
+        specs: the tensors, in the order in which their numbers follow.
+        metadata: text values, written in the given order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for spec in specs:
+        header[spec.key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size_bytes]}
+        offset += spec.size_bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file at once: a reader sees the old file or the whole new one, also after a power cut.
 
@@ -121,17 +155,10 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     import torch
 
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64", torch.float64: "F64"}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    specs = [TensorSpec(key=key, dtype=names[tensor.dtype], shape=tuple(tensor.shape)) for key, tensor in tensors.items()]
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(header_bytes(specs, metadata))
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         file.flush()

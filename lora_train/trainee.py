@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from . import optimisers
 from .config import Optimiser
 from .lora.adapter import LoraAdapter
 from .lora.linears import InstalledLora
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """What one expert's updates need."""
+    """What one expert's updates need. `best` holds the weights of the best look at held-out videos, once there was one worth keeping."""
 
     expert: str
     adapter: LoraAdapter
     switch: InstalledLora
-    optimiser: torch.optim.AdamW
+    optimiser: torch.optim.Optimizer
     settings: Optimiser
+    steps: int
     average: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def update(self, step: int) -> float:
-        """Clip, make one AdamW step with warm-up, move the average, clear gradients.
+        """Clip, make one step of the optimiser, move the average, clear gradients.
 
         Args:
             step: number of the update, from 1.
@@ -48,8 +49,12 @@ class Trainee:
         return grad_norm
 
     def learning_rate(self, step: int) -> float:
-        """Constant after a linear warm-up."""
-        return self.settings.lr * min(1.0, step / self.settings.warmup) if self.settings.warmup else self.settings.lr
+        """Rate of update `step`."""
+        return optimisers.learning_rate(self.settings, step, self.steps)
+
+    def remember(self) -> None:
+        """Keep the present weights as the best ones."""
+        self.best.update({name: tensor.detach().clone() for name, tensor in self.weights().items()})
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What is saved as the LoRA: the moving average if there is one, else the masters."""
@@ -59,12 +64,10 @@ class Trainee:
         """Everything that the next update depends on, on the CPU."""
         state = {f"master/{name}": tensor for name, tensor in self.adapter.tensors().items()}
         state |= {f"average/{name}": tensor for name, tensor in self.average.items()}
-        for name, parameter in zip(self.adapter.tensors(), self.adapter.parameters(), strict=True):
-            moments = self.optimiser.state.get(parameter, {})
-            state |= {f"{kind}/{name}": moments[kind] for kind in _MOMENTS if kind in moments}
-            if "step" in moments:
-                state[f"step/{name}"] = moments["step"]
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        state |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        state |= optimisers.state_tensors(self.optimiser, self._named())
+        # In one order, however the optimiser came by its state.
+        return {name: tensor.detach().cpu().clone() for name, tensor in sorted(state.items())}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` returned.
@@ -75,16 +78,23 @@ class Trainee:
         self.adapter.load({name.removeprefix("master/"): tensor for name, tensor in state.items() if name.startswith("master/")})
         for name, tensor in self.average.items():
             tensor.copy_(state[f"average/{name}"])
-        for name, parameter in zip(self.adapter.tensors(), self.adapter.parameters(), strict=True):
-            if f"step/{name}" in state:
-                moments = {kind: state[f"{kind}/{name}"].to(parameter.device).clone() for kind in _MOMENTS}
-                self.optimiser.state[parameter] = {"step": state[f"step/{name}"].clone(), **moments}
+        device = self.adapter.parameters()[0].device
+        self.best.update({name.removeprefix("best/"): tensor.to(device).clone() for name, tensor in state.items() if name.startswith("best/")})
+        optimisers.load_state(self.optimiser, self._named(), state)
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
 
 
-def new_trainee(expert: str, adapter: LoraAdapter, switch: InstalledLora, settings: Optimiser) -> Trainee:
-    """Set up AdamW and, where asked, the moving average."""
-    optimiser = torch.optim.AdamW(
-        adapter.parameters(), lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay, eps=settings.eps
-    )
+def new_trainee(expert: str, adapter: LoraAdapter, switch: InstalledLora, settings: Optimiser, steps: int = 0) -> Trainee:
+    """Set up the optimiser and, where asked, the moving average.
+
+    Args:
+        steps: updates of the whole run, for learning rates that fall.
+
+    Raises:
+        ValueError: the optimiser is not installed.
+    """
+    optimiser = optimisers.make(settings, adapter.parameters())
     average = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if settings.ema_decay > 0 else {}
-    return Trainee(expert=expert, adapter=adapter, switch=switch, optimiser=optimiser, settings=settings, average=average)
+    return Trainee(expert=expert, adapter=adapter, switch=switch, optimiser=optimiser, settings=settings, steps=steps, average=average)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import paths, routes, training
-from .inspect_lora import InspectLoRA
-from .loras import LoadLoRAs
+from .loras import InspectLoRA, LoadLoRAs, MergeLoRA
 from .models import WanModels
 from .pavrm import TrainPAVRM, VideoDataset
 from .prompts import Prompts
@@ -19,6 +18,7 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     WanModels,
     LoadLoRAs,
     InspectLoRA,
+    MergeLoRA,
     SampleWan22,
     RewardModelNode,
     MixRewards,

@@ -59,19 +59,24 @@ class RewardModelNode(io.ComfyNode):
         third_file: str = scoring.NO_FILE,
         generator: str = scoring.NO_FILE,
         reference: str = "",
+        stability: bool = False,
     ) -> io.NodeOutput:
         """Return the settings. Raises ValueError when the file is missing or not a weight file."""
         chosen = reward_files.Choice(
             kind=kind, file=file, second_file=second_file, third_file=third_file, generator=generator, reference=reference, download=download
         )
         files = reward_files.resolve(chosen)
-        spec = scoring.reward_model_spec(kind, files.file, resize, antialias, condition=condition, threshold=threshold, **files.options)
+        options = {"condition": condition, "threshold": threshold, "stability": stability or None, **files.options}
+        spec = scoring.reward_model_spec(kind, files.file, resize, antialias, **options)
         return io.NodeOutput(spec, ui={"text": [files.report]})
 
 
 def _further_inputs(files: list[str]) -> list[io.Input]:
-    """Optional inputs of Load Reward Model; most belong to one kind and are folded away."""
-    more = [scoring.NO_FILE, *files]
+    """Optional inputs of Load Reward Model. Most belong to one kind; the page hides those that the chosen kind does not read (web/reward_kind.js)."""
+
+    def file_input(name: str, options: list[str], tooltip: str) -> io.Input:
+        return io.Combo.Input(name, options=[scoring.NO_FILE, *options], optional=True, tooltip=tooltip)
+
     return [
         io.Boolean.Input(
             "download",
@@ -83,7 +88,6 @@ def _further_inputs(files: list[str]) -> list[io.Input]:
             "condition",
             default="overall",
             optional=True,
-            advanced=True,
             tooltip="mps: overall, or (experimental: the released weights were trained on overall alone) aesthetics, quality, "
             "semantic, a text, or weights such as aesthetics=0.3, quality=0.7.",
         ),
@@ -94,30 +98,27 @@ def _further_inputs(files: list[str]) -> list[io.Input]:
             max=0.99,
             step=0.01,
             optional=True,
-            advanced=True,
             tooltip="mps: words below this share of the largest likeness to the condition are masked. 0.01 in training, 0.3 in the evaluation.",
         ),
-        io.Combo.Input(
+        file_input(
             "second_file",
-            options=more,
-            optional=True,
-            advanced=True,
-            tooltip="aesthetic: OpenAI's CLIP ViT-L/14. face: the detector mobilenet0.25_Final.pth. pavrm: query_attention_step_N.ckpt.",
+            files,
+            "aesthetic: OpenAI's CLIP ViT-L/14. face: the detector mobilenet0.25_Final.pth. pavrm: query_attention_step_N.ckpt.",
         ),
-        io.Combo.Input("third_file", options=more, optional=True, advanced=True, tooltip="pavrm: mlp_step_N.ckpt."),
-        io.Combo.Input(
-            "generator",
-            options=[scoring.NO_FILE, *paths.model_files("diffusion_models")],
-            optional=True,
-            advanced=True,
-            tooltip="pavrm stored as a LoRA: the generator whose first blocks it stands on.",
-        ),
+        file_input("third_file", files, "pavrm: mlp_step_N.ckpt."),
+        file_input("generator", paths.model_files("diffusion_models"), "pavrm stored as a LoRA: the generator whose first blocks it stands on."),
         io.String.Input(
             "reference",
             default="",
             optional=True,
-            advanced=True,
             tooltip="face: picture, video or folder with the face to compare with; empty takes each video's own first face. " + _FILES_HINT,
+        ),
+        io.Boolean.Input(
+            "stability",
+            default=False,
+            optional=True,
+            tooltip="Score Video also shows drop_when_changed: how much the reward falls when frames are moved or blurred a little. A fooled reward falls "
+            "far. Takes four times as long.",
         ),
     ]
 

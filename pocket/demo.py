@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=128, help="held-out prompt/seed pairs of the base and the trained LoRA; the reward LoRAs have half")
+    parser.add_argument("--pairs", type=int, default=128, help="held-out prompt/seed pairs of every row")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     demo = _Demo(Client(options.server), options.base, options.out, options.seed)
@@ -125,22 +126,26 @@ class _Demo:
 
     def draw_reward(self, run_id: str) -> None:
         events = [json.loads(line) for line in (self._run_folder(run_id) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        rewards = tuple(event["reward"] for event in events if event["event"] == "step")
-        curve = Curve(label="HPS reward", values=rewards, smooth=True)
-        subtitle = f"run {run_id}, {len(rewards)} updates"
-        chart = line_chart([curve], title="Reward of the LoRA in training", subtitle=subtitle, x_label="update", first_x=1)
+        steps = [event for event in events if event["event"] == "step"]
+        base = next((event["held_out_base"] for event in steps if event["held_out_base"] is not None), None)
+        held_out = (base, *(event["held_out"] for event in steps))
+        curves = [
+            Curve(label="reward of each update", values=(math.nan, *(event["reward"] for event in steps)), smooth=True),
+            Curve(label="held-out prompts, fixed seeds", values=tuple(math.nan if value is None else value for value in held_out), sparse=True),
+        ]
+        chart = line_chart(curves, title="Reward of the LoRA in training", subtitle=f"run {run_id}, {len(steps)} updates", x_label="update")
         chart.save(self.out / "reward.png")
 
     def compare(self, run: dict, pairs: int) -> list[comparison.Row]:
         weights = REPO / "pocket" / "weights"
         kinds = [(name, expert) for name in loras.REWARDS for expert in ("high", "low")]
-        official = [(f"{name}, {expert} noise", [(weights / loras.file_name(name, expert), expert, 1.0)], pairs // 2) for name, expert in kinds]
+        official = [(f"{name}, {expert} noise", [(weights / loras.file_name(name, expert), expert, 1.0)]) for name, expert in kinds]
         trained = [(path, "high" if "-high-noise-" in path.name else "low", 1.0) for path in sorted(self._run_folder(run["id"]).glob("*.safetensors"))]
-        rows = [("base", [], pairs), *official, ("just trained", trained, pairs)]
+        rows = [("base", []), *official, ("just trained", trained)]
         reward = load_reward_model("hpsv2.1", weights / hps.FILE_NAME)
         measured = self._timed(
             f"compare on {pairs} held-out prompt/seed pairs",
-            lambda: {"rows": comparison.measure(weights, reward, rows, seed=self.seed)},
+            lambda: {"rows": comparison.measure(weights, reward, rows, pairs=pairs, seed=self.seed)},
         )
         result = measured["rows"]
         (self.out / "table.json").write_text(json.dumps(comparison.as_json(result), indent=1), encoding="utf-8")

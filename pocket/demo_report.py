@@ -42,7 +42,7 @@ def write_report(out: Path, run: dict, rows: Sequence[comparison.Row], seconds: 
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Reward Lab demo</title><style>{_STYLE}</style>
 <h1>Reward Lab demo</h1><p class="verdict">{escape(verdict(rows))}</p>
 <h2>Held-out comparison</h2>{comparison.as_html(rows)}
-<p>Held-out prompt/seed pairs, the same in every row (the reward LoRAs have the first half of them); ± is half of the 95 % interval. The reward is
+<p>{rows[0].pairs} held-out prompt/seed pairs, the same in every row; ± is half of the 95 % interval, of gains that of the paired difference. The reward is
 what the LoRA was trained on; the other columns come from the oracle, which reads pixels and is seen by no reward model.</p>
 <h2>Reward during training</h2><img src="{_inline(out / "reward.png", "image/png")}" alt="reward curve">
 <h2>TestLab: strengths side by side</h2><video src="{grid}" poster="{poster}" autoplay loop muted controls></video>

@@ -19,6 +19,7 @@ from ..host.training_mode import training_mode
 from ..host.vae import load_decoder
 from ..host.wan import load_backbone
 from ..lora_train.config import Sampling
+from ..lora_train.flow import boundary_index
 from ..lora_train.lora.keys import from_file_tensors
 from ..lora_train.lora.linears import install
 from ..lora_train.rollout import ContextCache, Experts
@@ -33,15 +34,17 @@ class Generator:
     """Both pocket experts with their text encoder and VAE, on the CPU in fp32."""
 
     def __init__(self, weights: Path, sampling: Sampling = SAMPLING) -> None:
+        self.weights = weights
         device, dtype = torch.device("cpu"), torch.float32
         self.sampling = sampling
         self.backbones = {expert: load_backbone(weights / name, dtype=dtype, device=device) for expert, name in dit.FILE_NAMES.items()}
         self.decoder = load_decoder(weights / vae.FILE_NAME, dtype=dtype, device=device)
         self._encoder = PromptEncoder(load_text_encoder(weights / text.FILE_NAME))
+        self._switched: dict[tuple, torch.Tensor] = {}
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], loras: Sequence[tuple[Path, str, float]] = ()) -> torch.Tensor:
-        """Sampled latents in model space.
+        """Sampled latents in model space. Calls that differ in the low-noise expert's LoRAs only share the high-noise expert's steps.
 
         Args:
             prompts: one per video.
@@ -51,10 +54,10 @@ class Generator:
         Returns:
             [B, 16, 5, 8, 8] fp32.
         """
-        unique = dict.fromkeys(prompts)
-        contexts = dict(zip(unique, self._encoder.encode(list(unique)), strict=True))
-        cache = ContextCache(contexts, self._encoder.encode([self.sampling.negative_prompt])[0], torch.device("cpu"))
+        cache = self.contexts(prompts)
         experts = Experts(backbones=self.backbones, sampling=self.sampling)
+        sigmas = self.sampling.sigmas()
+        switch = boundary_index(sigmas, self.sampling.boundary)
         out = []
         with ExitStack() as stack:
             for path, expert, strength in loras:
@@ -63,10 +66,20 @@ class Generator:
                 stack.enter_context(stack.enter_context(install(linears, adapter)).merged())
             for start in range(0, len(prompts), _BATCH):
                 chosen = slice(start, start + _BATCH)
-                noise = [torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chosen]]
+                key = (tuple(prompts[chosen]), tuple(seeds[chosen]), tuple(row for row in loras if row[1] == "high"))
+                context = cache.batch(prompts[chosen])
                 with training_mode(), torch.no_grad():
-                    out.append(experts.roll(torch.stack(noise), self.sampling.sigmas(), cache.batch(prompts[chosen])))
+                    if key not in self._switched:
+                        noise = [torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chosen]]
+                        self._switched[key] = experts.roll(torch.stack(noise), sigmas[: switch + 1], context)
+                    out.append(experts.roll(self._switched[key], sigmas[switch:], context))
         return torch.cat(out)
+
+    def contexts(self, prompts: Sequence[str]) -> ContextCache:
+        """Text embeddings of these prompts and of the negative one."""
+        unique = dict.fromkeys(prompts)
+        encoded = dict(zip(unique, self._encoder.encode(list(unique)), strict=True))
+        return ContextCache(encoded, self._encoder.encode([self.sampling.negative_prompt])[0], torch.device("cpu"))
 
     @torch.no_grad()
     def frames(self, latent_BCFHW: torch.Tensor) -> torch.Tensor:

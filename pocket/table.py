@@ -43,42 +43,58 @@ class Row:
         return float(_Z_95 * values.std(ddof=1) / len(values) ** 0.5)
 
     def gain(self, column: str, base: Row) -> tuple[float, float]:
-        """Mean paired difference to the base, and its standard error; a row may have fewer pairs than the base."""
-        difference = self.values[column] - base.values[column][: len(self.values[column])]
+        """Mean paired difference to the base, and its standard error."""
+        difference = self.values[column] - base.values[column]
         return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
 
 
 def measure(
     weights: Path,
     reward: RewardModel,
-    rows: Sequence[tuple[str, Sequence[tuple[Path, str, float]], int]],
+    rows: Sequence[tuple[str, Sequence[tuple[Path, str, float]]]],
     *,
+    pairs: int,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Generate and score every row.
 
     Args:
-        rows: (label, LoRAs, number of held-out prompt/seed pairs), LoRAs as `Generator.latents` takes them; the first row is the base, which has
-            the most pairs. Rows with fewer have the first ones.
+        rows: (label, LoRAs as `Generator.latents` takes them); the first row is the base.
+        pairs: held-out prompt/seed pairs, the same in every row.
         seed: chooses prompts and noise.
     """
-    all_scenes = held_out_scenes(rows[0][2], 40_000 + seed, two_share=0.0)
+    scenes = held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
     generator = Generator(weights)
     table = []
-    for label, loras, pairs in rows:
-        scenes = all_scenes[:pairs]
-        prompts = [world.caption(scene) for scene in scenes]
-        frames = generator.frames(generator.latents(prompts, [seed * 1_000_003 + index for index in range(pairs)], loras))
-        with torch.no_grad():
-            rewards = score_in_chunks(reward, frames, prompts, 64).per_video.numpy().astype(np.float64)
-        scores = judged(as_clips(frames), scenes)
-        table.append(Row(label=label, values={"reward": rewards, **{name: scores[name] for name in COLUMNS[1:]}}))
-        report(f"  {label}: reward {rewards.mean():.4f}, motion right {100 * scores['motion'].mean():.0f} %")
+    for label, loras in rows:
+        row = measure_row(generator, reward, label, loras, scenes, seed)
+        table.append(row)
+        report(f"  {label}: reward {row.mean('reward'):.4f}, motion right {100 * row.mean('motion'):.0f} %")
     return table
 
 
+def measure_row(
+    generator: Generator, reward: RewardModel, label: str, loras: Sequence[tuple[Path, str, float]], scenes: Sequence[world.Scene], seed: int
+) -> Row:
+    """Generate and score one row; see `measure`."""
+    prompts = [world.caption(scene) for scene in scenes]
+    latents = generator.latents(prompts, [seed * 1_000_003 + index for index in range(len(scenes))], loras)
+    return score_row(generator, reward, label, latents, scenes)
+
+
+def score_row(generator: Generator, reward: RewardModel, label: str, latent_BCFHW: torch.Tensor, scenes: Sequence[world.Scene]) -> Row:
+    """Score the finished latents of one row, a scene each."""
+    prompts = [world.caption(scene) for scene in scenes]
+    frames = generator.frames(latent_BCFHW)
+    with torch.no_grad():
+        rewards = score_in_chunks(reward, frames, prompts, 64).per_video.numpy().astype(np.float64)
+    scores = judged(as_clips(frames), scenes)
+    return Row(label=label, values={"reward": rewards, **{name: scores[name] for name in COLUMNS[1:]}})
+
+
 _PERCENT = ("colour", "shape", "motion")
+_GAINS = ("reward", "motion")
 _HEADINGS = {
     "reward": "HPS reward", "colour": "colour right", "shape": "shape right", "motion": "motion right", "dynamic_degree": "dynamic degree (px/frame)",
     "flicker": "flicker",
@@ -92,9 +108,22 @@ def cell(row: Row, column: str) -> str:
     return f"{factor * row.mean(column):.{digits}f} ± {factor * row.half_width(column):.{digits}f}{unit}"
 
 
+def gain_cell(row: Row, base: Row, column: str) -> str:
+    """What a row gains on the base over the same prompts and seeds, ± half of the 95 % interval of that difference."""
+    factor, digits, unit = (100, 1, " points") if column in _PERCENT else (1, 4, "")
+    mean, standard_error = row.gain(column, base)
+    return "" if row is base else f"{factor * mean:+.{digits}f} ± {factor * _Z_95 * standard_error:.{digits}f}{unit}"
+
+
+def _cells(table: Sequence[Row]) -> list[list[str]]:
+    gains = [f"{_HEADINGS[column].removesuffix(' right')}, gain" for column in _GAINS]
+    head = ["", *gains, *_HEADINGS.values()]
+    return [head, *([row.label, *(gain_cell(row, table[0], name) for name in _GAINS), *(cell(row, name) for name in COLUMNS)] for row in table)]
+
+
 def as_text(table: Sequence[Row]) -> str:
     """The table as fixed-width text, for a terminal."""
-    lines = [["", "pairs", *_HEADINGS.values()], *([row.label, str(row.pairs), *(cell(row, column) for column in COLUMNS)] for row in table)]
+    lines = _cells(table)
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -114,6 +143,7 @@ def as_json(table: Sequence[Row]) -> list[dict]:
 
 def as_html(table: Sequence[Row]) -> str:
     """An HTML table; the caller brings the style."""
-    head = "".join(f"<th>{heading}</th>" for heading in ("", "pairs", *_HEADINGS.values()))
-    body = "".join(f"<tr><th>{row.label}</th><td>{row.pairs}</td>{''.join(f'<td>{cell(row, column)}</td>' for column in COLUMNS)}</tr>" for row in table)
+    headings, *lines = _cells(table)
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    body = "".join(f"<tr><th>{line[0]}</th>{''.join(f'<td>{text}</td>' for text in line[1:])}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from . import clip
 from .base import RewardOutput, check_frames
-from .preprocess import RESIZES, prepare
+from .preprocess import Preparation
 
 DEFAULT_RESIZE = "crop"
 _HIDDEN = (1024, 128, 64, 16)
@@ -44,7 +44,7 @@ class AestheticNetwork(nn.Module):
     def forward(self, prepared_MCHW: Tensor) -> Tensor:
         """Score [M], float32, of prepared pictures."""
         vectors = self.visual(prepared_MCHW.to(self.visual.conv1.weight.dtype))
-        x = functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+        x = functional.normalize(clip.wide(vectors), dim=-1)
         for layer in self.layers.values():
             # The head is tiny and its result is compared to the second digit: it always runs in the width of the vector.
             x = functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
@@ -76,18 +76,12 @@ class AestheticReward:
     ignores_prompts = True
 
     def __init__(self, network: AestheticNetwork, *, resize: str = DEFAULT_RESIZE, use_antialias: bool = True):
-        if resize not in RESIZES:
-            raise ValueError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}.")
+        self.prepare = Preparation(size_px=network.visual.image_size[0], resize=resize, use_antialias=use_antialias, is_pillow=True)
         self.network = network.eval().requires_grad_(False)
-        self.resize = resize
-        self.use_antialias = use_antialias
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> AestheticReward:
         """Move the model; `dtype` casts its matrices. Returns itself."""
-        with torch.inference_mode(False):
-            if dtype is not None:
-                clip.cast_towers(self.network, dtype)
-            self.network.to(device)
+        clip.move(self.network, device, dtype)
         return self
 
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
@@ -97,7 +91,5 @@ class AestheticReward:
             ValueError: see `base.check_frames`.
         """
         check_frames(frames_BFCHW, prompts)
-        size_px = self.network.visual.image_size[0]
-        prepared = prepare(frames_BFCHW.flatten(0, 1), size_px, resize=self.resize, use_antialias=self.use_antialias, is_pillow=True)
-        score_BF = self.network(prepared).unflatten(0, frames_BFCHW.shape[:2])
+        score_BF = self.network(self.prepare(frames_BFCHW.flatten(0, 1))).unflatten(0, frames_BFCHW.shape[:2])
         return RewardOutput(per_frame=score_BF, per_video=score_BF.mean(dim=1), parts={"aesthetic": score_BF})

@@ -170,6 +170,36 @@ def tower_dtype(model: CLIP) -> torch.dtype:
     return model.visual.conv1.weight.dtype
 
 
+def move(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Move a frozen network and, with `dtype`, cast it as `cast_towers` does; also where the caller runs in inference mode."""
+    with torch.inference_mode(False):
+        if dtype is not None:
+            cast_towers(network, dtype)
+        network.to(device)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider: a cosine in half precision cannot tell frames apart."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def picture_vectors(model: CLIP, prepared_MCHW: Tensor) -> Tensor:
+    """Unit picture vectors [M, D], at least float32, of prepared pictures."""
+    return functional.normalize(wide(model.encode_image(prepared_MCHW.to(tower_dtype(model)))), dim=-1)
+
+
+def prompt_vectors(model: CLIP, prompts: Sequence[str], *, is_plain: bool = False) -> Tensor:
+    """Unit prompt vectors [B, D], at least float32; warns about prompts that are empty or too long. `is_plain` is that of `tokenize`."""
+    warn_about(prompts, is_plain=is_plain)
+    ids_BP = tokenize(prompts, is_plain=is_plain).to(model.logit_scale.device)
+    return functional.normalize(wide(model.encode_text(ids_BP)), dim=-1)
+
+
+def frame_cosines(picture_MD: Tensor, text_BD: Tensor) -> Tensor:
+    """Cosine [B, F] of every frame's unit vector with its video's; M = B*F."""
+    return torch.einsum("bfd,bd->bf", picture_MD.unflatten(0, (len(text_BD), -1)), text_BD)
+
+
 def image_tokens(model: CLIP, pixels_BCHW: Tensor) -> Tensor:
     """All image tokens before the final norm, projected to the shared width, class token first.
 

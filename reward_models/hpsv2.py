@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from open_clip.model import CLIP
 from torch import Tensor
-from torch.nn import functional
 
 from . import clip
 from .base import RewardOutput, check_frames
-from .preprocess import RESIZES, prepare
+from .preprocess import Preparation
 from .text_cache import TextCache
 
 DEFAULT_RESIZE = "letterbox"
@@ -50,12 +49,9 @@ class HPSv2Reward:
     mixes_prompts = False
 
     def __init__(self, network: CLIP, *, resize: str = DEFAULT_RESIZE, use_antialias: bool = True):
-        if resize not in RESIZES:
-            raise ValueError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}.")
+        self.prepare = Preparation(size_px=network.visual.image_size[0], resize=resize, use_antialias=use_antialias)
         self.network = network.eval().requires_grad_(False)
-        self.resize = resize
-        self.use_antialias = use_antialias
-        self._texts = TextCache(self._encode_prompts)
+        self._texts = TextCache(lambda prompts: clip.prompt_vectors(self.network, prompts))
 
     @property
     def device(self) -> torch.device:
@@ -64,21 +60,13 @@ class HPSv2Reward:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> HPSv2Reward:
         """Move the model; `dtype` casts its matrices (norms and positions stay wide). Returns itself."""
-        with torch.inference_mode(False):
-            if dtype is not None:
-                clip.cast_towers(self.network, dtype)
-            self.network.to(device)
+        clip.move(self.network, device, dtype)
         self._texts.clear()
         return self
 
-    def prepare(self, pixels_MCHW: Tensor) -> Tensor:
-        """Pictures in [0,1] to the model's input, float32."""
-        return prepare(pixels_MCHW, self.network.visual.image_size[0], resize=self.resize, use_antialias=self.use_antialias)
-
     def picture_vectors(self, pixels_MCHW: Tensor) -> Tensor:
         """Unit picture vectors [M, D], at least float32, of pictures in [0,1]."""
-        features = self.network.encode_image(self.prepare(pixels_MCHW).to(clip.tower_dtype(self.network)))
-        return functional.normalize(_wide(features), dim=-1)
+        return clip.picture_vectors(self.network, self.prepare(pixels_MCHW))
 
     def text_vectors(self, prompts: Sequence[str]) -> Tensor:
         """Unit prompt vectors [B, D], at least float32, cached by prompt; without gradient."""
@@ -91,15 +79,5 @@ class HPSv2Reward:
             ValueError: see `base.check_frames`.
         """
         check_frames(frames_BFCHW, prompts)
-        picture_MD = self.picture_vectors(frames_BFCHW.flatten(0, 1))
-        cosine_BF = torch.einsum("bfd,bd->bf", picture_MD.unflatten(0, frames_BFCHW.shape[:2]), self.text_vectors(prompts))
-        return RewardOutput(per_frame=cosine_BF, per_video=cosine_BF.mean(dim=1), parts={f"hps_{self.resize}": cosine_BF})
-
-    def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        clip.warn_about(prompts)
-        ids_BP = clip.tokenize(prompts).to(self.device)
-        return functional.normalize(_wide(self.network.encode_text(ids_BP)), dim=-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        cosine_BF = clip.frame_cosines(self.picture_vectors(frames_BFCHW.flatten(0, 1)), self.text_vectors(prompts))
+        return RewardOutput(per_frame=cosine_BF, per_video=cosine_BF.mean(dim=1), parts={f"hps_{self.prepare.resize}": cosine_BF})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import aesthetic, clip, face, hpsv2, layouts, measures, mix, mps, pickscore, published
+from . import aesthetic, clip, face, hpsv2, layouts, measures, mix, mps, pickscore, published, stability
 from .base import RewardModel
 from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, RewardModelSpec
 from .weights import Weights, load_into, read_weights
@@ -39,6 +39,7 @@ def load_reward_model(
                 `<stem>.json` beside the file, the shapes of the full-size model.
             resize: "letterbox" (default of hpsv2.1), "crop" (default of the others) or "squash" (VideoX-Fun).
             antialias: filter before shrinking (default True); see the model.
+            stability: also tell how much the reward falls on slightly changed frames (default False); see `stability.StabilityCheck`.
             condition, threshold, normalise: see `mps.MPSReward`. scale: "raw" (default) or "cosine".
             clip: aesthetic only: weights of OpenAI's CLIP ViT-L/14, where the file holds the head alone.
             detector, landmarks, reference, missing: see `face.FaceReward`.
@@ -62,14 +63,14 @@ def load_reward_model(
     if not weights and kind not in PATHLESS:
         raise ValueError(f"{kind} needs a weight file; give one.")
     with torch.inference_mode(False):
-        if kind in measures.BUILD:
-            return measures.BUILD[kind]()
+        if kind in measures.KINDS:
+            return measures.Measure(kind)
         if kind == "mix":
             return _mix(options.get("rows", ()), device, dtype)
         if kind == "face":
             return face.load(weights, device=device, dtype=dtype, **options)
         _check_published(kind, Path(weights))
-        config, clip_file = options.pop("config", None), options.pop("clip", None)
+        config, clip_file, is_checked = options.pop("config", None), options.pop("clip", None), options.pop("stability", False)
         content, path = read_weights(weights), Path(weights)
         if kind == "mps":
             network = _mps_network(content, path, config)
@@ -78,7 +79,8 @@ def load_reward_model(
         else:
             network = _clip_network(content, path, config, kind)
         clip.cast_towers(network, dtype)
-        return _MODELS[kind](network.to(device), **{_ARGUMENT.get(name, name): value for name, value in options.items()})
+        model = _MODELS[kind](network.to(device), **{_ARGUMENT.get(name, name): value for name, value in options.items()})
+        return stability.StabilityCheck(model) if is_checked else model
 
 
 _MODELS = {"hpsv2.1": hpsv2.HPSv2Reward, "mps": mps.MPSReward, "pickscore": pickscore.PickScoreReward, "aesthetic": aesthetic.AestheticReward}

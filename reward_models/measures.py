@@ -23,8 +23,6 @@ from torch.nn import functional
 
 from .base import RewardOutput, check_frames
 
-KINDS = ("dynamic_degree", "flicker", "drift")
-
 # ITU-R BT.601 luma.
 _LUMA = (0.299, 0.587, 0.114)
 _MOTION_GRID_PX = 64
@@ -69,108 +67,61 @@ def _over_frames(pairs_BF: Tensor, frames: int) -> Tensor:
     return total / sum(there[:, i : i + frames] for i in range(lag + 1))
 
 
-class DynamicDegree:
-    """Speed of what moves; see the module's docstring. A video of one frame scores 0."""
-
-    name = "dynamic_degree"
-    range_note = _NOTES["dynamic_degree"]
-    needs_whole_video = True
-    ignores_prompts = True
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DynamicDegree:
-        """Nothing to move."""
-        return self
-
-    def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """See `base.RewardModel.score`. `per_video` is the mean over pairs of neighbouring frames.
-
-        Raises:
-            ValueError: see `base.check_frames`.
-        """
-        check_frames(frames_BFCHW, prompts)
-        small = _shrunk(frames_BFCHW, _MOTION_GRID_PX)
-        before, after = (x - x.mean(dim=(3, 4), keepdim=True) for x in (small[:, :-1], small[:, 1:]))
-        # The gain that explains most of the change is light, not motion.
-        gain = ((before * after).mean(dim=(3, 4), keepdim=True) + _TINY) / (before.square().mean(dim=(3, 4), keepdim=True) + _TINY)
-        change = after - gain * before
-        middle = (before + after) / 2
-        # Central differences, so that both slopes belong to the same pixel.
-        down = (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
-        right = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2
-        slope2 = down.square() + right.square()
-        moved = (change[..., 1:-1, 1:-1].abs() * (slope2 + _TINY).sqrt()).flatten(2).sum(dim=2)
-        speed_BP = 100 / small.shape[-2] * moved / (slope2 + _NOISE_SLOPE**2).flatten(2).sum(dim=2)
-        per_video = speed_BP.mean(dim=1) if speed_BP.shape[1] else speed_BP.new_zeros(len(speed_BP))
-        per_frame = _over_frames(speed_BP, frames_BFCHW.shape[1])
-        return RewardOutput(per_frame=per_frame, per_video=per_video, parts={"speed_percent": per_frame})
+def _assembled(values_BT: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Reward per frame and per video of values between neighbouring frames; 0 where the video is too short for one."""
+    per_video = values_BT.mean(dim=1) if values_BT.shape[1] else values_BT.new_zeros(len(values_BT))
+    return _over_frames(values_BT, frames), per_video
 
 
-class Flicker:
-    """Steadiness of local brightness; see the module's docstring. A video of fewer than three frames scores 0."""
-
-    name = "flicker"
-    range_note = _NOTES["flicker"]
-    needs_whole_video = True
-    ignores_prompts = True
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Flicker:
-        """Nothing to move."""
-        return self
-
-    def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """See `base.RewardModel.score`. `per_video` is the mean over triples of neighbouring frames.
-
-        Raises:
-            ValueError: see `base.check_frames`.
-        """
-        check_frames(frames_BFCHW, prompts)
-        frames = frames_BFCHW.shape[1]
-        small = _shrunk(frames_BFCHW, _FLICKER_GRID_PX)
-        luma_BFHW = _luma(small)
-        second = (luma_BFHW[:, 2:] - 2 * luma_BFHW[:, 1:-1] + luma_BFHW[:, :-2]).abs().mean(dim=(2, 3)) if frames > 2 else luma_BFHW.new_zeros(len(small), 0)
-        jumps_BT = -100 * second
-        per_video = jumps_BT.mean(dim=1) if jumps_BT.shape[1] else jumps_BT.new_zeros(len(small))
-        wide = frames_BFCHW.to(torch.promote_types(frames_BFCHW.dtype, torch.float32))
-        same_BP = 1 - (wide[:, 1:] - wide[:, :-1]).abs().mean(dim=(2, 3, 4))
-        consistency = _over_frames(same_BP, frames) if frames > 1 else same_BP.new_ones(len(small), frames)
-        per_frame = _over_frames(jumps_BT, frames)
-        return RewardOutput(per_frame=per_frame, per_video=per_video, parts={"flicker": per_frame, "temporal_consistency": consistency})
+def _dynamic_degree(frames_BFCHW: Tensor) -> RewardOutput:
+    """Speed of what moves; a video of one frame scores 0. `per_video` is the mean over pairs of neighbouring frames."""
+    small = _shrunk(frames_BFCHW, _MOTION_GRID_PX)
+    before, after = (x - x.mean(dim=(3, 4), keepdim=True) for x in (small[:, :-1], small[:, 1:]))
+    # The gain that explains most of the change is light, not motion.
+    gain = ((before * after).mean(dim=(3, 4), keepdim=True) + _TINY) / (before.square().mean(dim=(3, 4), keepdim=True) + _TINY)
+    change = after - gain * before
+    middle = (before + after) / 2
+    # Central differences, so that both slopes belong to the same pixel.
+    down = (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
+    right = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2
+    slope2 = down.square() + right.square()
+    moved = (change[..., 1:-1, 1:-1].abs() * (slope2 + _TINY).sqrt()).flatten(2).sum(dim=2)
+    speed_BP = 100 / small.shape[-2] * moved / (slope2 + _NOISE_SLOPE**2).flatten(2).sum(dim=2)
+    per_frame, per_video = _assembled(speed_BP, frames_BFCHW.shape[1])
+    return RewardOutput(per_frame=per_frame, per_video=per_video, parts={"speed_percent": per_frame})
 
 
-class Drift:
-    """Likeness of the last frames to the first in colour, contrast and sharpness; see the module's docstring."""
+def _flicker(frames_BFCHW: Tensor) -> RewardOutput:
+    """Steadiness of local brightness; a video of fewer than three frames scores 0. `per_video` is the mean over triples of neighbouring frames."""
+    frames = frames_BFCHW.shape[1]
+    luma_BFHW = _luma(_shrunk(frames_BFCHW, _FLICKER_GRID_PX))
+    if frames > 2:
+        second_BT = (luma_BFHW[:, 2:] - 2 * luma_BFHW[:, 1:-1] + luma_BFHW[:, :-2]).abs().mean(dim=(2, 3))
+    else:
+        second_BT = luma_BFHW.new_zeros(len(luma_BFHW), 0)
+    per_frame, per_video = _assembled(-100 * second_BT, frames)
+    wide = frames_BFCHW.to(torch.promote_types(frames_BFCHW.dtype, torch.float32))
+    same_BP = 1 - (wide[:, 1:] - wide[:, :-1]).abs().mean(dim=(2, 3, 4))
+    consistency = _over_frames(same_BP, frames) if frames > 1 else same_BP.new_ones(len(wide), frames)
+    return RewardOutput(per_frame=per_frame, per_video=per_video, parts={"flicker": per_frame, "temporal_consistency": consistency})
 
-    name = "drift"
-    range_note = _NOTES["drift"]
-    needs_whole_video = True
-    ignores_prompts = True
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Drift:
-        """Nothing to move."""
-        return self
-
-    def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """See `base.RewardModel.score`. `per_frame` is each frame's distance to the first frames, `per_video` that of the last ones.
-
-        Raises:
-            ValueError: see `base.check_frames`.
-        """
-        check_frames(frames_BFCHW, prompts)
-        frames = frames_BFCHW.shape[1]
-        ends = max(1, frames // _DRIFT_SHARE)
-        small = _shrunk(frames_BFCHW, _DRIFT_GRID_PX)
-        colour_BFC = small.mean(dim=(3, 4))
-        contrast_BF = _spread(small.flatten(2), dim=2)
-        luma = _luma(small)
-        edges = (luma[..., 1:, :] - luma[..., :-1, :]).square().mean(dim=(2, 3)) + (luma[..., :, 1:] - luma[..., :, :-1]).square().mean(dim=(2, 3))
-        sharpness_BF = (edges + _SHARPNESS_FLOOR**2).sqrt()
-        parts = {
-            "colour_drift": -100 * (colour_BFC - colour_BFC[:, :ends].mean(dim=1, keepdim=True)).abs().mean(dim=2),
-            "contrast_drift": -100 * (contrast_BF - contrast_BF[:, :ends].mean(dim=1, keepdim=True)).abs(),
-            "sharpness_drift": -100 * (sharpness_BF - sharpness_BF[:, :ends].mean(dim=1, keepdim=True)).abs(),
-        }
-        per_frame = sum(parts.values())
-        return RewardOutput(per_frame=per_frame, per_video=per_frame[:, -ends:].mean(dim=1), parts=parts)
+def _drift(frames_BFCHW: Tensor) -> RewardOutput:
+    """Likeness of the last frames to the first. `per_frame` is each frame's distance to the first frames, `per_video` that of the last ones."""
+    ends = max(1, frames_BFCHW.shape[1] // _DRIFT_SHARE)
+    small = _shrunk(frames_BFCHW, _DRIFT_GRID_PX)
+    colour_BFC = small.mean(dim=(3, 4))
+    contrast_BF = _spread(small.flatten(2), dim=2)
+    luma = _luma(small)
+    edges = (luma[..., 1:, :] - luma[..., :-1, :]).square().mean(dim=(2, 3)) + (luma[..., :, 1:] - luma[..., :, :-1]).square().mean(dim=(2, 3))
+    sharpness_BF = (edges + _SHARPNESS_FLOOR**2).sqrt()
+    parts = {
+        "colour_drift": -100 * (colour_BFC - colour_BFC[:, :ends].mean(dim=1, keepdim=True)).abs().mean(dim=2),
+        "contrast_drift": -100 * (contrast_BF - contrast_BF[:, :ends].mean(dim=1, keepdim=True)).abs(),
+        "sharpness_drift": -100 * (sharpness_BF - sharpness_BF[:, :ends].mean(dim=1, keepdim=True)).abs(),
+    }
+    per_frame = sum(parts.values())
+    return RewardOutput(per_frame=per_frame, per_video=per_frame[:, -ends:].mean(dim=1), parts=parts)
 
 
 def _spread(values: Tensor, dim: int) -> Tensor:
@@ -178,4 +129,34 @@ def _spread(values: Tensor, dim: int) -> Tensor:
     return ((values - values.mean(dim=dim, keepdim=True)).square().mean(dim=dim) + 1e-8).sqrt()
 
 
-BUILD = {"dynamic_degree": DynamicDegree, "flicker": Flicker, "drift": Drift}
+_COMPUTE = {"dynamic_degree": _dynamic_degree, "flicker": _flicker, "drift": _drift}
+KINDS = tuple(_COMPUTE)
+
+
+class Measure:
+    """A measure as a reward model; see the module's docstring.
+
+    Args:
+        name: one of `KINDS`.
+    """
+
+    needs_whole_video = True
+    ignores_prompts = True
+
+    def __init__(self, name: str):
+        self.name = name
+        self.range_note = _NOTES[name]
+        self._compute = _COMPUTE[name]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Measure:
+        """Nothing to move."""
+        return self
+
+    def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """See `base.RewardModel.score`.
+
+        Raises:
+            ValueError: see `base.check_frames`.
+        """
+        check_frames(frames_BFCHW, prompts)
+        return self._compute(frames_BFCHW)

@@ -84,12 +84,16 @@ class MixReward:
 
     def reward_and_frame_gradient(self, frames_BFCHW: Tensor, prompts: Sequence[str], frames_per_chunk: int) -> tuple[RewardOutput, Tensor]:
         """See `base.reward_and_frame_gradient`."""
-        outputs, total = [], torch.zeros_like(frames_BFCHW)
-        for component in self.components:
-            output, gradient = base.reward_and_frame_gradient(component.model, frames_BFCHW, prompts, frames_per_chunk)
-            outputs.append(output)
-            total = total + gradient * (component.weight / component.scale)
-        return self._sum(outputs), total
+        outputs = []
+        with torch.inference_mode(False):
+            total = torch.zeros(frames_BFCHW.shape, dtype=frames_BFCHW.dtype, device=frames_BFCHW.device)
+            for component in self.components:
+                output, gradient = base.reward_and_frame_gradient(component.model, frames_BFCHW, prompts, frames_per_chunk)
+                outputs.append(output)
+                total.add_(gradient, alpha=component.weight / component.scale)
+                # As large as the frames: not kept while the next component works.
+                del gradient
+            return self._sum(outputs), total
 
     def _sum(self, outputs: Sequence[RewardOutput]) -> RewardOutput:
         per_frame, per_video, parts = 0, 0, {}

@@ -22,7 +22,7 @@ from . import clip
 from .base import RewardOutput, check_frames
 from .layouts import own_to_mps
 from .mps_cross import CrossModel, rotary_frequencies
-from .preprocess import RESIZES, prepare
+from .preprocess import Preparation
 from .text_cache import TextCache
 
 DEFAULT_RESIZE = "crop"
@@ -78,7 +78,7 @@ class MPS(nn.Module):
         """
         picture_BD = self.cross_model(image_BTD, text_BPD, keep_BP)[:, 0]
         text_BD = text_BPD[torch.arange(len(text_BPD), device=text_BPD.device), end_B]
-        return (functional.normalize(_wide(text_BD), dim=-1) * functional.normalize(_wide(picture_BD), dim=-1)).sum(dim=-1)
+        return (functional.normalize(clip.wide(text_BD), dim=-1) * functional.normalize(clip.wide(picture_BD), dim=-1)).sum(dim=-1)
 
     def image_text_score(
         self, pixels_BCHW: Tensor, token_ids_BP: Tensor, condition_ids_P: Tensor, *, threshold: float = 0.01, normalise: str = "sample"
@@ -99,7 +99,7 @@ class MPS(nn.Module):
         condition_BPD = self.text_states(torch.atleast_2d(condition_ids_P))
         keep_BP = condition_mask(best_similarity(text_BPD.detach(), condition_BPD.detach()), threshold=threshold, normalise=normalise)
         cosine_B = self.cosine(self.image_tokens(pixels_BCHW), text_BPD, end_positions(token_ids_BP), keep_BP)
-        return cosine_B * _wide(self.clip.logit_scale).exp()
+        return cosine_B * clip.wide(self.clip.logit_scale).exp()
 
     def forward(self, pixels_BCHW: Tensor, token_ids_BP: Tensor, condition_ids_P: Tensor) -> Tensor:  # noqa: D102
         return self.image_text_score(pixels_BCHW, token_ids_BP, condition_ids_P)
@@ -117,7 +117,7 @@ def best_similarity(text_BPD: Tensor, condition_BPD: Tensor) -> Tensor:
         text_BPD: prompt states.
         condition_BPD: condition states, first axis B or 1.
     """
-    return (_wide(text_BPD) @ _wide(condition_BPD).transpose(1, 2)).amax(dim=-1)
+    return (clip.wide(text_BPD) @ clip.wide(condition_BPD).transpose(1, 2)).amax(dim=-1)
 
 
 def condition_mask(similarity_BP: Tensor, *, threshold: float, normalise: str) -> Tensor:
@@ -225,8 +225,6 @@ class MPSReward:
         normalise: str = "sample",
         scale: str = "raw",
     ):
-        if resize not in RESIZES:
-            raise ValueError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}.")
         if normalise not in NORMALISATIONS:
             raise ValueError(f"normalise is {normalise!r}; choose one of {', '.join(NORMALISATIONS)}.")
         if scale not in SCALES:
@@ -235,9 +233,8 @@ class MPSReward:
             raise ValueError(f"threshold is {threshold}; it must be below 1, or every prompt position is masked (official: 0.01 or 0.3).")
         if not condition.strip():
             raise ValueError(f"The condition is empty; give a text or one of {', '.join(CONDITIONS)}.")
+        self.prepare = Preparation(size_px=network.clip.visual.image_size[0], resize=resize, use_antialias=use_antialias, is_pillow=True)
         self.network = network.eval().requires_grad_(False)
-        self.resize = resize
-        self.use_antialias = use_antialias
         self.conditions = parse_condition(condition)
         self.is_experimental = any(text != CONDITIONS["overall"] for _, text, _ in self.conditions)
         self.threshold = threshold
@@ -260,18 +257,10 @@ class MPSReward:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MPSReward:
         """Move the model; `dtype` casts its matrices (norms and positions stay wide). Returns itself."""
-        with torch.inference_mode(False):
-            if dtype is not None:
-                clip.cast_towers(self.network, dtype)
-            self.network.to(device)
+        clip.move(self.network, device, dtype)
         self._states.clear()
         self._ends.clear()
         return self
-
-    def prepare(self, pixels_MCHW: Tensor) -> Tensor:
-        """Pictures in [0,1] to the model's input, float32."""
-        size_px = self.network.clip.visual.image_size[0]
-        return prepare(pixels_MCHW, size_px, resize=self.resize, use_antialias=self.use_antialias, is_pillow=True)
 
     def in_batch_of(self, prompts: Sequence[str]) -> MPSReward:
         """This model with the batch of `normalise="batch"` fixed to `prompts`, so that videos can be scored one by one, whatever their sizes."""
@@ -301,7 +290,7 @@ class MPSReward:
             cosine_BF = weight * own_BF + cosine_BF.to(own_BF.device)
             if len(self.conditions) > 1:
                 parts[f"mps_cosine_{name}"] = own_BF
-        raw_BF = cosine_BF * _wide(self.network.clip.logit_scale).exp()
+        raw_BF = cosine_BF * clip.wide(self.network.clip.logit_scale).exp()
         reward_BF = raw_BF if self.scale == "raw" else cosine_BF
         return RewardOutput(per_frame=reward_BF, per_video=reward_BF.mean(dim=1), parts={"mps_raw": raw_BF, "mps_cosine": cosine_BF, **parts})
 
@@ -317,7 +306,3 @@ class MPSReward:
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         clip.warn_about(prompts, is_plain=True)
         return self.network.text_states(tokenize(prompts).to(self.device))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

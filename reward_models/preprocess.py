@@ -11,6 +11,7 @@ Shape letters: B pictures, C channels, H W input size, I O length before and aft
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -187,6 +188,11 @@ def _pillow_weights(length_px: int, new_length_px: int, start: int, count: int) 
         return high_IO.float(), low_IO.float()
 
 
+def _check_resize(resize: str) -> None:
+    if resize not in RESIZES:
+        raise ValueError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}.")
+
+
 def prepare(pixels_BCHW: Tensor, size_px: int, *, resize: str, use_antialias: bool = True, is_pillow: bool = False) -> Tensor:
     """Resize, fit and normalise for a CLIP.
 
@@ -203,10 +209,31 @@ def prepare(pixels_BCHW: Tensor, size_px: int, *, resize: str, use_antialias: bo
     Raises:
         ValueError: unknown `resize`.
     """
-    if resize not in RESIZES:
-        raise ValueError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}.")
+    _check_resize(resize)
     pixels_BCHW = pixels_BCHW.to(torch.promote_types(pixels_BCHW.dtype, torch.float32))
     if resize == "crop" and is_pillow and use_antialias:
         return normalise(crop_as_pillow(pixels_BCHW, size_px))
     fit = {"letterbox": letterbox, "crop": crop, "squash": squash}[resize]
     return normalise(fit(pixels_BCHW, size_px, use_antialias=use_antialias))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a scorer's pictures become its CLIP's input: `prepare` with its settings fixed.
+
+    Attributes:
+        size_px: picture size of the model.
+        resize, use_antialias, is_pillow: see `prepare`.
+    """
+
+    size_px: int
+    resize: str
+    use_antialias: bool = True
+    is_pillow: bool = False
+
+    def __post_init__(self) -> None:
+        _check_resize(self.resize)
+
+    def __call__(self, pixels_MCHW: Tensor) -> Tensor:
+        """Pictures in [0,1], any size, to the model's input [M, 3, size, size], at least float32."""
+        return prepare(pixels_MCHW, self.size_px, resize=self.resize, use_antialias=self.use_antialias, is_pillow=self.is_pillow)

@@ -35,26 +35,30 @@ class PublishedFile:
 
 
 _HUB = "https://huggingface.co"
+
+
+def _hps(name: str, kind: str, what: str, size_bytes: int, sha256: str, md5: str) -> PublishedFile:
+    """A file of Hugging Face's xswu/HPSv2, at a fixed revision."""
+    url = f"{_HUB}/xswu/HPSv2/resolve/697403c/{name}"
+    return PublishedFile(name=name, kind=kind, what=what, url=url, size_bytes=size_bytes, sha256=sha256, md5=md5, licence="apache-2.0 (model card)")
+
+
 FILES: tuple[PublishedFile, ...] = (
-    PublishedFile(
-        name="HPS_v2.1_compressed.pt",
-        kind="hpsv2.1",
-        what="HPS v2.1",
-        url=f"{_HUB}/xswu/HPSv2/resolve/697403c/HPS_v2.1_compressed.pt",
-        size_bytes=1_972_490_005,
-        sha256="c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
-        md5="4067542e34ba2553a738c5ac6c1d75c0",
-        licence="apache-2.0 (model card)",
+    _hps(
+        "HPS_v2.1_compressed.pt",
+        "hpsv2.1",
+        "HPS v2.1",
+        1_972_490_005,
+        "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+        "4067542e34ba2553a738c5ac6c1d75c0",
     ),
-    PublishedFile(
-        name="HPS_v2_compressed.pt",
-        kind="hpsv2",
-        what="HPS v2.0, whose scores are not comparable with those of v2.1",
-        url=f"{_HUB}/xswu/HPSv2/resolve/697403c/HPS_v2_compressed.pt",
-        size_bytes=1_972_484_501,
-        sha256="07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
-        md5="fd9180de357abf01fdb4eaad64631db4",
-        licence="apache-2.0 (model card)",
+    _hps(
+        "HPS_v2_compressed.pt",
+        "hpsv2",
+        "HPS v2.0, whose scores are not comparable with those of v2.1",
+        1_972_484_501,
+        "07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
+        "fd9180de357abf01fdb4eaad64631db4",
     ),
     PublishedFile(
         name="MPS_overall.pth",

@@ -14,7 +14,7 @@ PATHLESS = ("dynamic_degree", "flicker", "drift", "mix")
 KINDS = ("hpsv2.1", "mps", "pickscore", "aesthetic", "face", *PATHLESS)
 ALIASES: Mapping[str, str] = {"hpsv2": "hpsv2.1", "hps": "hpsv2.1", "aesthetic_v2": "aesthetic", "laion_aesthetic": "aesthetic"}
 
-_PICTURE = ("config", "resize", "antialias")
+_PICTURE = ("config", "resize", "antialias", "stability")
 # Which options a kind understands; any other that is given is an error, so that nothing is left out in silence. A PAVRM scores latents (host/pavrm.py).
 OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "hpsv2.1": _PICTURE,

@@ -31,7 +31,7 @@ _STARTING_S = 120.0  # a worker takes its lock within seconds of its start; one 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values.
+    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values; `ended`: why a guard ended the run.
 
     `state` is one of STATES; `broken` means that the folder's files cannot be read, and `error` says why.
     """
@@ -54,6 +54,7 @@ class RunInfo:
     pid: int | None = None
     created: float = 0.0
     seconds_per_step: float | None = None
+    ended: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -232,7 +233,7 @@ def _summarise(run_events: list[dict[str, Any]], values: dict[str, Any]) -> str:
         elif last == "checkpoint":
             values["checkpoint_step"] = event["step"]
         elif last == "finished":
-            values |= {"files": event["files"], "step": event["step"], "reason": event["reason"]}
+            values |= {"files": event["files"], "step": event["step"], "reason": event["reason"], "ended": event.get("detail", "")}
         elif last == "failed":
             values |= {"error": event["error"], "log_tail": event["log_tail"]}
     return last

@@ -24,12 +24,16 @@ SCALE = 2  # drawn so many times larger
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A curve of a chart. `axis` is `left` or `right`; values that are not finite leave a gap; `smooth` adds a running mean."""
+    """A curve of a chart. `axis` is `left` or `right`; `smooth` adds a running mean.
+
+    Values that are not finite leave a gap; with `sparse` the line goes on over it, from dot to dot.
+    """
 
     label: str
     values: tuple[float, ...]
     axis: str = "left"
     smooth: bool = False
+    sparse: bool = False
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -186,8 +190,12 @@ def _curve(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], scale: tup
         _polyline(draw, box, scale, curve.values, _faint(colour), count, SCALE)
         _polyline(draw, box, scale, running_mean(curve.values, max(4, len(curve.values) // 20)), colour, count, 2 * SCALE)
         return
-    _polyline(draw, box, scale, curve.values, colour, count, 2 * SCALE)
-    if len(curve.values) <= 40:
+    if curve.sparse:
+        points = [_point(box, scale, index, count, value) for index, value in enumerate(curve.values) if math.isfinite(value)]
+        draw.line(points, fill=colour, width=2 * SCALE, joint="curve")
+    else:
+        _polyline(draw, box, scale, curve.values, colour, count, 2 * SCALE)
+    if curve.sparse or len(curve.values) <= 40:
         for index, value in enumerate(curve.values):
             if math.isfinite(value):
                 x, y = _point(box, scale, index, count, value)

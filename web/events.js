@@ -28,10 +28,12 @@ export const EVENT_FIELDS = Object.freeze({
     "held_out",
     "held_out_error",
     "held_out_base",
+    "held_out_motion",
+    "held_out_judge",
   ],
   sample: ["time", "step", "files", "prompts"],
   checkpoint: ["time", "step", "files"],
-  finished: ["time", "step", "files", "reason"],
+  finished: ["time", "step", "files", "reason", "detail"],
   failed: ["time", "error", "step", "log_tail"],
 });
 

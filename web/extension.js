@@ -6,14 +6,27 @@ import { chooseOfficial, convertLayout } from "./lora_actions.js";
 import { createRowsView } from "./lora_rows.js";
 import { createRunView, createTextView } from "./node_views.js";
 import { mount, reveal } from "./panel.js";
+import { describeChoice, widgetLabels } from "./reward_kind.js";
 import { RunStore } from "./run_store.js";
 
 const TAB_ID = "reward-lab";
-const ROWS_NODE = "RewardLabLoadLoRAs";
+const ROWS_NODES = ["RewardLabLoadLoRAs", "RewardLabMergeLoRA"];
 const RUN_NODES = ["RewardLabTrainLoRA", "RewardLabTrainPAVRM"];
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
-const TEXT_NODES = ["RewardLabInspectLoRA", "RewardLabScoreVideo", "RewardLabSampleWan22", "RewardLabTestLabCell", "RewardLabTestLabGrid", "RewardLabRunResult", "RewardLabDataset"];
+const REWARD_NODE = "RewardLabRewardModel";
+const TEXT_NODES = [
+  "RewardLabDataset",
+  "RewardLabInspectLoRA",
+  "RewardLabMergeLoRA",
+  "RewardLabMixRewards",
+  "RewardLabSampleWan22",
+  "RewardLabScoreLatent",
+  "RewardLabScoreVideo",
+  "RewardLabTestLabCell",
+  "RewardLabTestLabGrid",
+  "RewardLabRunResult",
+];
 /** Room for a LoRA's name beside two strengths. */
 const ROWS_WIDTH_PX = 580;
 /** A node this much higher than its rows still counts as fitted. */
@@ -66,13 +79,14 @@ function widgetOf(node, name) {
 }
 
 /**
- * Hide a widget in both ways of drawing nodes; its value stays part of the workflow.
+ * Hide a widget in both ways of drawing nodes, or show it again; its value stays part of the workflow.
  *
  * @param {any} widget
+ * @param {boolean} [isHidden]
  */
-function hide(widget) {
-  widget.hidden = true;
-  widget.options.hidden = true;
+function hide(widget, isHidden = true) {
+  widget.hidden = isHidden;
+  widget.options.hidden = isHidden;
 }
 
 /**
@@ -135,14 +149,21 @@ function addRows(node) {
 
 /**
  * @param {any} node
- * @returns {NodeView}
+ * @returns {NodeView & { show(text: string, page?: { label: string, url: string } | null): void }}
  */
 function addText(node) {
   const view = createTextView();
   let lines = 0;
   const widget = addView(node, "reward_lab_text", view.element, () => (lines ? Math.min(10, lines) * 17 + 26 : 0));
   widget.hidden = true;
+  const show = (/** @type {string} */ text, /** @type {{ label: string, url: string } | null} */ page = null) => {
+    view.show(text, page);
+    lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
+    widget.hidden = false;
+    fit(node);
+  };
   return {
+    show,
     onOutput(output) {
       if (!output.text) return;
       const text = [output.text].flat().join("\n");
@@ -150,12 +171,58 @@ function addText(node) {
       // The front-end's own line of progress text says the same and would take the room of the grid.
       const progress = report ? widgetOf(node, PROGRESS_WIDGET) : null;
       if (progress) hide(progress);
-      view.show(text, report ? { label: "Open report", url: host.fileUrl(report) } : null);
-      lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
-      widget.hidden = false;
-      fit(node);
+      show(text, report ? { label: "Open report", url: host.fileUrl(report) } : null);
     },
   };
+}
+
+/**
+ * Show of Load Reward Model what its kind reads; the rest is hidden, unless a link sets it.
+ *
+ * @param {any} node
+ * @returns {NodeView}
+ */
+function addRewardKind(node) {
+  const text = addText(node);
+  /** @type {import("./reward_kind.js").Catalogue | null} */
+  let catalogue = null;
+  const value = (/** @type {string} */ name) => widgetOf(node, name)?.value;
+  const isLinked = (/** @type {string} */ name) => node.inputs?.some((/** @type {any} */ input) => input.widget?.name === name && input.link != null);
+  const render = () => {
+    if (!catalogue) return;
+    for (const [name, label] of widgetLabels(catalogue, isLinked("kind") ? null : value("kind"))) {
+      const widget = widgetOf(node, name);
+      if (!widget) continue;
+      hide(widget, label === null && !isLinked(name));
+      widget.label = label ?? name;
+    }
+    text.show(describeChoice(catalogue, { kind: value("kind"), file: value("file"), download: Boolean(value("download")) }));
+    node.setSize([node.size[0], node.computeSize()[1]]);
+  };
+  for (const name of ["kind", "file", "download"]) {
+    const widget = widgetOf(node, name);
+    const changed = widget?.callback;
+    if (widget)
+      widget.callback = function (/** @type {unknown[]} */ ...args) {
+        changed?.apply(this, args);
+        render();
+      };
+  }
+  for (const name of ["onConfigure", "onConnectionsChange"]) {
+    const previous = node[name];
+    node[name] = function (/** @type {unknown[]} */ ...args) {
+      previous?.apply(this, args);
+      render();
+    };
+  }
+  host.getJson("/reward_lab/reward_models").then(
+    (answer) => {
+      catalogue = answer;
+      render();
+    },
+    (error) => host.toast("error", "The reward models could not be listed", error.message),
+  );
+  return text;
 }
 
 /**
@@ -235,9 +302,12 @@ host.registerExtension({
     if (applied) hide(applied); // the sweep fills it in
     const axes = kind === GRID_NODE ? widgetOf(node, "axes") : null;
     if (axes) axes.options.getMaxHeight = () => AXES_MAX_PX; // the rest of the node is for the grid
-    const views = [kind === ROWS_NODE ? addRows(node) : null, RUN_NODES.includes(kind) ? addRun(node) : null, TEXT_NODES.includes(kind) ? addText(node) : null].filter(
-      (view) => view !== null,
-    );
+    const views = [
+      ROWS_NODES.includes(kind) ? addRows(node) : null,
+      RUN_NODES.includes(kind) ? addRun(node) : null,
+      kind === REWARD_NODE ? addRewardKind(node) : null,
+      TEXT_NODES.includes(kind) ? addText(node) : null,
+    ].filter((view) => view !== null);
     if (!views.length) return;
     viewsOf.set(node, views);
     const executed = node.onExecuted;

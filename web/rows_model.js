@@ -25,6 +25,7 @@
  * @property {Record<string, number>} [left_out] kind of key -> keys
  * @property {number} [memory_bytes]
  * @property {string} [layout] name of the file's key layout
+ * @property {Record<string, { value: number, text: string }>} [shares] expert -> how much the row changes the weights it acts on
  */
 
 /** @typedef {{ tone: "good" | "warn" | "bad", text: string, warnings: string[] }} RowStatus */
@@ -234,6 +235,8 @@ export function reportFacts(report) {
   const size = bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : bytes >= 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${Math.ceil(bytes / 1e3)} kB`;
   const how = report.unmerged?.length ? `unmerged on ${report.unmerged.join(" and ")} noise` : "merged into the weights";
   if (kinds.length) facts.push([kinds.join(", "), bytes ? size : "", report.layout ? `layout ${report.layout}` : "", how].filter(Boolean).join(" · "));
+  const shares = Object.entries(report.shares ?? {}).map(([expert, share]) => `${expert} noise ${share.text}`);
+  if (shares.length) facts.push(`changes: ${shares.join(" · ")}`);
   const left = Object.entries(report.left_out ?? {}).map(([kind, count]) => `${count} keys ${LEFT_OUT[/** @type {keyof typeof LEFT_OUT} */ (kind)] ?? kind}`);
   if (left.length) facts.push(`left out: ${left.join("; ")}`);
   return facts;

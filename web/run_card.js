@@ -137,6 +137,7 @@ function createRunBody(id, actions) {
 function figureRows(run, detail) {
   /** @type {Array<[string, string]>} */
   const rows = [];
+  if (run.ended) rows.push(["Ended", run.ended]);
   const { started, heldOutSpan } = detail;
   if (started?.reward) rows.push(["Reward model", started.reward]);
   if (started?.experts?.length) rows.push(["Expert", started.experts.join(", ")]);

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .prfl import Prfl
 from .reward_backprop import RewardBackprop
+from .reward_flow import RewardFlow
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
     from ..protocols import Objective
     from ..run import Parts
 
-OBJECTIVES = {"reward_backprop": RewardBackprop}
+OBJECTIVES = {"reward_backprop": RewardBackprop, "prfl": Prfl, "reward_flow": RewardFlow}
 
 
 def create(config: TrainConfig, parts: Parts) -> Objective:

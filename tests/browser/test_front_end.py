@@ -222,6 +222,41 @@ def test_text_that_is_not_rows_is_told_and_left_alone(rows_node) -> None:
     assert frontend.node_widget(page, "RewardLabLoadLoRAs", "rows") == "[{"
 
 
+VISIBLE = """() => window.app.graph.nodes[0].widgets.filter((w) => !w.hidden && !w.options?.hidden && w.type !== 'reward_lab').map((w) => w.label ?? w.name)"""
+
+
+def test_load_reward_model_shows_what_its_kind_reads(page) -> None:
+    page.evaluate(
+        """() => {
+            window.app.graph.clear();
+            const node = window.LiteGraph.createNode('RewardLabRewardModel');
+            node.pos = [500, 150];
+            window.app.graph.add(node);
+        }"""
+    )
+    text = page.locator(".rl-text")
+    text.filter(has_text="HPS_v2.1_compressed.pt").wait_for()
+    choose = """([name, value]) => { const w = window.app.graph.nodes[0].widgets.find((one) => one.name === name); w.value = value; w.callback?.(value); }"""
+    page.evaluate(choose, ["file", "(none)"])
+    assert "switch download on" in text.inner_text() and "1.97 GB; sha256 c57a38fb" in text.inner_text()
+    hps = page.evaluate(VISIBLE)
+    assert hps == ["kind", "file", "resize", "antialias", "download", "stability"]
+    *common, last = hps
+    shown = {}
+    for kind in ("mps", "aesthetic", "face", "pavrm", "flicker"):
+        page.evaluate(choose, ["kind", kind])
+        shown[kind] = page.evaluate(VISIBLE)
+    assert shown["mps"] == [*common, "condition", "threshold", last]
+    assert shown["aesthetic"] == [*common, "CLIP ViT-L/14 file", last]
+    assert shown["face"] == ["kind", "file", "face detector file", "reference"]
+    assert shown["pavrm"] == ["kind", "file", "query attention file", "score head file", "generator"]
+    assert shown["flicker"] == ["kind"] and text.inner_text() == "flicker needs no weights."
+    # What is hidden stays part of the workflow, and comes back with its value.
+    page.evaluate("() => { const n = window.app.graph.nodes[0]; n.widgets.find((w) => w.name === 'condition').value = 'quality'; n.configure(n.serialize()); }")
+    page.evaluate(choose, ["kind", "mps"])
+    assert frontend.node_widget(page, "RewardLabRewardModel", "condition") == "quality" and "condition" in page.evaluate(VISIBLE)
+
+
 def write_run(base: Path, run_id: str, events: list[Any]) -> None:
     folder = base / "output" / "reward_lab" / "runs" / run_id
     folder.mkdir(parents=True)

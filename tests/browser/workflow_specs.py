@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from pocket_prompts import POCKET_HELD_OUT, POCKET_PROMPTS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -54,47 +56,6 @@ class ModelSet:
     models_note: str
 
 
-POCKET_PROMPTS = """a yellow triangle moves right slowly over a white background
-a cyan square moves left fast over a pink background
-a blue square moves right slowly over a white background
-a purple square moves down fast over a white background
-a red triangle moves left slowly over a black background
-a yellow square moves right slowly over a gray background
-a red square moves left fast over a gray background
-a purple square stays still over a brown background
-a purple square moves right slowly over a brown background
-a green circle stays still over a white background
-a purple circle moves left slowly over a pink background
-a cyan circle moves right slowly over a brown background
-a red circle moves down slowly over a brown background
-a purple square stays still over a gray background
-a green square stays still over a white background
-a blue circle stays still over a pink background
-a cyan circle moves left fast over a brown background
-a red square moves right fast over a brown background
-a cyan triangle moves down slowly over a black background
-a blue triangle moves up fast over a brown background
-a purple square stays still over a black background
-a blue circle moves down fast over a gray background
-a green circle stays still over a black background
-a yellow circle moves down fast over a pink background
-a red triangle moves left fast over a pink background
-a blue circle moves down slowly over a black background
-a cyan triangle moves left fast over a pink background
-a cyan square stays still over a brown background
-a purple triangle moves left fast over a white background
-a cyan triangle moves right slowly over a brown background
-a green circle moves up fast over a gray background
-a purple square stays still over a pink background
-a purple triangle stays still over a brown background
-a green square stays still over a gray background
-a purple circle moves left fast over a pink background
-a cyan square moves down slowly over a gray background
-a yellow triangle moves left fast over a pink background
-a cyan circle stays still over a pink background
-a green circle moves right slowly over a brown background
-a yellow circle moves down slowly over a pink background"""
-
 REAL_PROMPTS = """A golden retriever runs along a beach at sunset, waves roll in, warm light, tracking shot.
 A potter shapes a bowl on a spinning wheel, clay on the hands, soft window light, close-up.
 A red tram drives through a rainy city street at night, neon reflections on the wet road.
@@ -133,7 +94,7 @@ POCKET = ModelSet(
     train={
         "preset": "pocket",
         "expert": "low",
-        "steps": 100,
+        "steps": 60,
         "rank": 16,
         "alpha": 8.0,
         "learning_rate": 0.002,
@@ -144,7 +105,7 @@ POCKET = ModelSet(
         "sampling_steps": 12,
         "guidance": 3.0,
         "seed": 0,
-        "advanced": "{}",
+        "advanced": json.dumps({"held_out": {"every": 10, "prompts": POCKET_HELD_OUT.splitlines()}}),
     },
     models_note="""### Pocket models
 These are tiny Wan2.2 models that come with the pack: same architecture, same file formats, 64×64 pixels, a world of coloured shapes. They run on any
@@ -288,7 +249,7 @@ def load_and_sample(models: ModelSet) -> Workflow:
         "score": Node(
             kind="RewardLabScoreVideo",
             width_px=420,
-            height_px=400,
+            height_px=470,
             links={"images": ("decode", "IMAGE"), "reward_model": ("reward", "reward_model"), "prompt": ("prompt", "STRING")},
         ),
     }

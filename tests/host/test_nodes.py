@@ -10,12 +10,13 @@ NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
     "RewardLabInspectLoRA": ["lora", "compare_with", "model_high", "model_low"],
     "RewardLabLoadLoRAs": ["model_high", "model_low", "rows", "application"],
+    "RewardLabMergeLoRA": ["base", "rows", "expert", "dtype", "rounding", "seed", "shard_gb", "name", "overwrite"],
     "RewardLabSampleWan22": [
         *("model_high", "model_low", "positive", "negative", "latent", "seed", "steps", "shift"),
         *("guidance_high", "guidance_low", "boundary", "sampler_name", "scheduler"),
     ],
     "RewardLabRewardModel": [
-        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference"),
+        *("kind", "file", "resize", "antialias", "download", "condition", "threshold", "second_file", "third_file", "generator", "reference", "stability"),
     ],
     "RewardLabMixRewards": [
         *(f"{name}_{number}" for number in range(1, 5) for name in ("reward", "weight", "centre", "scale")),

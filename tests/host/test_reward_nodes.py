@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from reward_lab.host import downloads, latent_scoring, paths, pavrm, score_files, scoring  # noqa: E402
+from reward_lab.host import downloads, latent_scoring, paths, pavrm, reward_files, score_files, scoring  # noqa: E402
 from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.nodes.rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo  # noqa: E402
 from reward_lab.reward_models import published  # noqa: E402
@@ -222,6 +222,20 @@ def test_download_on_request_goes_on_and_is_checked(base, mirror, monkeypatch):
     assert "Size of the published a tiny HPS" in output.ui["text"][0]
     RewardModelNode.execute("hpsv2.1", "(none)", "default", True, download=True)
     assert asked == [1000]
+
+
+def test_the_catalogue_tells_every_widget_file_and_offer(base):
+    """What the page shows before a run: the widgets are the node's own, each is read by some kind, and sizes and hashes are told."""
+    catalogue = reward_files.catalogue()
+    inputs = {entry.id for entry in RewardModelNode.define_schema().inputs}
+    read = {name for kind in catalogue["kinds"].values() for name in kind["widgets"]}
+    assert read == inputs - {"kind"}
+    assert catalogue["files"]["tiny.safetensors"] == f"{(base / 'models' / 'tiny.safetensors').stat().st_size / 1e6:.1f} MB"
+    (offer,) = catalogue["kinds"]["hpsv2.1"]["published"]
+    assert "1.97 GB; sha256 c57a38fb" in offer["text"] and not offer["is_here"]
+    offered = [entry["name"] for entry in catalogue["kinds"]["aesthetic"]["published"]]
+    assert offered == ["sac+logos+ava1-l14-linearMSE.pth", "clip-vit-large-patch14.safetensors"]
+    assert list(catalogue["kinds"]) == list(scoring.REWARD_KINDS) and not catalogue["kinds"]["drift"]["widgets"]
 
 
 def test_download_that_is_something_else_is_thrown_away(tmp_path, mirror):

@@ -55,6 +55,12 @@ def test_a_broken_run_folder_hides_no_other_run(server, client, finished_run: st
     assert "is not JSON" in client.get(f"/reward_lab/runs/{folder.name}")["error"]
 
 
+def test_reward_models(client) -> None:
+    answer = client.get("/reward_lab/reward_models")
+    assert set(answer["kinds"]["mps"]["widgets"]) == {"file", "resize", "antialias", "download", "condition", "threshold", "stability"}
+    assert answer["no_file"] == "(none)"
+
+
 def test_nothing_outside_is_reached(client, finished_run: str) -> None:
     for name in OUTSIDE:
         for path in (

@@ -197,6 +197,6 @@ def test_prompts_from_text_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_non_finite_numbers_do_not_break_the_chart(tmp_path: Path) -> None:
     from reward_lab.host import score_pictures
 
-    assert score_pictures.plot_run([float("nan")] * 3, [], "x").shape[0] == 1
+    assert score_pictures.plot_run([{"reward": None, "loss": None}] * 3, "x").shape[0] == 1
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert training.host_lora(tmp_path / "x.safetensors") == {}

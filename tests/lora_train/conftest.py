@@ -102,9 +102,10 @@ def toy():
 
     sent = []
 
-    def parts(config, dtype=torch.float32, stop_after=None, **changes):
+    def parts(config, dtype=torch.float32, stop_after=None, more_prompts=(), **changes):
         generator = torch.Generator().manual_seed(9)
-        contexts = {text: torch.randn(3 + index % 2, TEXT_WIDTH, generator=generator) for index, text in enumerate(all_prompts(config))}
+        texts = dict.fromkeys([*all_prompts(config), *more_prompts])
+        contexts = {text: torch.randn(3 + index % 2, TEXT_WIDTH, generator=generator) for index, text in enumerate(texts)}
         cache = ContextCache(contexts, torch.zeros(4, TEXT_WIDTH), torch.device("cpu"))
         backbones = {"high": ToyBackbone(1, dtype), "low": ToyBackbone(2, dtype)}
         wiring = {

@@ -25,8 +25,11 @@ def test_digest_changes_with_what_is_trained_only(toy):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_are_valid_and_yield_to_the_user(toy, name):
     values = {key: value for key, value in toy.settings().items() if key in ("models", "reward", "prompts")}
-    config = TrainConfig.from_dict({**values, "preset": name, "lora": {"rank": 7}})
-    assert config.lora.rank == 7 and config.lora.skip == ("ffn",)
+    config = TrainConfig.from_dict({**values, "preset": name, "lora": {"rank": 7}, "real": {"path": "real.safetensors"}})
+    assert config.lora.rank == 7
+    if name == "hy-video-prfl":
+        with pytest.raises(ValueError, match="real.path is empty"):
+            TrainConfig.from_dict({**values, "preset": name})
     if name == "videox-fun":
         assert config.sampling.steps == 40 and config.optimiser.clip_norm == 0.3 and config.lora.effective_alpha == 64
 

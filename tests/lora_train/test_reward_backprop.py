@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from reward_lab.lora_train import checkpoint, objectives, run
+from reward_lab.lora_train.draws import draw_batch
 from reward_lab.lora_train.flow import expert_of
 from reward_lab.lora_train.lora.adapter import new_adapter
 from reward_lab.lora_train.lora.linears import install
 from reward_lab.lora_train.lora.targets import select_targets
-from reward_lab.lora_train.objectives.reward_backprop import RewardBackprop, draw_batch
+from reward_lab.lora_train.objectives.reward_backprop import RewardBackprop
 from reward_lab.lora_train.prompts import PromptSampler
 from reward_lab.lora_train.run import NonFiniteError
 from reward_lab.lora_train.selection import choose_frames
@@ -45,7 +46,7 @@ def _naive_loss(config, parts, trainee, draw, sigmas):
     """The same loss as one expression: every step in one graph, no merging, no two phases; frozen steps detached."""
     context = parts.contexts.batch(draw.prompts)
     objective, guidance = config.objective, config.sampling.guidance
-    latent, kl, rewards = draw.noise_BCFHW, 0.0, []
+    latent, kl, rewards = draw.start_BCFHW, 0.0, []
 
     def velocity_of(x, sigma):
         backbone = parts.experts.backbones[expert_of(sigma, config.sampling.boundary)]
@@ -81,8 +82,8 @@ def _naive_loss(config, parts, trainee, draw, sigmas):
 def test_gradient_equals_naive_unrolled_form_and_finite_differences(toy, expert, objective):
     config = toy.config(expert=expert, objective=objective)
     parts = toy.parts(config, torch.float64)
-    sigmas = config.sampling.sigmas()
-    draw = draw_batch(config, PromptSampler(config.prompts, 0), expert, 1, 0)
+    draw = draw_batch(config, PromptSampler(config.prompts, 0), None, expert, 1, 0)
+    sigmas = draw.sigmas
     with ExitStack() as stack:
         trainee = _trainee(config, parts, expert, stack)
         parameters = trainee.adapter.parameters()

@@ -33,7 +33,8 @@ def scorers(shared_fixtures: Path) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, pictures=pictures, hps=expected["hps"], mps=expected["mps"])
 
 
-def _randomise(network: torch.nn.Module, seed: int) -> torch.nn.Module:
+def randomise(network: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fill a network with random numbers that are neither too small nor too large."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         if parameter.ndim:
@@ -41,16 +42,26 @@ def _randomise(network: torch.nn.Module, seed: int) -> torch.nn.Module:
     return network
 
 
+def random_network(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill a deep convolutional network with random numbers that keep the size of what flows through it; eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        spread = max(1, parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5
+        is_gain = parameter.ndim == 1 and name.endswith("weight")
+        parameter.data = (1.0 if is_gain else 0.0) + torch.randn(parameter.shape, generator=generator) * spread * (0.3 if is_gain else 1.0)
+    return module.eval()
+
+
 @pytest.fixture
 def tiny_hps() -> hpsv2.HPSv2Reward:
     """A random HPS of 16 x 16 pixels."""
-    return hpsv2.HPSv2Reward(_randomise(hpsv2.build(TINY_CLIP), 1))
+    return hpsv2.HPSv2Reward(randomise(hpsv2.build(TINY_CLIP), 1))
 
 
 @pytest.fixture
 def tiny_mps() -> mps.MPSReward:
     """A random MPS of 16 x 16 pixels with a float (not 8-bit) crop, so that finite differences mean something."""
-    return mps.MPSReward(_randomise(mps.build(TINY_MPS), 2), use_antialias=False)
+    return mps.MPSReward(randomise(mps.build(TINY_MPS), 2), use_antialias=False)
 
 
 def frames(videos: int, count: int, height_px: int = 20, width_px: int = 27, seed: int = 0) -> torch.Tensor:

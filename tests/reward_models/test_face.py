@@ -8,17 +8,9 @@ from safetensors.torch import save_file
 
 from reward_lab.reward_models import arcface, face, face_detector
 from reward_lab.reward_models.loader import load_reward_model
+from reward_lab.tests.reward_models.conftest import random_network
 
 NOWHERE = torch.full((5, 2), float("nan"))
-
-
-def random_network(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        spread = max(1, parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5
-        is_gain = parameter.ndim == 1 and name.endswith("weight")
-        parameter.data = (1.0 if is_gain else 0.0) + torch.randn(parameter.shape, generator=generator) * spread * (0.3 if is_gain else 1.0)
-    return module.eval()
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def load(scorers):
 def test_the_loader_hands_options_on(scorers):
     folder = scorers.folder / "hps"
     model = load_reward_model("hpsv2.1", folder / "hps_tiny.pt", config=folder / "config.json", resize="crop", antialias=False)
-    assert (model.resize, model.use_antialias) == ("crop", False)
+    assert (model.prepare.resize, model.prepare.use_antialias) == ("crop", False)
 
 
 def table(model, pictures, prompts) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_spec_round_trip_and_load(hps_file, hps_config):
     spec = RewardModelSpec(kind="hpsv2", path=str(hps_file), options={"config": hps_config, "resize": "squash"})
     again = RewardModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert again == spec
-    assert again.load("cpu").resize == "squash"
+    assert again.load("cpu").prepare.resize == "squash"
     with pytest.raises(ValueError, match="size are unknown"):
         RewardModelSpec(kind="mps", path="x", options={"size": 1})
     with pytest.raises(ValueError, match="missing \\['path'\\], unknown \\['file'\\]"):

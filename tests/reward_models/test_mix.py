@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reward_lab.reward_models import base, mix
-from reward_lab.reward_models.measures import Drift, Flicker
+from reward_lab.reward_models.measures import Measure
 from reward_lab.reward_models.spec import RewardModelSpec
 
 PROMPTS = ["a red square", "a green circle"]
@@ -17,7 +17,7 @@ PROMPTS = ["a red square", "a green circle"]
 @pytest.fixture
 def mixed(tiny_hps, tiny_mps):
     """A mix of frame rewards and a video measure."""
-    rows = ((tiny_hps, "hps", 1.0, 0.1, 0.05), (tiny_mps, "mps", -0.5, 2.0, 3.0), (Flicker(), "flicker", 0.25, -4.0, 2.0))
+    rows = ((tiny_hps, "hps", 1.0, 0.1, 0.05), (tiny_mps, "mps", -0.5, 2.0, 3.0), (Measure("flicker"), "flicker", 0.25, -4.0, 2.0))
     return mix.MixReward([mix.Component(model=model, name=name, weight=w, centre=c, scale=s) for model, name, w, c, s in rows])
 
 
@@ -83,8 +83,8 @@ def test_spec_of_a_mix_travels_as_json_and_names_its_files(scorers, tmp_path):
     spec = RewardModelSpec.from_dict(json.loads(json.dumps(RewardModelSpec(kind="mix", path="", options={"rows": rows}).to_dict())))
     assert spec.files() == [str(folder / "hps_tiny.pt")]
     model = spec.load()
-    assert [component.name for component in model.components] == ["looks", "steady"] and isinstance(model.components[1].model, Drift)
+    assert [component.name for component in model.components] == ["looks", "steady"] and model.components[1].model.name == "drift"
     frames = torch.rand(1, 3, 3, 20, 30)
     single = hps.load().score(frames, ["x"]).per_video
-    drift = Drift().score(frames, ["x"]).per_video
+    drift = Measure("drift").score(frames, ["x"]).per_video
     torch.testing.assert_close(model.score(frames, ["x"]).per_video, 2 * (single - 0.2) / 0.1 + drift)

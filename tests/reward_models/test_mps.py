@@ -29,9 +29,9 @@ def test_the_loader_hands_options_on(scorers):
     folder = scorers.folder / "mps"
     options = {"resize": "squash", "condition": "quality", "threshold": 0.3, "normalise": "batch", "scale": "cosine"}
     model = load_reward_model("mps", folder / "mps_tiny.safetensors", config=folder / "config.json", antialias=False, **options)
-    assert {name: getattr(model, name) for name in options if name != "condition"} == {name: options[name] for name in options if name != "condition"}
+    assert (model.threshold, model.normalise, model.scale) == (0.3, "batch", "cosine")
     assert model.conditions == (("quality", mps.CONDITIONS["quality"], 1.0),)
-    assert not model.use_antialias
+    assert (model.prepare.resize, model.prepare.use_antialias) == ("squash", False)
     assert model.is_experimental
 
 

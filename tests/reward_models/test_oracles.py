@@ -1,45 +1,39 @@
-"""Random tiny configs against independent code: open_clip's own model, imscore's HPSv2 and MPS cross model, transformers' CLIP.
+"""Random tiny configs against independent code: open_clip's own model, transformers' CLIP, and what imscore answered.
 
-imscore and transformers are test-only and optional (pip install --no-deps imscore==0.0.11, and transformers, loguru); without them their tests skip.
-imscore's whole MPS class cannot run: it loads the full-size CLIP by name and halves pixels and mask, which CPU kernels refuse; its parts are joined here as
-its forward does.
+open_clip and transformers are there wherever the pack runs (ComfyUI needs the latter). imscore is not: `oracles.json` holds what its HPSv2 and its MPS
+cross model gave for the models of `oracle_cases.py`, recorded by `record_oracles.py`.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch.nn import functional
 
-from reward_lab.reward_models import clip, hpsv2, layouts, mps, preprocess
+from reward_lab.reward_models import clip, hpsv2, layouts, mps, pickscore, preprocess
 from reward_lab.reward_models.weights import load_into
+from reward_lab.tests.reward_models import oracle_cases as cases
+from reward_lab.tests.reward_models.oracle_cases import CONFIGS, PROMPTS
 
-PROMPTS = ["a red square moves left", "two dogs, oil painting"]
-# Head widths, layers and sizes that differ from each other, so that a mix-up of any two shows.
-CONFIGS = [
-    {"embed": 8, "vision": (16, 2, 12, 6, 8), "text": (8, 2, 2)},
-    {"embed": 12, "vision": (32, 1, 24, 8, 16), "text": (16, 4, 3)},
-    {"embed": 24, "vision": (28, 3, 20, 10, 14), "text": (12, 3, 1)},
-]
+RECORDED = json.loads(Path(__file__).with_name("oracles.json").read_text(encoding="utf-8"))
 
 
-def open_clip_config(sizes: dict) -> dict:
-    image, layers, width, head, patch = sizes["vision"]
-    text_width, heads, text_layers = sizes["text"]
-    return {
-        "embed_dim": sizes["embed"],
-        "vision_cfg": {"image_size": image, "layers": layers, "width": width, "head_width": head, "patch_size": patch},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": text_width, "heads": heads, "layers": text_layers},
-    }
+def assert_gradient(gradient: torch.Tensor, expected: dict) -> None:
+    """Norm and recorded points, to a thousandth of the norm's share: both sides are float32 with sums in different order."""
+    found = cases.digest(gradient)
+    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-3)
+    assert found["points"] == pytest.approx(expected["points"], abs=1e-3 * expected["norm"] / gradient.numel() ** 0.5 + 1e-7, rel=1e-3)
 
 
-def plain_clip(config: dict, **options) -> CLIP:
-    """open_clip's own model with random weights."""
-    model = CLIP(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"]), **options).eval()
-    generator = torch.Generator().manual_seed(9)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.4
+def plain_clip(config: dict) -> CLIP:
+    """open_clip's own model with the cases' weights."""
+    model = CLIP(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])).eval()
+    model.load_state_dict(cases.fill(model.state_dict(), 0.4), strict=False)
     return model
 
 
@@ -51,7 +45,7 @@ def own_hps(config: dict, oracle: CLIP, **options) -> hpsv2.HPSv2Reward:
 
 @pytest.mark.parametrize("sizes", CONFIGS)
 def test_hps_is_open_clips_cosine_with_gradient(sizes, make_frames):
-    config = open_clip_config(sizes)
+    config = cases.open_clip_config(sizes)
     oracle = plain_clip(config)
     model = own_hps(config, oracle)
     frames = make_frames(2, 2, 33, 47).requires_grad_()
@@ -64,85 +58,42 @@ def test_hps_is_open_clips_cosine_with_gradient(sizes, make_frames):
     assert float((one - other).norm() / other.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("sizes", CONFIGS)
-def test_hps_is_imscores(sizes, make_frames):
-    hps = pytest.importorskip("imscore.hps.model", reason="imscore is not installed")
-    config = {**open_clip_config(sizes)}
-    # imscore's preparation is fixed to 224 pixels.
-    config["vision_cfg"] = {**config["vision_cfg"], "image_size": 224, "patch_size": 56}
-    tower = plain_clip(config, output_dict=True)
-    oracle = hps.HPSv2.__new__(hps.HPSv2)
-    torch.nn.Module.__init__(oracle)
-    oracle.model, oracle.tokenizer = tower, clip._tokenizer(False)
-    oracle.resize = hps.ResizeMaxSize(224)
-    oracle.normalize = hps.torchvision.transforms.Normalize(mean=preprocess.CLIP_MEAN, std=preprocess.CLIP_STD)
-    frames = make_frames(2, 1, 180, 301)
-    with torch.no_grad():
-        expected = oracle.score(frames[:, 0], PROMPTS)
-    found = own_hps(config, tower).score(frames, PROMPTS).per_frame[:, 0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("index", range(len(CONFIGS)))
+def test_hps_is_what_imscore_recorded(index):
+    expected, config = RECORDED["hps"][index], cases.imscore_config(CONFIGS[index])
+    frames = cases.frames(2, 180, 301).requires_grad_()
+    found = own_hps(config, plain_clip(config)).score(frames, PROMPTS).per_video
+    assert found.tolist() == pytest.approx(expected["scores"], abs=1e-5)
+    assert abs(expected["scores"][0] - expected["scores"][1]) > 1e-3, "else any mix-up of the two would pass"
+    assert_gradient(torch.autograd.grad(found.sum(), frames)[0], expected["gradient"])
 
 
-def hf_clip(transformers, sizes: dict):
-    """transformers' CLIP of these sizes with random weights, exact GELU."""
-    image, layers, width, head, patch = sizes["vision"]
-    text_width, heads, text_layers = sizes["text"]
-    vision = {
-        "image_size": image, "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // head, "patch_size": patch,
-        "intermediate_size": 4 * width, "hidden_act": "gelu",
-    }  # fmt: skip
-    text = {
-        "num_hidden_layers": text_layers, "hidden_size": text_width, "num_attention_heads": heads, "intermediate_size": 4 * text_width,
-        "hidden_act": "gelu", "vocab_size": 49408, "eos_token_id": 2,
-    }  # fmt: skip
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=sizes["embed"])
-    model = transformers.CLIPModel(config).eval()
-    generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.4
-    return model, config.to_dict()
-
-
-@pytest.mark.parametrize("sizes", CONFIGS)
-@pytest.mark.parametrize("threshold", [0.01, 0.3])
-def test_mps_is_imscores_cross_model_on_transformers_clip(sizes, threshold):
-    cross = pytest.importorskip("imscore.mps.cross", reason="imscore is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    towers, config = hf_clip(transformers, sizes)
-    shape = {"layer_num": 2, "dim_head": 4, "heads": 3, "ff_mult": 2}
-    oracle = cross.CrossModel(dim=sizes["embed"], **shape).eval()
-    generator = torch.Generator().manual_seed(5)
-    for parameter in oracle.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    published = {f"model.{key}": value for key, value in towers.state_dict().items()}
-    published |= {f"cross_model.{key}": value for key, value in oracle.state_dict().items()}
-    network = mps.build({**config, "cross_config": {"dim": sizes["embed"], **shape}})
+@pytest.mark.parametrize("index", range(len(CONFIGS)))
+@pytest.mark.parametrize("threshold", cases.THRESHOLDS)
+def test_mps_is_what_imscores_cross_model_on_transformers_clip_recorded(index, threshold):
+    expected, config = RECORDED["mps"][index][str(threshold)], cases.mps_config(CONFIGS[index])
+    with torch.device("meta"):
+        network = mps.build(config)
+    published = cases.fill(mps.export_state_dict(network), 0.35)
+    network = mps.build(config)
     load_into(network, layouts.mps_to_own(published), "oracle")
-    pixels = torch.randn(2, 3, sizes["vision"][0], sizes["vision"][0], generator=generator).requires_grad_()
+    pixels = cases.prepared(CONFIGS[index]["vision"][0]).requires_grad_()
     ids, condition = mps.tokenize(PROMPTS), mps.tokenize([mps.CONDITIONS["overall"]])
     found = network.image_text_score(pixels, ids, condition, threshold=threshold)
+    assert found.tolist() == pytest.approx(expected["scores"], rel=1e-4, abs=1e-4)
+    assert_gradient(torch.autograd.grad(found.sum(), pixels)[0], expected["gradient"])
 
-    def states(tokens):
-        return towers.text_projection(towers.text_model(input_ids=tokens).last_hidden_state)
 
-    text, likeness = states(ids), states(ids) @ states(condition).transpose(1, 2)
-    ratio = likeness.amax(-1) / likeness.amax(-1).amax(-1, keepdim=True)
-    hidden = torch.zeros_like(ratio).masked_fill(ratio <= threshold, float("-inf"))
-    image = towers.visual_projection(towers.vision_model(pixel_values=pixels).last_hidden_state)
-    picture = oracle(image, text, hidden[:, None].expand(-1, image.shape[1], -1))[:, 0]
-    end = text[torch.arange(2), (ids == clip.END_ID).int().argmax(-1)]
-    expected = towers.logit_scale.exp() * functional.cosine_similarity(end, picture)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    one, other = (torch.autograd.grad(value.sum(), pixels, retain_graph=True)[0] for value in (found, expected))
-    assert float((one - other).norm() / other.norm()) < 1e-3
+def test_the_recorded_thresholds_mask_something_but_not_all():
+    """Else the comparison above would not see a threshold that is passed over."""
+    assert all(case["0.01"]["masked"] < case["0.8"]["masked"] < len(PROMPTS) * clip.CONTEXT_LENGTH for case in RECORDED["mps"])
 
 
 @pytest.mark.parametrize("sizes", CONFIGS)
 def test_pickscore_is_transformers_clip(sizes, make_frames):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from reward_lab.reward_models import pickscore
-
-    towers, config = hf_clip(transformers, sizes)
+    config = cases.hugging_face_config(sizes)
+    towers = transformers.CLIPModel(transformers.CLIPConfig(**config)).eval()
+    towers.load_state_dict(cases.fill(dict(towers.named_parameters()), 0.4), strict=False)
     network = hpsv2.build(clip.from_hf_config(config))
     load_into(network, layouts.hf_to_open_clip(towers.state_dict()), "oracle")
     frames = make_frames(2, 1, 40, 30)

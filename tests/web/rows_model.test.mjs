@@ -131,10 +131,12 @@ test("texts that say nothing are left out of the row", () => {
 test("the facts of a report name kinds, memory, layout, application and what was left out", () => {
   const report = { file: HIGH, applied_high: 3, applied_low: null, total: 7, warnings: [] };
   assert.deepEqual(reportFacts(report), []);
-  const full = { ...report, detail: "rank 8", kinds: { lora: 30 }, left_out: { image_branch: 4 }, memory_bytes: 2.5e6, layout: "videox-fun", unmerged: ["high"] };
+  const kinds = { kinds: { lora: 30 }, left_out: { image_branch: 4 }, shares: { high: { value: 0.0123, text: "≈ 1.23 % of the weights" } } };
+  const full = { ...report, ...kinds, detail: "rank 8", memory_bytes: 2.5e6, layout: "videox-fun", unmerged: ["high"] };
   assert.deepEqual(reportFacts(full), [
     "rank 8",
     "30 lora · 2.5 MB · layout videox-fun · unmerged on high noise",
+    "changes: high noise ≈ 1.23 % of the weights",
     "left out: 4 keys of Wan2.1's image branch (nothing is lost)",
   ]);
 });

@@ -1,0 +1,60 @@
+"""A PAVRM as the trainer's latent reward, in either form: with a trunk of its own, or as a LoRA over a generator that the trainer has loaded anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..lora_train.protocols import LatentScores
+from ..reward_models.spec import RewardModelSpec
+from . import pavrm, pavrm_lora
+from .wan import WanBackbone
+
+_ROUNDING = 1e-6
+
+
+class PavrmReward:
+    """See `lora_train.protocols.LatentReward`."""
+
+    def __init__(self, model: pavrm.Pavrm) -> None:
+        self._model = model
+
+    def score(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor, condition_BCFHW: torch.Tensor | None = None) -> LatentScores:
+        """Scores of noisy latents.
+
+        Args:
+            latent_BCFHW: [B, 16, F, H, W] in model space.
+            sigma: the PAVRM is told the whole timestep below 1000 * sigma, as it was trained.
+            context_BPD: text encoder output.
+            condition_BCFHW: mask channels and first frame's latent, for image-to-video trunks.
+
+        Raises:
+            ValueError: latents or text of another width.
+        """
+        timestep = int(sigma * pavrm.TIMESTEPS + _ROUNDING)
+        timestep_B = torch.full((len(latent_BCFHW),), timestep, device=latent_BCFHW.device)
+        # The published text encoder cuts prompts at this length; the host's goes on, and its generator reads it all.
+        texts = list(context_BPD[:, : self._model.model.text_len])
+        output = self._model.score(latent_BCFHW, timestep_B, texts, pavrm.ImageCondition(latent_BCFHW=condition_BCFHW))
+        return LatentScores(logit_B=output.logit, probability_B=output.probability)
+
+
+def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Mapping[str, str], *, device: torch.device, dtype: torch.dtype) -> PavrmReward:
+    """Load a PAVRM for training.
+
+    Args:
+        spec: its file; options `query`, `head` for upstream's parts, `generator` for the LoRA form.
+        backbones: experts that are loaded.
+        files: their paths; a LoRA form that was made for one of them runs on its weights, any other loads a generator of its own.
+        dtype: of a trunk of its own.
+
+    Raises:
+        ValueError: see `pavrm.load` and `pavrm_lora.load`.
+    """
+    options = spec.options
+    generator = options.get("generator")
+    if generator:
+        shared = next((backbone.model for expert, backbone in backbones.items() if files[expert] == generator), generator)
+        return PavrmReward(pavrm_lora.load(spec.path, shared, device=device, dtype=dtype))
+    return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device=device, dtype=dtype))

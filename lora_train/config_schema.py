@@ -1,0 +1,72 @@
+"""The config's JSON Schema (draft 2020-12), made from the dataclasses: `lab.py train --schema` prints it, `docs/train_config.schema.json` is it.
+
+It knows names, types, defaults and words to choose from. Ranges, and what fits together, are checked when a config is read. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from . import config, flow, method_config, presets
+
+_CHOICES = {
+    "method": config.METHODS, "expert": config.EXPERT_CHOICES, "dtype": config.DTYPES, "save_dtype": config.SAVE_DTYPES,
+    "sampling.schedule": flow.SCHEDULES, "objective.mode": config.MODES, "objective.strategy": config.STRATEGIES, "objective.decode": config.DECODES,
+    "objective.start": config.STARTS, "prfl.solver": method_config.SOLVERS, "prfl.loss": method_config.PRFL_LOSSES,
+    "optimiser.kind": method_config.OPTIMISERS, "optimiser.schedule": method_config.LR_SCHEDULES,
+}  # fmt: skip
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
+
+
+def schema() -> dict[str, Any]:
+    """The schema of a config file, where `preset` and `card` may stand for what they bring."""
+    root = _of(config.TrainConfig, "")
+    root["properties"] = {
+        "preset": {"enum": list(presets.PRESETS), "description": "Settings to start from; what is given here wins over them."},
+        "card": {"enum": list(presets.CARDS), "description": "Sizes that fit a card, laid over the preset."},
+        **root["properties"],
+    }
+    # A preset may bring the video; the rest of what a run needs, none does.
+    root["required"] = [name for name in root["required"] if name != "video"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Reward Lab training config", **root}
+
+
+def _of(hint: Any, where: str) -> dict[str, Any]:
+    origin = typing.get_origin(hint)
+    if is_dataclass(hint):
+        return _of_dataclass(hint, where)
+    if origin is tuple:
+        return {"type": "array", "items": _of(typing.get_args(hint)[0], f"{where}[]")}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_of(entry, where) for entry in typing.get_args(hint) if entry is not type(None)] + [{"type": "null"}]}
+    if where in _CHOICES:
+        return {"enum": list(_CHOICES[where])}
+    return {"type": _PLAIN[origin or hint]}
+
+
+def _of_dataclass(kind: type, where: str) -> dict[str, Any]:
+    hints, properties, required = typing.get_type_hints(kind), {}, []
+    for entry in fields(kind):
+        part = _of(hints[entry.name], f"{where}.{entry.name}" if where else entry.name)
+        if entry.default is not MISSING:
+            part["default"] = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        elif entry.default_factory is MISSING:
+            required.append(entry.name)
+        properties[entry.name] = part
+    text = {"description": " ".join((kind.__doc__ or "").split())}
+    return {"type": "object", **text, "properties": properties, "required": required, "additionalProperties": False}
+
+
+def as_text() -> str:
+    """The schema as the shipped file has it."""
+    return json.dumps(schema(), indent=1) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    """Print the schema."""
+    print(as_text(), end="")
+    return 0

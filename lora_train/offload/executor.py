@@ -1,0 +1,189 @@
+"""Runs the blocks of a model through the store: every block's `forward` is replaced for the time of a context and put back afterwards.
+
+A pass with gradient keeps each block's input (and attention output) and nothing else; a block runs again in backward, in backward order, with the
+weights and kept tensors of the next one already on their way. Passes without gradient stream through the same slots with merged LoRAs.
+
+Blocks that are not plain Wan blocks, and passes with patches inside of attention, run as a whole by their own `forward`: streamed and checkpointed too,
+but without keeping attention and without chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..kernels import attention
+from ..kernels.lora_linear import QuantisedWeight
+from ..lora.linears import LoraForward, exact_form
+from .block import BlockArithmetic, SelfAttended
+from .keeper import Kept
+from .knobs import Knobs
+from .store import BlockStore
+from .transfers import Transfers
+
+logger = logging.getLogger("reward_lab.offload")
+
+
+@dataclass(kw_only=True)
+class Call:
+    """One block in one pass; tensors that carry gradient are not in here."""
+
+    index: int
+    freqs: torch.Tensor
+    arguments: dict[str, Any]
+    is_plain: bool
+    kept: Kept | None = None
+    extra: tuple = ()
+    before: Call | None = None
+
+
+class BlockExecutor:
+    """See the module's docstring.
+
+    Attributes:
+        store: the blocks' weights, for figures of what was copied.
+        kept_bytes: bytes of kept activations of the pass with gradient that was made last.
+    """
+
+    def __init__(
+        self,
+        blocks: list[torch.nn.Module],
+        knobs: Knobs,
+        device: torch.device,
+        is_plain: Callable[[torch.nn.Module], bool],
+        quantised: Mapping[int, Mapping[str, QuantisedWeight]] | None = None,
+    ) -> None:
+        """Args:
+        is_plain: whether a block has exactly the arithmetic of `BlockArithmetic`.
+        quantised: see `BlockStore`.
+        """
+        self.blocks, self.knobs, self.device = blocks, knobs, device
+        self._is_plain = [is_plain(block) for block in blocks]
+        self._transfers = Transfers(device)
+        self.store = BlockStore(
+            blocks, self._transfers, resident_blocks=knobs.resident_blocks, slots=knobs.slots, merges_resident=knobs.merges_resident, quantised=quantised
+        )
+        self._forwards: list[Callable] = []
+        self._last: Call | None = None
+        self._backend: str | None = None
+        self.kept_bytes = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[BlockExecutor]:
+        """Run the blocks through this executor; everything is put back and freed at the end, also after an error."""
+        try:
+            self.store.open()
+            for index, block in enumerate(self.blocks):
+                self._forwards.append(block.forward)
+                block.forward = self._forward_of(index)
+            yield self
+        finally:
+            for block, _ in zip(self.blocks, self._forwards, strict=False):
+                del block.__dict__["forward"]
+            self._forwards = []
+            self._last = None
+            self.store.close()
+
+    def _forward_of(self, index: int) -> Callable:
+        def forward(x, e, freqs, context, context_img_len=None, transformer_options: Mapping = {}):  # noqa: B006 (the host's signature; never written to)
+            # The first block gets a transposed view; kept and streamed copies are contiguous, and sums over another layout would differ in the last bit.
+            x = x.contiguous()
+            # The host changes this dictionary from block to block; a second run must see what the first one saw.
+            options = dict(transformer_options)
+            arguments = {"context_img_len": context_img_len, "transformer_options": options}
+            is_plain = self._is_plain[index] and e.ndim == 4 and e.shape[1] == 1 and not options.get("patches")
+            call = Call(index=index, freqs=freqs, arguments=arguments, is_plain=is_plain)
+            if torch.is_grad_enabled():
+                return self._with_gradient(call, x, e, context)
+            with self.store.use(index, merge=True, then=(index + 1) % len(self.blocks)):
+                if not is_plain:
+                    return self._forwards[index](x, e, freqs, context, **arguments)
+                return self.arithmetic(index, x).forward(x, e, freqs, context)[0]
+
+        return forward
+
+    def arithmetic(self, index: int, x: torch.Tensor) -> BlockArithmetic:
+        """The block's arithmetic with the attention that was chosen for this device."""
+        if self._backend is None:
+            heads = self.blocks[index].self_attn.num_heads
+            self._backend = attention.choose_backend(self.knobs.attention, x.device, x.dtype, x.shape[-1] // heads)
+        return BlockArithmetic(self.blocks[index], self.knobs, self._backend)
+
+    def _with_gradient(self, call: Call, x: torch.Tensor, e: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        if call.index == 0:
+            self._last, self.kept_bytes = None, 0
+        call.before, self._last = self._last, call
+        return _Block.apply(self, call, x, e, context, *lora_parameters(self.blocks[call.index]))
+
+    def next_of(self, call: Call) -> int | None:
+        """The block that a pass with gradient needs after this one: the next, and the last one again when backward is about to begin."""
+        return call.index + 1 if call.index + 1 < len(self.blocks) else None
+
+    def run(self, call: Call, x: torch.Tensor, e: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """The forward of a pass with gradient; keeps what backward needs in `call`."""
+        with exact_form(), self.store.use(call.index, merge=False, then=self.next_of(call)):
+            keep = [x]
+            if call.is_plain:
+                out, attended = self.arithmetic(call.index, x).forward(x, e, call.freqs, context, keep=self.knobs.keep_attention)
+                if attended is not None:
+                    keep += [attended.out, attended.lse]
+                    call.extra = attended.extra
+            else:
+                out = self._forwards[call.index](x, e, call.freqs, context, **call.arguments)
+            call.kept = Kept(tuple(keep), self._transfers, self.knobs.keep_place == "host")
+            self.kept_bytes += call.kept.nbytes
+        return out
+
+    def pull(self, call: Call, grad: torch.Tensor, e: torch.Tensor, context: torch.Tensor, parameters: tuple[torch.Tensor, ...], needs: tuple[bool, ...]):
+        """The backward: gradients of x, e, context and the parameters."""
+        before = call.before
+        x, *rest = call.kept.take()
+        with exact_form(), self.store.use(call.index, merge=False, then=None if before is None else before.index):
+            if not call.is_plain:
+                return self._whole(call, grad, x, e, context, parameters, needs)
+            attended = SelfAttended(out=rest[0], lse=rest[1], extra=call.extra) if rest else None
+            del rest
+            prefetch = (lambda: None) if before is None else before.kept.prefetch
+            *grads, found = self.arithmetic(call.index, x).backward(grad, x, e, call.freqs, context, attended, needs[:3], prefetch)
+        return *grads, *(found.of(parameter) if needed else None for parameter, needed in zip(parameters, needs[3:], strict=True))
+
+    def _whole(self, call, grad, x, e, context, parameters, needs):
+        leaves = [value.detach().requires_grad_(needed) for value, needed in zip((x, e, context), needs, strict=False)]
+        with torch.enable_grad():
+            out = self._forwards[call.index](leaves[0], leaves[1], call.freqs, leaves[2], **call.arguments)
+        values = (*leaves, *parameters)
+        wanted = [value for value, needed in zip(values, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        return tuple(next(found) if needed else None for needed in needs)
+
+
+class _Block(torch.autograd.Function):
+    """One block of a pass with gradient. LoRA masters are inputs of their own, so that they get gradients although nothing else needs any."""
+
+    @staticmethod
+    def forward(ctx, executor: BlockExecutor, call: Call, x, e, context, *parameters):
+        ctx.executor, ctx.call = executor, call
+        ctx.save_for_backward(e, context, *parameters)
+        return executor.run(call, x, e, context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        e, context, *parameters = ctx.saved_tensors
+        return None, None, *ctx.executor.pull(ctx.call, grad, e, context, tuple(parameters), ctx.needs_input_grad[2:])
+
+
+def lora_parameters(block: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Masters of the LoRAs in force in a block, in order."""
+    found = []
+    for module in block.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, LoraForward) and forward.switch.is_enabled:
+            found += [forward.layer.down_RI, forward.layer.up_OR]
+    return found

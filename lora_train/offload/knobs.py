@@ -1,0 +1,45 @@
+"""What the block executor can trade: memory against transfers, memory against time. None of the knobs changes what is computed.
+
+Bit for bit the same: resident or streamed, kept on device or host, attention kept or computed again, head groups. Token chunks and slots with a LoRA
+buffer only change the order of sums (tests record by how much).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PLACES = ("device", "host")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """Choices for one run.
+
+    Attributes:
+        resident_blocks: the first so many blocks keep their weights on the device; the others stream. -1: all.
+        slots: device copies of a block's weights that streaming rotates through; two hide transfers, one saves memory.
+        keep_place: where block inputs and attention outputs wait for the backward pass.
+        keep_attention: keep attention output and log-sum-exp, so that attention does not run again.
+        ffn_chunk_tokens: tokens of the feed-forward layers at a time; 0: all.
+        row_chunk_tokens: tokens of norms, gates and rotary embedding at a time; 0: all.
+        head_groups: parts in which attention runs backward.
+        merges_resident: rollouts use merged copies of resident weights (one more copy of these); else the exact form.
+        attention: see `kernels.attention.BACKENDS`.
+    """
+
+    resident_blocks: int = -1
+    slots: int = 2
+    keep_place: str = "device"
+    keep_attention: bool = True
+    ffn_chunk_tokens: int = 0
+    row_chunk_tokens: int = 0
+    head_groups: int = 1
+    merges_resident: bool = True
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.keep_place not in PLACES:
+            raise ValueError(f"keep_place is {self.keep_place!r}; it must be one of {', '.join(PLACES)}")
+        for name, least in (("resident_blocks", -1), ("slots", 1), ("ffn_chunk_tokens", 0), ("row_chunk_tokens", 0), ("head_groups", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

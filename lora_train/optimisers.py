@@ -1,0 +1,75 @@
+"""Optimisers by name, their learning rate over the updates, and their state as plain tensors, so that a run resumes to the same bytes with any of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .method_config import Optimiser
+
+_TENSOR, _NUMBER = "optimiser/", "optimiser_number/"
+_MUON_MOMENTUM = 0.95
+
+
+def make(settings: Optimiser, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that the settings name.
+
+    Raises:
+        ValueError: this torch lacks it, or its package is not installed.
+    """
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
+    if settings.kind == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError("optimiser.kind is 'adamw8bit', which needs the package bitsandbytes: pip install it, or use adamw") from error
+        return AdamW8bit(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
+    kind = getattr(torch.optim, {"adafactor": "Adafactor", "muon": "Muon"}[settings.kind], None)
+    if kind is None:
+        raise ValueError(f"optimiser.kind is {settings.kind!r}, which torch {torch.__version__} does not have; install torch 2.9 or newer, or use adamw")
+    if settings.kind == "adafactor":
+        # Its steps are relative to the size of a matrix, and a LoRA's up matrix begins at 0, where it would stay; this floor makes lr absolute.
+        return kind(parameters, eps=(None, 1.0), **common)
+    # Muon orthogonalises a matrix's momentum; LoRA has matrices only.
+    return kind(parameters, momentum=_MUON_MOMENTUM, **common)
+
+
+def learning_rate(settings: Optimiser, step: int, steps: int) -> float:
+    """Rate of update `step` (from 1) of `steps`: linear warm-up, then constant, or falling to `final_lr` x lr at the last update."""
+    if step < settings.warmup:
+        return settings.lr * step / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    done = min(1.0, (step - settings.warmup) / max(1, steps - settings.warmup))
+    left = (1 + math.cos(math.pi * done)) / 2 if settings.schedule == "cosine" else 1 - done
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * left)
+
+
+def state_tensors(optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Everything the optimiser keeps, by kind and name of the parameter. Numbers become 0-dim tensors."""
+    out = {}
+    for name, parameter in parameters.items():
+        for key, value in optimiser.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                out[f"{_TENSOR}{key}/{name}"] = value
+            elif isinstance(value, int | float):
+                out[f"{_NUMBER}{key}/{name}"] = torch.tensor(value)
+    return out
+
+
+def load_state(optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], state: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `state_tensors` gave."""
+    for name, parameter in parameters.items():
+        own = {}
+        for kind in (_TENSOR, _NUMBER):
+            for full, tensor in state.items():
+                if full.startswith(kind) and full.endswith(f"/{name}"):
+                    key = full[len(kind) : -len(name) - 1]
+                    is_step = key == "step"  # torch keeps it on the CPU
+                    own[key] = tensor.item() if kind == _NUMBER else tensor.clone() if is_step else tensor.to(parameter.device).clone()
+        if own:
+            optimiser.state[parameter] = own

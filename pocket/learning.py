@@ -1,0 +1,182 @@
+"""`lab.py bench learning`: do the methods align, at equal compute? The pocket models, the trainer's own loop, and an oracle that no reward model sees.
+
+Every run has the same budget of DiT forward-equivalents (a pass of one video through one expert; a backward is two; decoders and reward models are not
+counted) and ends with the update that spends it. Its LoRA is judged on held-out prompts and seeds that are the same for all.
+
+Results are kept per (experiment, seed) in the work folder, so the bench can run in pieces: `--only NAME`, `--seeds 0,1`, `--limit-s 450`. When all
+are there, it writes benchmarks/results/learning.json and docs/images/learning.png (learning_report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..host import latent_reward, reward_loading
+from ..host.training_mode import training_mode
+from ..lora_train import objectives
+from ..lora_train.config import TrainConfig
+from ..lora_train.evaluation import all_prompts
+from ..lora_train.real import RealLatents, write_real
+from ..lora_train.rollout import Experts
+from ..lora_train.run import Parts, train
+from ..reward_models.spec import RewardModelSpec
+from . import learning_experiments, learning_report, world
+from .build import WEIGHTS
+from .generate import Generator
+from .quality import held_out_scenes
+from .stages import pavrm
+from .stages.loras import training_prompts
+from .table import score_row
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS = REPO / "benchmarks" / "results" / "learning.json"
+PICTURE = REPO / "docs" / "images" / "learning.png"
+WORK = REPO / ".lab" / "learning"
+REAL_CLIPS = 96
+PAVRM_SIGMAS = (0.3, 0.6, 0.9)
+
+
+class Bench:
+    """Models of the bench, loaded once."""
+
+    def __init__(self, weights: Path, work: Path) -> None:
+        self.generator = Generator(weights)
+        self.weights, self.work = weights, work
+        work.mkdir(parents=True, exist_ok=True)
+        self.judge = reward_loading.load(RewardModelSpec.from_dict(learning_experiments.reward(weights, "hpsv2.1")))
+        spec = RewardModelSpec(kind="pavrm", path=str(weights / pavrm.FILE_NAME))
+        self.pavrm = latent_reward.load(spec, {}, {}, device=torch.device("cpu"), dtype=torch.float32)
+
+    def real_latents(self) -> Path:
+        """Clips of training scenes, rendered and encoded once."""
+        path = self.work / "real.safetensors"
+        if not path.exists():
+            rng = random.Random(77)
+            scenes = [world.sample_scene(rng, held_out=False, two_share=0.0) for _ in range(REAL_CLIPS)]
+            latents = []
+            for start in range(0, REAL_CLIPS, 16):
+                clips = torch.stack([torch.from_numpy(world.render(scene)) for scene in scenes[start : start + 16]])
+                with training_mode(), torch.no_grad():
+                    latents.append(self.generator.decoder.encode(clips.permute(0, 1, 4, 2, 3)))
+            write_real(path, torch.cat(latents), [world.caption(scene) for scene in scenes])
+        return path
+
+    def config(self, experiment: learning_experiments.Experiment, seed: int) -> TrainConfig:
+        """Settings of a run."""
+        values = learning_experiments.settings(experiment, self.weights, seed, training_prompts(128, 500 + seed), self.real_latents())
+        return TrainConfig.from_dict(values)
+
+    def train(self, experiment: learning_experiments.Experiment, seed: int, folder: Path) -> dict[str, Any]:
+        """Run the training; returns its curve and what it cost."""
+        config = self.config(experiment, seed)
+        experts = Experts(backbones=self.generator.backbones, sampling=config.sampling)
+        steps: list = []
+        real = RealLatents(config.real.path)
+        contexts = self.generator.contexts([*all_prompts(config), *real.prompts])
+        is_latent = config.method == "prfl"
+        parts = Parts(
+            experts=experts,
+            contexts=contexts,
+            sink=lambda event: steps.append(event) if event.name in ("step", "finished") else None,
+            stop_requested=lambda: experts.count.total >= experiment.budget,
+            decoder=self.generator.decoder,
+            reward=None if is_latent else reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward))),
+            latent_reward=self.pavrm if is_latent else None,
+            motion=RewardModelSpec(kind="dynamic_degree", path="").load() if config.guards.motion_floor > 0 else None,
+            judge=reward_loading.load(RewardModelSpec.from_dict(asdict(config.held_out.judge))) if config.held_out.judge else None,
+            real=real,
+        )
+        begun = time.perf_counter()
+        with training_mode():
+            finished = train(config, parts, objectives.create(config, parts), folder, resume=folder.exists())
+        updates = [event for event in steps if event.name == "step"]
+        curve = [
+            {
+                "step": event.step, "forwards": event.forwards, "reward": event.reward, "kl": event.kl, "held_out": event.held_out,
+                "held_out_base": event.held_out_base, "motion": event.held_out_motion, "judge": event.held_out_judge,
+            }
+            for event in updates
+        ]  # fmt: skip
+        ended = {"reason": finished.reason, "detail": finished.detail, "files": finished.files, "seconds": time.perf_counter() - begun}
+        return {"curve": curve, "forwards": experts.count.total, "updates": len(updates), **ended, "config": config.to_dict()}
+
+    def judged(self, files: list[str], seed: int, pairs: int) -> dict[str, list[float]]:
+        """Every measure of every held-out video."""
+        loras = [(Path(file), "high" if "-high-noise-" in Path(file).name else "low", 1.0) for file in files]
+        scenes = held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
+        prompts = [world.caption(scene) for scene in scenes]
+        latents = self.generator.latents(prompts, [seed * 1_000_003 + index for index in range(pairs)], loras)
+        row = score_row(self.generator, self.judge, "", latents, scenes)
+        values = {name: numbers.tolist() for name, numbers in row.values.items()}
+        values["text"] = [colour * shape for colour, shape in zip(values["colour"], values["shape"], strict=True)]
+        return {**values, "pavrm": self._pavrm(latents, prompts, seed)}
+
+    @torch.no_grad()
+    def _pavrm(self, clean: torch.Tensor, prompts: list[str], seed: int) -> list[float]:
+        """PAVRM probability of finished latents, noised; the mean over noise levels."""
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+        context = self.generator.contexts(prompts).batch(prompts).prompt_BPD
+        with training_mode(), torch.no_grad():
+            scores = [self.pavrm.score((1 - sigma) * clean + sigma * noise, sigma, context).probability_B for sigma in PAVRM_SIGMAS]
+        return torch.stack(scores).mean(0).tolist()
+
+
+def run_one(bench: Bench, name: str, seed: int, pairs: int) -> dict[str, Any]:
+    """Train and judge one (experiment, seed), or judge the base."""
+    begun = time.perf_counter()
+    if name == learning_experiments.BASE:
+        return {"experiment": name, "seed": seed, "oracle": bench.judged([], seed, pairs), "seconds": time.perf_counter() - begun}
+    experiment = learning_experiments.EXPERIMENTS[name]
+    result = bench.train(experiment, seed, bench.work / f"run-{name}-{seed}")
+    oracle = bench.judged(result["files"], seed, pairs)
+    looks = {}
+    for state in sorted((bench.work / f"run-{name}-{seed}" / "checkpoints").glob("*-noise-*.safetensors")) if experiment.looks else ():
+        looks[state.stem.rsplit("step", 1)[1]] = _means(bench.judged([str(state)], seed, pairs // 2))
+    return {"experiment": name, "seed": seed, **result, "oracle": oracle, "looks": looks, "seconds": time.perf_counter() - begun}
+
+
+def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(prog="lab.py bench learning", description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--seeds", default="0,1,2", help="of the comparison (default: 0,1,2); tune on others")
+    parser.add_argument("--only", default="", help="names of experiments, with commas between (default: all)")
+    parser.add_argument("--pairs", type=int, default=64, help="held-out prompt/seed pairs per seed (default: 64)")
+    parser.add_argument("--limit-s", type=float, default=0.0, help="start no run after so many seconds; the same command goes on")
+    parser.add_argument("--report", action="store_true", help="write the results of what there is")
+    options = parser.parse_args(argv)
+    begun = time.monotonic()
+    bench = None
+    todo = learning_experiments.plan([int(seed) for seed in options.seeds.split(",")], options.only.split(",") if options.only else None)
+    for name, seed in todo:
+        target = options.work / f"{name}-{seed}.json"
+        if target.exists():
+            continue
+        if options.limit_s and time.monotonic() - begun > options.limit_s:
+            print(f"not started yet: {name}, seed {seed}; run the same command again", flush=True)
+            return 3
+        bench = bench or Bench(WEIGHTS, options.work)
+        result = run_one(bench, name, seed, options.pairs)
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(result), encoding="utf-8")
+        partial.replace(target)
+        means = _means(result["oracle"])
+        shown = ", ".join(f"{key} {means[key]:.4f}" for key in ("reward", "text", "colour", "shape", "motion", "dynamic_degree", "pavrm"))
+        cost = f"{result.get('updates', 0)} updates, {result.get('forwards', 0):.0f} forwards, {result['seconds']:.0f} s"
+        print(f"{name} seed {seed}: {cost}; {shown}", flush=True)
+    if options.report or not options.only:
+        learning_report.write(options.work, RESULTS, PICTURE)
+    return 0

@@ -1,0 +1,121 @@
+"""What `lab.py bench learning` runs: the presets at pocket size, and the single questions.
+
+A preset keeps what makes it that method (which steps, which latents, which loss, which LoRA shape); resolution, number of sampling steps, guidance and the
+learning rate are those of the pocket models, the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..lora_train.presets import PRESETS
+from . import world
+from .quality import held_out_scenes
+from .stages import dit, hps, mps, pavrm, text, vae
+
+BASE = "base"
+BUDGET = 4500.0
+LOOK_PROMPTS = 16
+_REWARDS = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME, "pavrm": pavrm.FILE_NAME}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training; `looks`: judge its checkpoints as well. `seeds`: None takes those of the comparison."""
+
+    preset: str
+    reward: str = "hpsv2.1"
+    budget: float = BUDGET
+    changes: dict[str, Any] = field(default_factory=dict)
+    looks: bool = False
+    seeds: tuple[int, ...] | None = None
+
+
+# At pocket size; the same for all: sizes, sampling of the users, learning rate of the pocket preset (tuned for reward_backprop's `chain` form).
+_POCKET = {
+    "video": PRESETS["pocket"]["video"],
+    "sampling": {"steps": 12, "shift": dit.SHIFT, "boundary": dit.BOUNDARY, "guidance": 3.0},
+    "lora": {"rank": 16, "alpha": 8.0},
+    "optimiser": {"lr": 2e-3, "warmup": 5, "accumulate": 1},
+    "batch": 4,
+    "steps": 10_000,
+    "checkpoint_every": 0,
+    "save_dtype": "fp32",
+}
+_FIRST_SEED = (0,)
+EXPERIMENTS: dict[str, Experiment] = {
+    "reward-lab": Experiment(preset="reward-lab", changes={"expert": "low"}),
+    "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
+    "hy-video-prfl": Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}),
+    # The same objective without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
+    "prfl-logit": Experiment(
+        preset="hy-video-prfl",
+        reward="pavrm",
+        changes={"expert": "high", "objective": {"kl_weight": 0.1}, "prfl": {"loss": "logit", "even_gradient": True, "real_weight": 0.0, "null_rate": 0.0}},
+    ),
+    "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
+    "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
+    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
+    "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
+    "guarded-5x": Experiment(
+        preset="reward-lab",
+        budget=5 * BUDGET,
+        changes={
+            "expert": "low",
+            "held_out": {"every": 15, "judge": {"kind": "mps"}},
+            "guards": {"motion_floor": 0.9, "patience": 3, "kl_budget": 1.0},
+            "checkpoint_every": 30,
+            "keep_checkpoints": 100,
+        },
+        looks=True,
+        seeds=_FIRST_SEED,
+    ),
+}
+
+
+def reward(weights: Path, kind: str) -> dict[str, Any]:
+    """A pocket reward model."""
+    return {"kind": kind, "path": str(weights / _REWARDS[kind])}
+
+
+def settings(experiment: Experiment, weights: Path, seed: int, prompts: Sequence[str], real: Path) -> dict[str, Any]:
+    """The settings of a run, for `TrainConfig.from_dict`."""
+    looked = [world.caption(scene) for scene in held_out_scenes(LOOK_PROMPTS, 60_000 + seed, two_share=0.0)]
+    values = {
+        "preset": experiment.preset,
+        "name": "learning",
+        "models": {
+            **{side: str(weights / name) for side, name in dit.FILE_NAMES.items()},
+            "text_encoder": str(weights / text.FILE_NAME),
+            "vae": str(weights / vae.FILE_NAME),
+        },
+        "reward": reward(weights, experiment.reward),
+        "prompts": [{"text": prompt} for prompt in prompts],
+        "held_out": {"every": 0, "prompts": looked},
+        "real": {"path": str(real)},
+        "seed": seed,
+    }
+    for part in (_POCKET, experiment.changes):
+        values = _laid_over(values, part)
+    if "judge" in values["held_out"]:
+        values["held_out"]["judge"] = reward(weights, values["held_out"]["judge"]["kind"])
+    return values
+
+
+def _laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        merged[key] = _laid_over(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def plan(seeds: Sequence[int], only: Sequence[str] | None = None) -> list[tuple[str, int]]:
+    """(experiment, seed) in the order in which they run; the base first, then seed by seed, so that a part is a comparison already."""
+    names = list(only) if only else [BASE, *EXPERIMENTS]
+    unknown = [name for name in names if name != BASE and name not in EXPERIMENTS]
+    if unknown:
+        raise ValueError(f"unknown experiments {', '.join(unknown)}; known: {', '.join([BASE, *EXPERIMENTS])}")
+    return [(name, seed) for seed in seeds for name in names if name == BASE or EXPERIMENTS[name].seeds is None or seed in EXPERIMENTS[name].seeds]
