@@ -53,6 +53,7 @@ class TrainablePavrm:
         for parameter in (*self._blocks.values(), *self._head.values()):
             parameter.requires_grad_(True)
         self.device = scorer.device
+        self._has_cut = False
 
     def logits(self, latent_BCFHW: torch.Tensor, timestep_B: torch.Tensor, videos: Sequence[LatentVideo], captions: Sequence[str]) -> torch.Tensor:
         """Logits [B] fp32.
@@ -64,10 +65,18 @@ class TrainablePavrm:
         for video, caption in zip(videos, captions, strict=True):
             if caption not in video.texts_PD:
                 raise ValueError(f"a video has the captions {', '.join(video.texts_PD)}, but data.caption asks for {caption!r}; choose what the dataset has")
-            texts.append(video.texts_PD[caption])
+            texts.append(self._within_length(video.texts_PD[caption]))
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast != torch.float32):
             features = self.scorer.features(latent_BCFHW, timestep_B, texts, self._image(videos))
         return self.scorer.head([part.float() for part in features]).logit
+
+    def _within_length(self, text_PD: torch.Tensor) -> torch.Tensor:
+        """Long captions lose their end, as HY-Video-PRFL's tokenizer cuts at 512 tokens (it cuts before encoding, the host encodes the whole caption)."""
+        longest = self.scorer.model.text_len
+        if len(text_PD) > longest and not self._has_cut:
+            self._has_cut = True
+            logger.warning("a caption has %d tokens, the network reads %d: the end of such captions is cut off", len(text_PD), longest)
+        return text_PD[:longest]
 
     def _image(self, videos: Sequence[LatentVideo]) -> pavrm.ImageCondition | None:
         model = self.scorer.model

@@ -30,7 +30,7 @@ from .build import SCRATCH, WEIGHTS
 from .stages import dit, latents, text
 
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "pavrm.json"
-TRAIN, HELD_OUT = 320, 120
+TRAIN, HELD_OUT = 960, 160
 UPDATES, BATCH = 450, 8
 DRAWS = 1
 
@@ -105,7 +105,7 @@ def run(variant: Variant, learnable: Learnable, weights: Path, folder: Path) -> 
             "loss": variant.loss,
             "sigma": {"kind": "uniform"},
             "shape": {"blocks": variant.blocks, "train_blocks": variant.train_blocks, "pooling": variant.pooling},
-            "optimiser": {"block_lr": 6e-4, "head_lr": 2e-3, "warmup": 20},
+            "optimiser": {"block_lr": 5e-4, "head_lr": 1e-3, "warmup": 20},
             "steps": UPDATES, "batch": BATCH if variant.loss == "ce" else BATCH // 2, "seed": variant.seed, "validate_every": UPDATES,
             "validation_draws": DRAWS, "checkpoint_every": 0, "gradient_checkpointing": False,
         }

@@ -308,6 +308,6 @@ function rankingTable(found) {
       ]),
     ]),
   );
-  const head = [found.axis, "wins against the average", "strength, 95 %", "wins", ""].map((text) => el("th", { text }));
+  const head = [found.axis, "wins against the average", "log-odds, 95 %", "wins", ""].map((text) => el("th", { text }));
   return el("table", {}, [el("thead", {}, [el("tr", {}, head)]), el("tbody", {}, rows)]);
 }

@@ -35,10 +35,12 @@ def fill(output: Path) -> tuple[Path, Path]:
     (dataset / INDEX).write_text(json.dumps({"version": VERSION, "videos": videos, "skipped": []}), encoding="utf-8")
     plan = []
     for number, (seed, value) in enumerate((seed, value) for seed in SEEDS for value in VALUES):
-        frames, _ = clip(100 + number)
+        frames, caption = clip(102 + seed)
+        # The strength is how fast the scene goes: still, at half speed, as its caption says.
+        frames = frames[[int(index * value) for index in range(len(frames))]]
         applied = [{"label": "rows[0].high", "widget": "strength", "value": value}, {"label": "seed", "widget": "seed", "value": seed}]
         key = f"{number:08x}"
-        cells.record(swept, key, frames, applied=applied, prompt="a red square moves left slowly over a gray background", frame_rate=8.0, scores={})
+        cells.record(swept, key, frames, applied=applied, prompt=caption, frame_rate=8.0, scores={})
         plan.append({"index": number, "key": key, "values": [value, seed]})
     sweep.write_manifest(swept, {**sweep.read_manifest(swept), "cells": plan})
     return dataset, swept

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 
 import pytest
 
@@ -264,6 +265,41 @@ def test_a_run_through_the_worker(repo, pocket_data, comfyui, tmp_path):
     picture = store.folder(run_id) / info.samples[0]
     assert picture.name == "validation-000004.png" and picture.stat().st_size > 5000
     assert "left out" not in "\n".join(store.log_tail(run_id, 40)) and "8 good, 8 bad" in "\n".join(store.log_tail(run_id, 40))
+
+
+def test_a_killed_worker_resumes_to_the_same_bytes(repo, pocket_data, comfyui, tmp_path):
+    """SIGKILL at whatever it is doing after its first checkpoint; the two runs differ in their number of steps, which may change."""
+    store = RunStore(tmp_path / "runs")
+    config = _pocket(repo, pocket_data, validate_every=0, save_upstream=False)
+    started = []
+
+    def launch(run_id, **options):
+        started.append(process.start(store.folder(run_id), comfyui, sys.executable, niceness=0, environment={"CUDA_VISIBLE_DEVICES": ""}, **options))
+        return started[-1]
+
+    try:
+        whole = store.create(config)
+        assert launch(whole).wait(TIMEOUT_S) == 0, store.log_tail(whole, 40)
+        run_id = store.create(_pocket(repo, pocket_data, validate_every=0, save_upstream=False, steps=100000, keep_checkpoints=100000))
+        worker, deadline = launch(run_id), time.monotonic() + TIMEOUT_S
+        while not any(event["event"] == "checkpoint" for event in store.events(run_id)):
+            assert worker.poll() is None and time.monotonic() < deadline, store.log_tail(run_id, 40)
+            time.sleep(0.05)
+        worker.kill()
+        worker.wait()
+        folder = store.folder(run_id)
+        for state in checkpoint.states(folder)[config.steps - 1 :]:
+            state.unlink()
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        assert launch(run_id, resume=True).wait(TIMEOUT_S) == 0, store.log_tail(run_id, 40)
+        for name in ("tiny.safetensors", "checkpoints/step-000004.state.safetensors"):
+            assert (folder / name).read_bytes() == (store.folder(whole) / name).read_bytes()
+        assert [event["step"] for event in store.events(run_id) if event["event"] == "step"] == [1, 2, 3, 4]
+    finally:
+        for worker in started:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
 
 
 def _relabel(pocket_data, change):

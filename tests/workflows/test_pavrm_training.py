@@ -18,11 +18,11 @@ MODELS = {
 CLIP = {"frame_rate": 8.0, "frames": 17, "short_px": 64, "long_px": 64, "width_px": 64, "height_px": 64, "dtype": "bf16"}
 
 
-def graph(folder: str, name: str, **training) -> dict:
+def graph(folder: str, dataset: str, **training) -> dict:
     """API prompt; with `training` the PAVRM is trained too."""
     nodes = {
         "1": {"class_type": "RewardLabWanModels", "inputs": MODELS},
-        "2": {"class_type": "RewardLabDataset", "inputs": {"wan_files": ["1", 4], "name": name, "folder": folder, "prompt": "", "prompts_file": "", **CLIP}},
+        "2": {"class_type": "RewardLabDataset", "inputs": {"wan_files": ["1", 4], "name": dataset, "folder": folder, "prompt": "", "prompts_file": "", **CLIP}},
     }
     if not training:
         return nodes
@@ -58,8 +58,10 @@ def test_from_videos_to_a_pavrm(pocket_server):
     assert (base / "output" / "reward_models" / "from_labels.safetensors").is_file()
     files = client.get("/object_info/RewardLabRewardModel")["RewardLabRewardModel"]["input"]["required"]["file"][1]["options"]
     assert "from_labels.safetensors" in files
+    # The pocket's captions of two things are longer than its text length; that is said, once.
     run = next(entry for entry in client.get("/reward_lab/runs") if entry["name"] == "from_labels")
     assert run["state"] == "finished" and run["samples"] and client.fetch(f"/reward_lab/runs/{run['id']}/files/{run['samples'][0]}")[:4] == b"\x89PNG"
+    assert client.fetch(f"/reward_lab/runs/{run['id']}/log").decode().count("the end of such captions is cut off") == 1
 
 
 def test_from_votes_to_a_pavrm(pocket_server):
