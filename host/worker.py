@@ -144,12 +144,12 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
     from ..lora_train.evaluation import all_prompts
     from ..lora_train.objectives.reward_backprop import Parts, train
-    from ..lora_train.offload.knobs import Knobs
     from ..lora_train.rollout import ContextCache, Experts
     from ..reward_models.spec import RewardModelSpec
     from ..runs import lease
     from ..runs.store import append_event
     from . import reward_loading
+    from .engine import engines
     from .samples import SampleFiles
     from .text import PromptEncoder, load_text_encoder
     from .training_mode import training_mode
@@ -165,7 +165,8 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     logger.info("encoded %d prompts", len(prompts))
 
     backbones = {
-        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in ("high", "low")
+        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert", on_host=True)
+        for expert in ("high", "low")
     }
     decoder = load_decoder(config.models.vae, dtype=dtype, device=device)
     reward = reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward)), device)
@@ -175,8 +176,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        for backbone in backbones.values():
-            stack.enter_context(backbone.engine(Knobs()))
+        stack.enter_context(engines(config, backbones, device, dtype))
 
         def pause() -> None:
             if device.type != "cpu":

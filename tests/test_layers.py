@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "host": frozenset({"lora_train", "reward_models", "runs", "testlab", *HOST_LIBRARIES, *HOST_MODULES}),
     "runs": frozenset({"lora_train.config", "lora_train.events"}),
     "testlab": frozenset({"numpy", "PIL", "av"}),
-    "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops"}),
+    # triton: optional, imported by one file that is only loaded where it is installed
+    "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops", "triton"}),
     "reward_models": frozenset({"torch", "open_clip", "safetensors", "einops"}),
     "labtools": frozenset({"runs", "lora_train.config", "lora_train.events"}),
     "lab": frozenset({"labtools"}),

@@ -260,6 +260,7 @@ def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generat
     from reward_lab.host.wan import load_backbone
     from reward_lab.lora_train.lora.adapter import new_adapter
     from reward_lab.lora_train.lora.linears import install
+    from reward_lab.lora_train.offload.knobs import Knobs
 
     out = tmp_path / "pavrm-lora.safetensors"
     pavrm_lora.convert(folder / "checkpoints" / "checkpoint-100", generator_file, out, rank=96, **heads)
@@ -272,7 +273,7 @@ def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generat
         layer.up_OR.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
     context = torch.nn.functional.pad(inputs["case0.text"], (0, 0, 0, 505))
 
-    with training_mode(), install(linears, adapter), backbone.gradient_checkpointing():
+    with training_mode(), install(linears, adapter), backbone.engine(Knobs()):
         def velocity():
             return backbone.velocity(inputs["case0.latent"], 0.2, context)
 

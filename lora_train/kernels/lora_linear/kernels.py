@@ -67,7 +67,8 @@ def hidden_and_up_gradient(grad_MO: torch.Tensor, hidden_MR: torch.Tensor, up_OR
 def merge_into(target_OI, base, down_RI, up_OR, factor, seed) -> torch.Tensor:
     """See `merge.merge_into`."""
     if _chosen["name"] == "triton" and target_OI.dtype == torch.bfloat16:
-        from .triton_kernels import can_merge, merge_into as fused
+        from .triton_kernels import can_merge
+        from .triton_kernels import merge_into as fused
 
         if can_merge(base):
             return fused(target_OI, base, down_RI, up_OR, factor, seed)

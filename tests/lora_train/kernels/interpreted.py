@@ -18,7 +18,7 @@ def one_pass(package):
 
     # fp32: other order of sums. bf16: dS is rounded once to bf16 (2^-9 RMS at most); dB stays fp32.
     for dtype, size, limit in ((torch.float32, (150, 70, 5), 1e-6), (torch.bfloat16, (130, 96, 16), 2**-8), (torch.bfloat16, (65, 33, 20), 2**-8)):
-        M, O, R = size
+        M, O, R = size  # noqa: E741
         torch.manual_seed(0)
         grad, hidden, up = torch.randn(M, O + 3).to(dtype)[:, :O], torch.randn(M, R).to(dtype), torch.randn(O, R).to(dtype)
         found, wanted = triton_kernels.hidden_and_up_gradient(grad, hidden, up), reference.hidden_and_up_gradient(grad, hidden, up)
@@ -37,7 +37,8 @@ def _equal_bits(found, wanted):
 
 
 def merge(package):
-    from reward_lab.lora_train.kernels.lora_linear import merge as plain, triton_kernels
+    from reward_lab.lora_train.kernels.lora_linear import merge as plain
+    from reward_lab.lora_train.kernels.lora_linear import triton_kernels
 
     torch.manual_seed(0)
     for outs, ins, rank in ((70, 100, 5), (64, 64, 33)):
@@ -51,7 +52,8 @@ def merge(package):
 
 
 def fp8(package):
-    from reward_lab.lora_train.kernels.lora_linear import merge as plain, triton_kernels
+    from reward_lab.lora_train.kernels.lora_linear import merge as plain
+    from reward_lab.lora_train.kernels.lora_linear import triton_kernels
 
     # Every bit pattern but the two NaNs.
     every = torch.arange(256, dtype=torch.uint8)
