@@ -14,9 +14,10 @@ import comfy.sd
 import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
 
+from ..lora_train.lora.linears import MASTERS_PLACE
 from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
-from ..lora_train.offload.store import place
+from ..lora_train.offload.store import Slot, place
 from ..lora_train.safetensors_file import read_header
 from .training_mode import attention
 
@@ -72,13 +73,20 @@ class WanBackbone:
         return self
 
     @contextmanager
-    def engine(self, knobs: Knobs) -> Iterator[BlockExecutor]:
+    def engine(self, knobs: Knobs, slots: list[Slot] | None = None) -> Iterator[BlockExecutor]:
         """Run the blocks through the executor (`lora_train/offload`): kept inputs, streamed weights, as `knobs` say. The blocks' own `forward` is
         called where a block is not a plain one, never the host's `original_block` closure, which by then stands for the last block and would give
-        wrong gradients without a word."""
+        wrong gradients without a word. `slots` may be shared by both experts, which never run at the same time."""
         place(self.model, self.device, "blocks.")
-        with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block).installed() as executor:
-            yield executor
+        linears = self.linears().values()
+        try:
+            for linear in linears if knobs.optimiser_place == "host" else ():
+                linear.__dict__[MASTERS_PLACE] = torch.device("cpu")
+            with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, slots=slots).installed() as executor:
+                yield executor
+        finally:
+            for linear in linears:
+                linear.__dict__.pop(MASTERS_PLACE, None)
 
 
 def is_plain_block(block: torch.nn.Module) -> bool:
@@ -95,13 +103,14 @@ def freeze(model: torch.nn.Module) -> None:
     model.eval()
 
 
-def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device, role: str = "expert") -> WanBackbone:
+def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device, role: str = "expert", on_host: bool = False) -> WanBackbone:
     """Load an expert file for training.
 
     Args:
         path: safetensors file in Wan's key layout, as ComfyUI takes it.
         dtype: fp32 or bf16; weights and matmuls.
         role: for messages, such as "high-noise expert".
+        on_host: leave the weights on the host; `engine` brings what is needed to `device`.
 
     Raises:
         ValueError: missing or truncated file, not a Wan text-to-video model, a quantised file, or another latent width.
@@ -110,7 +119,8 @@ def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device,
     if any(name.startswith(("F8", "I8", "U8")) for name in header.dtypes.values()):
         raise ValueError(f"the {role} {path} is quantised (8 bit); this version trains through fp32, fp16 or bf16 weights: use that version of the file")
     with torch.inference_mode(False):
-        patcher = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype, "load_device": device}, disable_dynamic=True)
+        options = {"dtype": dtype, "load_device": torch.device("cpu") if on_host else device}
+        patcher = comfy.sd.load_diffusion_model(str(path), model_options=options, disable_dynamic=True)
     model = patcher.model.diffusion_model
     if not hasattr(model, "blocks") or not hasattr(model, "text_embedding"):
         raise ValueError(f"the {role} {path} is a {type(model).__name__}, not a Wan model; pick a Wan2.2 text-to-video expert")
@@ -119,4 +129,4 @@ def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device,
             f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains 16-channel models with "
             "plain text conditioning (Wan2.2 T2V, I2V and Fun-InP 14B)"
         )
-    return WanBackbone(model.to(device), dtype=dtype, device=device)
+    return WanBackbone(model if on_host else model.to(device), dtype=dtype, device=device)

@@ -144,12 +144,12 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from concurrent.futures import ThreadPoolExecutor
 
     from ..lora_train import needs, objectives
-    from ..lora_train.offload.knobs import Knobs
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
     from ..runs import lease
     from ..runs.store import append_event
     from . import start_images
+    from .engine import engines
     from .samples import SampleFiles
     from .training_mode import training_mode
     from .wan import load_backbone
@@ -157,7 +157,8 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     real = _open_real(config.real.path) if needs.real_latents(config) else None
     contexts, negative = _encode(config, real)
     backbones = {
-        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert") for expert in needs.experts(config)
+        expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert", on_host=True)
+        for expert in needs.experts(config)
     }
     scorers = _load_scorers(config, backbones, device, dtype)
     logger.info("loaded %s", ", ".join([*(f"the {expert}-noise expert" for expert in backbones), *(name for name, part in scorers.items() if part)]))
@@ -166,8 +167,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        for backbone in backbones.values():
-            stack.enter_context(backbone.engine(Knobs()))
+        stack.enter_context(engines(config, backbones, device, dtype))
 
         def sink(event) -> None:
             append_event(folder, event)

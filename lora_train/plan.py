@@ -1,20 +1,26 @@
 """What a run will need, read from file headers alone: no weights are loaded and no torch is imported.
 
-Counted here: parameters and bytes of the models, size of the LoRA and of a checkpoint, transformer passes per update. Not yet: peaks of GPU and host
-memory, and seconds.
+Counted here: parameters and bytes of the models, size of the LoRA and of a checkpoint, transformer passes per update. `planning/` adds peaks of card and
+host memory, seconds by phase, and the knobs that fit.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import needs
 from .config import TrainConfig
 from .lora.targets import select_targets
+from .planning.memory_plan import memory_plan
+from .planning.shapes import ModelShape, header_shape, shape_of
+from .planning.speed import CARDS, GIB, Card
 from .safetensors_file import Header, read_header
 
 _SAVED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -35,9 +41,8 @@ def linear_shapes(header: Header) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def lora_parameters(header: Header, config: TrainConfig) -> tuple[int, int]:
-    """Number of adapted Linears and of LoRA parameters for one expert."""
-    shapes = linear_shapes(header)
+def lora_parameters(shapes: dict[str, tuple[int, int]], config: TrainConfig) -> tuple[int, int]:
+    """Number of adapted Linears and of LoRA parameters for one expert, from its Linears' shapes."""
     chosen = select_targets(shapes, config.lora.targets, config.lora.skip)
     return len(chosen), sum(config.lora.rank * sum(shapes[path]) for path in chosen)
 
@@ -90,22 +95,28 @@ def _gradient_span(config: TrainConfig, expert: str) -> tuple[float, float, int]
     return own[-1] - count + 1, own[-1], count
 
 
-def plan(config: TrainConfig) -> dict[str, Any]:
+def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | None = None, host_free_bytes: int = 0) -> dict[str, Any]:
     """The plan as JSON values.
+
+    Args:
+        shape: of the experts; without it their files' headers are read.
+        card: device to plan for; without it only counts and disk are told.
+        host_free_bytes: host memory that the run may use.
 
     Raises:
         ValueError: a model file is missing, truncated or not safetensors.
     """
     experts, lora_bytes, state_bytes = {}, 0, 0
     for expert in needs.experts(config):
-        header = read_header(getattr(config.models, expert), f"{expert}-noise expert")
+        header = None if shape else read_header(getattr(config.models, expert), f"{expert}-noise expert")
         is_trained = expert in config.trained_experts
-        modules, parameters = lora_parameters(header, config) if is_trained else (0, 0)
+        linears = linear_shapes(header) if header else shape.linears
+        modules, parameters = lora_parameters(linears, config) if is_trained else (0, 0)
         lora_bytes += parameters * _SAVED_BYTES[config.save_dtype]
         state_bytes += parameters * (_STATE_BYTES + (4 if config.optimiser.ema_decay else 0))
         experts[expert] = {
-            "parameters": sum(_count(shape) for shape in header.shapes.values()),
-            "file_bytes": sum(header.bytes_of.values()),
+            "parameters": sum(_count(size) for size in header.shapes.values()) if header else shape.parameters,
+            "file_bytes": sum(header.bytes_of.values()) if header else shape.parameters * shape.weight_bytes,
             "is_trained": is_trained,
             "lora_modules": modules,
             "lora_parameters": parameters,
@@ -113,7 +124,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         }
     _, _, frames, height, width = config.video.latent_shape(1)
     copies = 2 if config.output_folder else 1
-    return {
+    found = {
         "experts": experts,
         "tokens_per_video": frames * (height // 2) * (width // 2),
         "lora_file_bytes": lora_bytes,
@@ -122,6 +133,11 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "steps": config.steps,
         "videos": config.steps * config.batch * config.optimiser.accumulate,
     }
+    if card is not None:
+        first = config.trained_experts[0]
+        shape = shape or header_shape(read_header(getattr(config.models, first)), Path(getattr(config.models, first)).name)
+        found |= memory_plan(config, shape, card, host_free_bytes, passes_per_update(config, first))
+    return found
 
 
 def check_disk(config: TrainConfig, folder: Path) -> None:
@@ -149,13 +165,38 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def main(argv: list[str]) -> int:
     """Print the plan of a config file as JSON; `lab.py plan CONFIG` calls this."""
-    if not argv:
-        print("usage: lab.py plan CONFIG.json", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="lab.py plan", description="Print what a training run would need; needs no weights with --shape, and no GPU.")
+    parser.add_argument("config", help="training config, a JSON file")
+    parser.add_argument("--json", action="store_true", help="JSON, which is also the default")
+    parser.add_argument("--shape", help="size of the experts without their files: wan-14b, wan-14b-i2v, wan-5b, wan-1.3b, or a safetensors file")
+    parser.add_argument("--card", default="rtx 4090", help=f"device to plan for: {', '.join(CARDS)} (default: rtx 4090)")
+    parser.add_argument("--card-gb", type=float, default=0.0, help="use only so much of its memory")
+    parser.add_argument("--ram-gb", type=float, default=0.0, help="host memory for the run (default: what this machine has free)")
+    options = parser.parse_args(argv)
     try:
-        values = json.loads(Path(argv[0]).read_text(encoding="utf-8-sig"))
-        print(json.dumps(plan(TrainConfig.from_dict(values)), indent=2))
+        values = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
+        config = TrainConfig.from_dict(values)
+        if options.card.lower() not in CARDS:
+            raise ValueError(f"--card is {options.card!r}; it must be one of {', '.join(CARDS)}; use --card-gb for another size")
+        card = CARDS[options.card.lower()]
+        host_bytes = int(options.ram_gb * 1e9) or free_memory_bytes()
+        if options.card_gb or not card.memory_bytes:
+            card = replace(card, memory_bytes=int(options.card_gb * GIB) or host_bytes)
+        found = plan(config, shape=shape_of(options.shape) if options.shape else None, card=card, host_free_bytes=host_bytes)
+        print(json.dumps(found, indent=2))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def free_memory_bytes() -> int:
+    """Host memory that can be had now; where the system does not tell (neither Linux nor POSIX sysconf), 64 GB are assumed."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 64 * 10**9

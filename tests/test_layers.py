@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "host": frozenset({"lora_train", "reward_models", "runs", "testlab", *HOST_LIBRARIES, *HOST_MODULES}),
     "runs": frozenset({"lora_train.config", "lora_train.run_config", "lora_train.events"}),
     "testlab": frozenset({"numpy", "PIL", "av"}),
-    # bitsandbytes is optional: one optimiser asks for it when it is chosen.
+    # Optional both: one optimiser asks for bitsandbytes when it is chosen; one file, loaded where it is installed, imports triton.
     "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops", "bitsandbytes", "triton"}),
     "reward_models": frozenset({"torch", "open_clip", "safetensors", "einops"}),
     "labtools": frozenset({"runs", "lora_train.config", "lora_train.run_config", "lora_train.events"}),

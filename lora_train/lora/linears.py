@@ -16,6 +16,8 @@ from torch.nn import functional
 from ..kernels.lora_linear import lora_linear, merge_into, seed_of
 from .adapter import LoraAdapter, LoraLayer
 
+# Mark on a Linear: where the masters of its LoRA go when one is installed. The kernels copy them to where the weight is.
+MASTERS_PLACE = "place_of_lora_masters"
 _exact_depth = 0
 
 
@@ -138,6 +140,8 @@ def install(linears: Mapping[str, torch.nn.Linear], adapter: LoraAdapter) -> Ite
     switch = InstalledLora()
     try:
         for path, layer in adapter.layers.items():
+            for master in (layer.down_RI, layer.up_OR):
+                master.data = master.data.to(linears[path].__dict__.get(MASTERS_PLACE, master.device))
             switch.forwards[path] = linears[path].forward = LoraForward(linears[path], layer, switch, path)
         yield switch
     finally:

@@ -24,7 +24,7 @@ from ..lora.linears import LoraForward, exact_form
 from .block import BlockArithmetic, SelfAttended
 from .keeper import Kept
 from .knobs import Knobs
-from .store import BlockStore
+from .store import BlockStore, Slot
 from .transfers import Transfers
 
 logger = logging.getLogger("reward_lab.offload")
@@ -58,16 +58,19 @@ class BlockExecutor:
         device: torch.device,
         is_plain: Callable[[torch.nn.Module], bool],
         quantised: Mapping[int, Mapping[str, QuantisedWeight]] | None = None,
+        slots: list[Slot] | None = None,
     ) -> None:
         """Args:
         is_plain: whether a block has exactly the arithmetic of `BlockArithmetic`.
+        slots: to share with another executor; by default `knobs.slots` own ones.
         quantised: see `BlockStore`.
         """
         self.blocks, self.knobs, self.device = blocks, knobs, device
         self._is_plain = [is_plain(block) for block in blocks]
         self._transfers = Transfers(device)
+        slots = [Slot() for _ in range(knobs.slots)] if slots is None else slots
         self.store = BlockStore(
-            blocks, self._transfers, resident_blocks=knobs.resident_blocks, slots=knobs.slots, merges_resident=knobs.merges_resident, quantised=quantised
+            blocks, self._transfers, resident_blocks=knobs.resident_blocks, slots=slots, merges_resident=knobs.merges_resident, quantised=quantised
         )
         self._forwards: list[Callable] = []
         self._last: Call | None = None
@@ -107,6 +110,10 @@ class BlockExecutor:
                 return self.arithmetic(index, x).forward(x, e, freqs, context)[0]
 
         return forward
+
+    def plain_forward(self, index: int) -> Callable:
+        """The block's own forward; call it while its weights are in use."""
+        return self._forwards[index]
 
     def arithmetic(self, index: int, x: torch.Tensor) -> BlockArithmetic:
         """The block's arithmetic with the attention that was chosen for this device."""

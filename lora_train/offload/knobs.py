@@ -24,6 +24,7 @@ class Knobs:
         row_chunk_tokens: tokens of norms, gates and rotary embedding at a time; 0: all.
         head_groups: parts in which attention runs backward.
         merges_resident: rollouts use merged copies of resident weights (one more copy of these); else the exact form.
+        optimiser_place: where the LoRA's masters, and with them the optimiser, live.
         attention: see `kernels.attention.BACKENDS`.
     """
 
@@ -35,11 +36,13 @@ class Knobs:
     row_chunk_tokens: int = 0
     head_groups: int = 1
     merges_resident: bool = True
+    optimiser_place: str = "device"
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.keep_place not in PLACES:
-            raise ValueError(f"keep_place is {self.keep_place!r}; it must be one of {', '.join(PLACES)}")
+        for name in ("keep_place", "optimiser_place"):
+            if getattr(self, name) not in PLACES:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(PLACES)}")
         for name, least in (("resident_blocks", -1), ("slots", 1), ("ffn_chunk_tokens", 0), ("row_chunk_tokens", 0), ("head_groups", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -21,9 +21,10 @@ from .transfers import Transfers
 
 @dataclass(kw_only=True)
 class Slot:
-    """A device copy of one block; `index` says of which, None of none."""
+    """A device copy of one block; `index` and `owner` say of which, None of none. Models of one size can share slots."""
 
     index: int | None = None
+    owner: object = None
     views: dict[str, torch.Tensor] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     raw: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -41,12 +42,13 @@ class BlockStore:
         transfers: Transfers,
         *,
         resident_blocks: int,
-        slots: int,
+        slots: list[Slot],
         merges_resident: bool = True,
         quantised: Mapping[int, Mapping[str, QuantisedWeight]] | None = None,
     ) -> None:
         """Args:
         blocks: their parameters are the masters.
+        slots: may be shared with other stores.
         quantised: stored weights by block and path (`ffn.0.weight`); these blocks always go through slots.
         """
         self._blocks = blocks
@@ -56,8 +58,7 @@ class BlockStore:
         self._resident = {index for index in range(count) if index not in self._quantised}
         self._masters: dict[int, dict[str, torch.Tensor]] = {}
         self._merges_resident = merges_resident
-        self._slots = [Slot() for _ in range(slots)]
-        self._clock = 0
+        self._slots = slots
         self.copied_bytes = 0
 
     def open(self) -> None:
@@ -83,7 +84,9 @@ class BlockStore:
     def close(self) -> None:
         """Drop slots and marks; the weights stay where their masters are."""
         self._transfers.stop()
-        self._slots = []
+        for slot in self._slots:
+            if slot.owner is self:
+                slot.__dict__.update(Slot().__dict__)
         for index, block in enumerate(self._blocks):
             self._unbind(index)
             for module in block.modules():
@@ -94,7 +97,7 @@ class BlockStore:
 
     def prefetch(self, index: int) -> None:
         """Start bringing a block, if there is a slot that is not in use."""
-        if index in self._resident or any(slot.index == index for slot in self._slots) or len(self._slots) < 2:
+        if index in self._resident or self._holding(index) is not None or len(self._slots) < 2:
             return
         self._fill(self._victim(), index)
 
@@ -111,12 +114,11 @@ class BlockStore:
                 self.prefetch(then)
             yield
             return
-        slot = next((slot for slot in self._slots if slot.index == index), None)
+        slot = self._holding(index)
         if slot is None or not self._fits(slot, index):
             slot = slot or self._victim()
             self._fill(slot, index)
-        self._clock += 1
-        slot.used_at = self._clock
+        slot.used_at = 1 + max(other.used_at for other in self._slots)
         self._transfers.wait(slot.ready)
         was_merged = False
         try:
@@ -129,6 +131,9 @@ class BlockStore:
             slot.free = self._transfers.mark_compute()
             if was_merged:
                 slot.index = None
+
+    def _holding(self, index: int) -> Slot | None:
+        return next((slot for slot in self._slots if slot.index == index and slot.owner is self), None)
 
     def _victim(self) -> Slot:
         """The slot whose last use is longest ago."""
@@ -164,7 +169,7 @@ class BlockStore:
                 slot.raw[path] = torch.empty_like(weight.data, device=self._transfers.device)
             self._transfers.start_copy(slot.raw[path], weight.data)
             self.copied_bytes += weight.nbytes
-        slot.index = index
+        slot.index, slot.owner = index, self
         slot.ready = self._transfers.mark_in()
 
     def _target(self, slot: Slot, path: str, shape: tuple[int, ...], dtype: torch.dtype, buffer_shape: tuple[int, int] | None) -> torch.Tensor:

@@ -248,3 +248,23 @@ def test_a_second_backward_is_refused(setting):
         out.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="second backward"):
             out.backward()
+
+
+def test_masters_on_the_host_and_the_self_check(setting):
+    import torch
+
+    from reward_lab.host.training_mode import attention, training_mode
+    from reward_lab.lora_train.lora.linears import install
+    from reward_lab.lora_train.offload.self_check import self_check
+
+    backbone, adapter = setting
+    options = {"optimized_attention_override": attention}
+    with training_mode(), engine(resident_blocks=0, optimiser_place="host")(backbone) as executor:
+        assert 0 < self_check(executor, torch.float32, options) < 1e-5
+        with install(backbone.linears(), adapter):
+            assert all(parameter.device.type == "cpu" for parameter in adapter.parameters())
+        forward = executor.plain_forward
+        executor.plain_forward = lambda index: lambda *args, **kwargs: forward(index)(*args, **kwargs) * 1.01
+        with pytest.raises(RuntimeError, match="self-check: .* differs from the plain path by 0.0"):
+            self_check(executor, torch.float32, options)
+    assert not any("place_of_lora_masters" in module.__dict__ for module in backbone.model.modules())

@@ -24,8 +24,8 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @triton.jit
 def _one_pass(
     grad, hidden, up, grad_hidden, partial, rows_total, grad_stride, hidden_stride, up_stride,
-    columns: tl.constexpr, blocks: tl.constexpr, WIDEN: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    columns: tl.constexpr, blocks: tl.constexpr, WIDEN: tl.constexpr,
+    RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     ranks = tl.arange(0, WIDE)
