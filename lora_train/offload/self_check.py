@@ -53,7 +53,8 @@ def self_check(executor: BlockExecutor, dtype: torch.dtype, options: Mapping[str
 
     def results(forward) -> list[torch.Tensor]:
         out = forward(leaves[0], leaves[1], rotations, leaves[2], transformer_options=dict(options))
-        return [out.detach(), *torch.autograd.grad(out, wanted, weight)]
+        # A copy: a block's backward writes its result over the gradient that it is given.
+        return [out.detach(), *torch.autograd.grad(out, wanted, weight.clone())]
 
     with torch.enable_grad(), install(linears, adapter):
         found = results(block.forward)
