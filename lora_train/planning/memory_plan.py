@@ -129,8 +129,6 @@ def _changed(config: TrainConfig, job: Job) -> dict[str, Job]:
     if job.gradient_batch > 1 and config.batch > 1:
         share = job.gradient_batch // config.batch
         others["batch 1"] = replace(job, rollout_batch=share, gradient_batch=share, decode=(pixels, latents, 1))
-    if job.shape.weight_bytes > 1:
-        others["fp8 files of the experts"] = replace(job, shape=replace(job.shape, weight_bytes=1))
     if latents > 1:
         others["objective.decode_count 1"] = replace(job, decode=(pixels, 1, batch))
     for words, part in (("half of the frames", 0.5), ("a quarter of the pixels", 0.25)):

@@ -71,7 +71,9 @@ def test_operations_and_peaks(comfyui, size, rank, kind):
     compare(replace(named_shape(kind), blocks=1), size, rank, slots=1, row_chunk_tokens=16384, ffn_chunk_tokens=16384)
 
 
-@pytest.mark.parametrize("changes", [{"keep_attention": False}, {"head_groups": 1}, {"head_groups": 8, "ffn_chunk_tokens": 4096}, {"resident_blocks": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"keep_attention": False}, {"head_groups": 1}, {"head_groups": 8, "ffn_chunk_tokens": 4096}, {"resident_blocks": 1}], ids=str
+)
 def test_knobs(comfyui, changes):
     from reward_lab.lora_train.planning.shapes import named_shape
 

@@ -18,6 +18,7 @@ def config(toy, tmp_path):
         "blocks.0.ffn.0.weight": torch.zeros(16, 8),
         "head.head.weight": torch.zeros(64, 8),
         "head.head.bias": torch.zeros(64),
+        "text_embedding.0.weight": torch.zeros(8, 6),
         "patch_embedding.weight": torch.zeros(8, 16, 1, 2, 2),
     }
     for expert in ("high", "low"):
@@ -29,8 +30,8 @@ def config(toy, tmp_path):
 def test_counts(config):
     found = plan.plan(config)
     high, low = found["experts"]["high"], found["experts"]["low"]
-    assert high["parameters"] == 64 + 128 + 512 + 64 + 512 and high["file_bytes"] == 4 * high["parameters"]
-    assert (high["lora_modules"], high["lora_parameters"]) == (2, 3 * 16 + 3 * 72) and low["lora_modules"] == 0
+    assert high["parameters"] == 64 + 128 + 512 + 64 + 48 + 512 and high["file_bytes"] == 4 * high["parameters"]
+    assert (high["lora_modules"], high["lora_parameters"]) == (3, 3 * 16 + 3 * 14 + 3 * 72) and low["lora_modules"] == 0
     # Six steps, three of them high: two rolled, one with gradient (3 passes) and a reference; guidance doubles all.
     assert high["passes_per_update_and_video"] == {"rollout": 4, "gradient": 6.0, "reference": 2.0, "real": 0.0, "total": 12.0}
     assert found["lora_file_bytes"] == 4 * high["lora_parameters"] and found["tokens_per_video"] == 2 * 1 * 2
