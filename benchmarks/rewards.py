@@ -32,6 +32,7 @@ import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_lp
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..reward_models import clip
@@ -207,11 +208,11 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 def tower_flops(tower: torch.nn.Module, one_picture: torch.Tensor) -> int:
     """Multiplications and additions of one picture, counted."""
-    # The fused attention layer of inference is one operation that the counter does not know.
+    # The counter does not know the fused attention layer of inference, nor a CPU's fused attention.
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             tower(one_picture)
     finally:
         torch.backends.mha.set_fastpath_enabled(was_enabled)

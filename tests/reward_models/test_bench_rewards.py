@@ -27,7 +27,9 @@ def test_figures_of_a_tiny_model(tmp_path, dtype, tolerance):
     assert figures["largest_score_difference"]["per_picture"] < tolerance
     ours, bare = (figures["seconds_per_picture"][name] for name in ("ours", "bare_tower"))
     assert figures["ratios"]["ours_to_bare_tower"] == pytest.approx(ours / bare)
-    assert figures["tower_flop_per_picture"] > 0 and figures["share_of_the_matmul_rate"]["ours"] > 0
+    # 2 layers of width 24 over 17 tokens: 4 x 24^2 + 2 x 4 x 24^2 weights and 2 x 17 x 24 of attention a token, 192 x 24 a patch, 24 x 16 at the end.
+    assert figures["tower_flop_per_picture"] == 2 * (2 * 17 * (12 * 24**2 + 2 * 17 * 24) + 16 * 192 * 24 + 24 * 16)
+    assert figures["share_of_the_matmul_rate"]["ours"] > 0
 
 
 def test_flops_of_the_full_size_tower_are_those_of_the_reference():
