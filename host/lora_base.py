@@ -12,7 +12,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from .experts import guess_expert
-from .lora_bypass import quantised_kind, weight_shapes
+from .lora_bypass import original_weight, quantised_kind, weight_shapes
 from .lora_file import MODEL_PREFIX, LoraFile
 from .lora_keys import IMAGE_BRANCH, normalise, wan_layers
 from .weight_source import open_source
@@ -55,10 +55,9 @@ def base_from_model(model: Any, name: str, expert: str | None) -> BaseWeights:
         name: For reports.
         expert: Which expert it is, if known.
     """
-    patches = model.get_key_patches(MODEL_PREFIX)
 
     def read(key: str) -> torch.Tensor:
-        weight, convert = patches[key][0]
+        weight, convert = original_weight(model, key)
         if isinstance(weight, QuantizedTensor):
             weight = weight.dequantize()
         copy = comfy.model_management.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)

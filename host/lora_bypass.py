@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -195,6 +195,19 @@ def weight_shapes(model: Any) -> Mapping[str, tuple[int, ...]]:
     if model.model not in _shapes:
         _shapes[model.model] = MappingProxyType(_weight_shapes(model))
     return _shapes[model.model]
+
+
+def original_weight(model: Any, key: str) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+    """Return a weight of a MODEL as it is without any LoRA, and what turns a copy of it into numbers.
+
+    The host's `get_key_patches` gives the same for all keys, but trips over keys that GGUF layers make up for the host's estimate of memory.
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(model.model, key)
+    if key in model.hook_backup:
+        weight = model.hook_backup[key][0]
+    elif key in model.backup:
+        weight = model.backup[key].weight
+    return weight, convert or (lambda value, **_: value)
 
 
 def _weight_shapes(model: Any) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 Both carry a file and one strength. A curve or strengths per block cannot be carried, so rows with these are refused for the lists rather
 than passed on as something else.
-Source: the fields of a WANVIDLORA entry, kijai/ComfyUI-WanVideoWrapper nodes_model_loading.py (Apache-2.0), read, not copied.
+Source: the fields of a WANVIDLORA entry, kijai/ComfyUI-WanVideoWrapper nodes_model_loading.py@ee982da (Apache-2.0), read, not copied.
 """
 
 from __future__ import annotations

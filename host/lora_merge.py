@@ -168,7 +168,7 @@ def merge(
         was_there=was_there,
         lost=lost,
         rows=tuple(_row_text(row, of) for row, of in zip(active, fitted, strict=True)),
-        warnings=tuple(_warnings(source, active, fitted, expert, lost)),
+        warnings=tuple(_warnings(source, active, fitted, expert, lost, settings.rounding)),
     )
 
 
@@ -272,7 +272,7 @@ def _row_text(row: LoraRow, of: MergeRow) -> str:
     return f"{of.lora.name} at {strength}{blocks}: applied {of.fitted.applied_keys} of {of.fitted.total_keys} keys, {len(of.strengths)} weights"
 
 
-def _warnings(source: WeightSource, rows: Sequence[LoraRow], fitted: Sequence[MergeRow], expert: str, lost: float | None) -> list[str]:
+def _warnings(source: WeightSource, rows: Sequence[LoraRow], fitted: Sequence[MergeRow], expert: str, lost: float | None, rounding: str) -> list[str]:
     """Collect what the user should look at."""
     warnings = [] if rows else ["no row acts on this expert: the weights are those of the base"]
     guess = guess_expert(source.name, source.metadata)
@@ -282,5 +282,6 @@ def _warnings(source: WeightSource, rows: Sequence[LoraRow], fitted: Sequence[Me
         warnings += [f"{of.lora.name}: {text}" for text in (*slot_warnings(of.lora, {expert: row.strength(expert)}), *of.fitted.notes)]
     warnings += repeat_warnings([(row.file, {expert: row.strength(expert)}) for row in rows])
     if lost is not None and lost > LARGE_LOSS:
-        warnings.append("rounding hides much of the change in single weights; choose a finer dtype, or stochastic rounding, which keeps it on average")
+        advice = "by chance it is kept on average" if rounding == "stochastic" else "stochastic rounding keeps it on average"
+        warnings.append(f"rounding hides much of the change in single weights; {advice}, a finer dtype keeps it as it is")
     return list(dict.fromkeys(warnings))

@@ -19,9 +19,9 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoKrAdapter
 from torch import nn
 
-from .lora_bypass import FULL_PRECISION
+from .lora_bypass import FULL_PRECISION, original_weight
 from .lora_change import measure
-from .lora_file import MODEL_PREFIX, FittedLora
+from .lora_file import FittedLora
 from .patch_rows import patch_rows
 
 WHOLE_NUMBERS = 1 << 18  # weights up to this size are measured in full
@@ -113,10 +113,7 @@ def _kronecker_square(patch: LoKrAdapter) -> float | None:
 def _base_squares(model: Any, keys: tuple[str, ...]) -> Squares:
     """Measure the weights as they are without any LoRA, or return what was measured before."""
     known = _bases.setdefault(model.model, {})
-    missing = [key for key in keys if key not in known]
-    if missing:
-        weights = model.get_key_patches(MODEL_PREFIX)
-        known.update({key: _base_square(weights[key][0][0]) if key in weights else None for key in missing})
+    known.update({key: _base_square(original_weight(model, key)[0]) for key in keys if key not in known})
     return known
 
 

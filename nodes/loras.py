@@ -163,7 +163,14 @@ class MergeLoRA(io.ComfyNode):
                     default="nearest",
                     tooltip="How sums are rounded to the type. stochastic: up or down by chance, so that changes smaller than a step are kept on average.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Seed of the stochastic rounding."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the stochastic rounding.",
+                ),
                 io.Float.Input(
                     "shard_gb", default=0.0, min=0.0, max=1000.0, step=0.5, tooltip="Write files of at most this many GB and an index. 0 writes one file."
                 ),

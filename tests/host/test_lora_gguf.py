@@ -89,6 +89,13 @@ class Operations(comfy.ops.manual_cast):
                 if f"{prefix}{name}" in state_dict:
                     setattr(self, name, torch.nn.Parameter(state_dict[f"{prefix}{name}"], requires_grad=False))
 
+        def _save_to_state_dict(self, destination, prefix, _keep_vars) -> None:
+            # As that pack does for the host's estimate of memory: no numbers, and a key that no layer has.
+            destination[f"{prefix}weight"] = torch.zeros(self.weight.size(), device="meta", dtype=self.weight.dtype)
+            destination[f"{prefix}temp.weight"] = torch.empty(self.out_features, self.in_features, device="meta")
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias
+
         def forward(self, inputs):
             weight = unpack(self.weight) if isinstance(self.weight, Packed) else self.weight
             return torch.nn.functional.linear(inputs, weight.to(inputs), self.bias.to(inputs))
