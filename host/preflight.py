@@ -47,7 +47,7 @@ def _check_images(config: TrainConfig, headers: dict[str, Header | None]) -> Non
         channels = next((shape[1] for key, shape in header.shapes.items() if key.endswith("patch_embedding.weight")), None) if header else None
         if channels not in (None, _IMAGE_CHANNELS):
             raise ValueError(
-                f"prompts have start images, but the {expert}-noise expert reads {channels} channels, not {_IMAGE_CHANNELS}: use Wan2.2 I2V or Fun-InP experts, "
+                f"prompts have start images, but the {expert}-noise expert reads {channels} channels, not {_IMAGE_CHANNELS}: use Wan2.2 I2V or Fun-InP, "
                 "or take the images out of the prompt set"
             )
     missing = [path for path in images if not Path(path).is_file()]
