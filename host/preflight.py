@@ -12,6 +12,8 @@ from ..lora_train.safetensors_file import Header, read_header
 from ..reward_models.spec import RewardModelSpec
 from .experts import guess_expert
 
+# 16 of the noisy latent, 4 of the mask, 16 of the first frame's latent.
+_IMAGE_CHANNELS = 36
 _TEXT_KEY = "text_embedding.0.weight"
 ROLES = {"high": "high-noise expert", "low": "low-noise expert", "text_encoder": "text encoder", "vae": "VAE"}
 
@@ -29,15 +31,28 @@ def check(config: TrainConfig, folder: Path) -> None:
     roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
     _check_reward(config)
-    with_image = next((prompt for prompt in config.prompts if prompt.image), None)
-    if with_image is not None:
-        raise ValueError(f"the prompt {with_image.text[:40]!r} has a start image, but this version trains without: remove the images from the prompt set")
+    _check_images(config, headers)
     for slot in needs.experts(config):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
     _check_widths(config, headers)
     if needs.real_latents(config) and not Path(config.real.path).exists():
         raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
     check_disk(config, folder)
+
+
+def _check_images(config: TrainConfig, headers: dict[str, Header | None]) -> None:
+    images = needs.start_images(config)
+    for expert in needs.experts(config) if images else ():
+        header = headers[expert]
+        channels = next((shape[1] for key, shape in header.shapes.items() if key.endswith("patch_embedding.weight")), None) if header else None
+        if channels not in (None, _IMAGE_CHANNELS):
+            raise ValueError(
+                f"prompts have start images, but the {expert}-noise expert reads {channels} channels, not {_IMAGE_CHANNELS}: use Wan2.2 I2V or Fun-InP, "
+                "or take the images out of the prompt set"
+            )
+    missing = [path for path in images if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} start images do not exist, the first is {missing[0]}; check the paths in the prompt set")
 
 
 def _check_reward(config: TrainConfig) -> None:

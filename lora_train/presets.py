@@ -10,6 +10,7 @@ both gradients make one update together.
 video decoded, KL 1. Its constants belonged to one face scorer; centre and scale are measured.
 `reward-lab` is our default: one short rollout serves three random steps of the trained expert, each decoded at its prediction of the clean latent (a random
 latent frame, so that motion is not traded for a pretty first frame), with a KL to the base.
+`reward-lab-prfl` is PRFL as we would run it where there are no real videos: on the logit, every step's gradient of one size, held by a KL to the base.
 `pocket` is for the pocket models: random steps through the finished chain, because at their few steps the x0 prediction of a high sigma is too
 blurred for a reward model.
 """
@@ -55,6 +56,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mode": "x0", "strategy": "random", "grad_steps": 3, "rollout_steps": 4, "decode": "random", "decode_count": 1, "decode_history": 1,
             "kl_weight": 0.1,
         },
+        "lora": {"rank": 32, "skip": ["ffn"]},
+        "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
+    },
+    "reward-lab-prfl": {
+        "method": "prfl",
+        "video": {"width_px": 480, "height_px": 480, "frames": 81},
+        "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "unipc"},
+        "objective": {"kl_weight": 0.1},
+        "prfl": {"solver": "unipc", "guidance": 1.0, "loss": "logit", "even_gradient": True},
         "lora": {"rank": 32, "skip": ["ffn"]},
         "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
     },

@@ -38,7 +38,8 @@ class TrainLoRA(io.ComfyNode):
                     options=list(training.PRESETS),
                     default="reward-lab",
                     tooltip="Method and settings. reward-lab: this pack's defaults. videox-fun: the published recipe of the official reward LoRAs. "
-                    "hy-video-prfl: PRFL, on the score of noisy latents by a PAVRM. roll-reward-flow: gradient through several steps in a row. "
+                    "reward-lab-prfl: PRFL, on the score of noisy latents by a PAVRM. hy-video-prfl: its published recipe, which needs real videos. "
+                    "roll-reward-flow: gradient through several steps in a row. "
                     "The widgets below override each.",
                 ),
                 io.Int.Input("steps", default=100, min=1, max=1_000_000, tooltip="Optimiser steps."),

@@ -143,7 +143,7 @@ def write(work: Path, results: Path, picture: Path) -> None:
         "budget_forwards": BUDGET,
         "goals": reached,
         "experiments": table,
-        "curves": {name: {str(seed): run["curve"] for seed, run in runs.items() if "curve" in run} for name, runs in found.items() if name != BASE},
+        "curves": {name: {str(seed): _columns(run["curve"]) for seed, run in runs.items()} for name, runs in found.items() if name != BASE},
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -152,6 +152,16 @@ def write(work: Path, results: Path, picture: Path) -> None:
     for goal in reached:
         print(f"{'reached' if goal['met'] else 'missed '}  {goal['goal']}: {goal['measured']}")
     print(f"wrote {results} and {picture}")
+
+
+def _columns(curve: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A curve by column, each as one line of numbers; columns without any are left out."""
+    columns = {}
+    for name in curve[0] if curve else ():
+        values = [point[name] for point in curve]
+        if any(value is not None for value in values):
+            columns[name] = " ".join("-" if value is None else f"{value:.5g}" for value in values)
+    return columns
 
 
 def draw(table: Mapping[str, Mapping[str, Any]]):

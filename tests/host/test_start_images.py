@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from reward_lab.host import start_images  # noqa: E402
+from reward_lab.host import preflight, start_images  # noqa: E402
 from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.host.vae import load_decoder  # noqa: E402
 from reward_lab.host.wan import load_backbone  # noqa: E402
@@ -144,7 +144,7 @@ def test_worker_trains_image_to_video(comfyui, image_models, pocket_models, phot
     assert len(steps) == 2 and all(step["grad_norm"] > 0 for step in steps)
 
 
-def test_text_to_video_experts_refuse_images(tiny_models, photo):
+def test_text_to_video_experts_refuse_images(tiny_models, photo, tmp_path):
     config = TrainConfig.from_dict({
         "models": tiny_models, "reward": {"kind": "flicker"}, "prompts": [{"text": "a", "image": photo}],
         "video": {"width_px": 32, "height_px": 32, "frames": 5},
@@ -152,3 +152,14 @@ def test_text_to_video_experts_refuse_images(tiny_models, photo):
     backbone = load_backbone(tiny_models["high"], dtype=torch.float32, device=CPU)
     with pytest.raises(ValueError, match="reads 16 channels, not 36"):
         start_images.conditions(config, [photo], {"high": backbone}, None)
+    with pytest.raises(ValueError, match="the high-noise expert reads 16 channels, not 36: use Wan2.2 I2V"):
+        preflight.check(config, tmp_path)
+
+
+def test_missing_image_is_named_before_any_work(image_models, tmp_path):
+    config = TrainConfig.from_dict({
+        "models": image_models, "reward": {"kind": "flicker"}, "prompts": [{"text": "a", "image": str(tmp_path / "gone.png")}],
+        "video": {"width_px": 32, "height_px": 32, "frames": 5},
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="1 start images do not exist, the first is .*gone.png"):
+        preflight.check(config, tmp_path)
