@@ -280,7 +280,7 @@ def test_a_killed_worker_resumes_to_the_same_bytes(repo, pocket_data, comfyui, t
     try:
         whole = store.create(config)
         assert launch(whole).wait(TIMEOUT_S) == 0, store.log_tail(whole, 40)
-        run_id = store.create(_pocket(repo, pocket_data, validate_every=0, save_upstream=False, steps=100000, keep_checkpoints=100000))
+        run_id = store.create(_pocket(repo, pocket_data, validate_every=0, save_upstream=False, steps=1000, keep_checkpoints=40))
         worker, deadline = launch(run_id), time.monotonic() + TIMEOUT_S
         while not any(event["event"] == "checkpoint" for event in store.events(run_id)):
             assert worker.poll() is None and time.monotonic() < deadline, store.log_tail(run_id, 40)
