@@ -13,8 +13,8 @@ REWARD_FILES = ("clip", "detector", "landmarks", "reference")
 MODEL_FILES = ("high", "low", "text_encoder", "vae")
 
 
-def read_config(path: Path, repo: Path = REPO) -> dict:
-    """The settings in a JSON file, with absolute paths of models and reward.
+def read_config(path: Path, repo: Path = REPO, *, with_files: bool = True) -> dict:
+    """The settings in a JSON file, with absolute paths of models and reward; as they are written without `with_files`.
 
     A relative path is looked for beside the config, then in the current folder, then among the pocket models.
 
@@ -29,6 +29,8 @@ def read_config(path: Path, repo: Path = REPO) -> dict:
         raise LabError(f"The config {path} is not JSON: {error}.", remedy="Correct it at the place named.") from error
     if not isinstance(values, dict):
         raise LabError(f"The config {path} holds a {type(values).__name__}, not an object of settings.", remedy="Write it as {...}.")
+    if not with_files:
+        return values
     folders = (path.absolute().parent, Path.cwd(), repo / "pocket" / "weights")
     # Wrong types pass through: the reader of the settings names them better.
     _resolve(values.get("models"), MODEL_FILES, "models", folders)
