@@ -164,11 +164,13 @@ def run_train(options) -> int:
 
 
 def run_plan(options) -> int:
-    """Print what a training run would need."""
+    """Print what a training run would need: memory, seconds, knobs (`--json --shape wan-14b --card "rtx 4090"`; needs no weights and no GPU)."""
     from labtools.configs import read_config
 
-    values = read_config(Path(options.config))
-    setup = prepare(options)
+    # A named shape stands for the files: they need not exist.
+    values = read_config(Path(options.config), with_files=not any(argument.startswith("--shape") for argument in options.rest))
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(options)
     # The plan reads a file; this one has its relative paths looked up.
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.json"

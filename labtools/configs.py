@@ -15,8 +15,8 @@ PAVRM_FILES = ("trunk", "query", "head")
 DATA_PATHS = ("source", "annotations", "pairs", "losers", "validation")
 
 
-def read_config(path: Path, repo: Path = REPO) -> dict:
-    """The settings in a JSON file, with absolute paths of models and reward.
+def read_config(path: Path, repo: Path = REPO, *, with_files: bool = True) -> dict:
+    """The settings in a JSON file, with absolute paths of models and reward; as they are written without `with_files`.
 
     A relative path is looked for beside the config, then in the current folder, then among the pocket models.
 
@@ -31,6 +31,8 @@ def read_config(path: Path, repo: Path = REPO) -> dict:
         raise LabError(f"The config {path} is not JSON: {error}.", remedy="Correct it at the place named.") from error
     if not isinstance(values, dict):
         raise LabError(f"The config {path} holds a {type(values).__name__}, not an object of settings.", remedy="Write it as {...}.")
+    if not with_files:
+        return values
     folders = (path.absolute().parent, Path.cwd(), repo / "pocket" / "weights")
     # Wrong types pass through: the reader of the settings names them better.
     is_pavrm = values.get("kind") == "pavrm"

@@ -167,6 +167,7 @@ class BlockStore:
             self._target(slot, path, weight.shape, dtype, shapes.get(path))
             if path not in slot.raw or slot.raw[path].shape != weight.data.shape:
                 slot.raw[path] = torch.empty_like(weight.data, device=self._transfers.device)
+                self._transfers.in_after(self._transfers.mark_compute())
             self._transfers.start_copy(slot.raw[path], weight.data)
             self.copied_bytes += weight.nbytes
         slot.index, slot.owner = index, self
@@ -183,6 +184,8 @@ class BlockStore:
         else:
             slot.buffers[path] = weight_buffer(*shape, buffer_shape[0] - shape[0], dtype=dtype, device=self._transfers.device)
             slot.views[path] = slot.buffers[path][: shape[0], : shape[1]]
+        # New memory may still be in use by what was computed in it before.
+        self._transfers.in_after(self._transfers.mark_compute())
         return slot.views[path]
 
     def _bind(self, slot: Slot, index: int, merge: bool) -> bool:
