@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# What fits on a card, laid over a preset; from arithmetic (host/plan), not yet run on these cards.
+# Sizes to begin with on a card, laid over a preset; nothing of this has been run on these cards (`lab.py plan` says what is predicted).
 CARDS: dict[str, dict[str, Any]] = {
     "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16"},
     "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16"},

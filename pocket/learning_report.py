@@ -85,12 +85,14 @@ def goals(table: Mapping[str, Any], found: Mapping[str, Mapping[int, Mapping[str
     for name, sign, words in _DIRECTIONS:
         if name in table:
             gain = table[name]["gain"]["dynamic_degree"]
-            out.append(_goal(f"{words} dynamic degree", sign * gain["mean"] > 0, f"{gain['mean']:+.3f} ± {gain['standard_error']:.3f} px/frame"))
+            is_sure = sign * gain["mean"] >= 2 * gain["standard_error"]
+            out.append(_goal(f"{words} dynamic degree (by two standard errors)", is_sure, f"{gain['mean']:+.3f} ± {gain['standard_error']:.3f} px/frame"))
     for name in ("mps-low-reward-lab", "mps-low-videox-fun"):
         if name in table:
             gain = table[name]["gain"]
             shown = f"HPS {gain['reward']['mean']:+.4f}, text {100 * gain['text']['mean']:+.1f} points; training reward {_ends(found[name])}"
-            out.append(_goal(f"low-noise MPS, {name.removeprefix('mps-low-')}: better videos", gain["text"]["mean"] > 0, shown))
+            is_sure = gain["text"]["mean"] >= 2 * gain["text"]["standard_error"]
+            out.append(_goal(f"low-noise MPS, {name.removeprefix('mps-low-')}: better videos (by two standard errors)", is_sure, shown))
     if "guarded-5x" in table:
         out.append(_guarded(found["guarded-5x"], found[BASE]))
     return out
