@@ -85,7 +85,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv from kept output and log-sum-exp, in groups of heads: what a kernel holds besides (dq in fp32, copies) shrinks with the group.
 
-    Heads do not touch each other, so groups change no number.
+    Heads do not touch each other, so groups change no number; but on a CPU all threads share a group of a single head, and add in another order.
 
     Args:
         into: where gradients of several groups are written, shaped as q, k, v; may be these themselves.

@@ -42,6 +42,11 @@ def wait_for_progress(page: Any, text: str) -> None:
     page.wait_for_function("(text) => document.querySelector('.rl-label-progress')?.textContent.startsWith(text)", arg=text)
 
 
+def wait_for_caption(page: Any, text: str) -> None:
+    """The progress is told before the first video is shown."""
+    page.wait_for_function("(text) => document.querySelector('.rl-label-caption')?.textContent === text", arg=text)
+
+
 def wait_for_lines(page: Any, file: Any, count: int) -> None:
     """Wait until a file has so many lines."""
     for _ in range(100):
@@ -55,7 +60,7 @@ def test_videos_are_labelled_by_keys(page, folders) -> None:
     file = folders[0] / annotations.FILE_NAME
     open_page(page, label_scene.DATASET)
     wait_for_progress(page, "0 of 4")
-    assert page.locator(".rl-label-caption").inner_text() == label_scene.clip(0)[1]
+    wait_for_caption(page, label_scene.clip(0)[1])
     for number, key in enumerate("gbs", 1):
         page.keyboard.press(key)
         wait_for_progress(page, f"{number} of 4")
@@ -72,7 +77,7 @@ def test_videos_are_labelled_by_keys(page, folders) -> None:
 
     open_page(page, label_scene.DATASET)
     wait_for_progress(page, "2 of 4")
-    assert page.locator(".rl-label-caption").inner_text() == label_scene.clip(2)[1]
+    wait_for_caption(page, label_scene.clip(2)[1])
     page.get_by_label("What to judge").select_option("label:blur_quality")
     wait_for_progress(page, "0 of 4")
     page.get_by_role("button", name="Good").click()

@@ -100,7 +100,9 @@ def test_streamed_blocks_are_the_same_in_every_number_of_slots(setting, plain, s
     size, wanted = plain
     streamed = run(setting, size, engine(resident_blocks=0, slots=slots))
     assert largest_ratio(streamed, wanted) <= OTHER_ORDER
-    assert_equal_bits(streamed, run(setting, size, engine(resident_blocks=0, slots=2, keep_place="host", head_groups=4)))
+    assert_equal_bits(streamed, run(setting, size, engine(resident_blocks=0, slots=2, keep_place="host", head_groups=2)))
+    # A group of one head is computed by all threads of the CPU together, whose sums have another order.
+    assert largest_ratio(run(setting, size, engine(resident_blocks=0, slots=2, head_groups=4)), streamed) <= OTHER_ORDER
     assert largest_ratio(run(setting, size, engine(resident_blocks=1, slots=slots)), wanted) <= OTHER_ORDER
 
 
