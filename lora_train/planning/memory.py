@@ -50,6 +50,7 @@ class Job:
         element_bytes: of the compute type.
         rank: of the LoRA; 0 for an expert without one.
         adapted: names of a block's adapted Linears.
+        adapted_outside: names of the adapted Linears around the blocks.
         lora_parameters: of all trained experts together.
         experts: transformers in memory.
         has_average: a moving average of the masters is kept.
@@ -65,6 +66,7 @@ class Job:
     element_bytes: int
     rank: int
     adapted: frozenset[str]
+    adapted_outside: frozenset[str]
     lora_parameters: int
     experts: int
     has_average: bool
@@ -92,8 +94,12 @@ def slot_bytes(job: Job) -> int:
     return total + (block_bytes(job) if shape.weight_bytes < job.element_bytes else 0)
 
 
-def phases(job: Job, choice: Choice) -> dict[str, int]:
-    """Bytes of tensors on the card at the height of each phase, without driver and libraries."""
+def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, int]:
+    """Bytes of tensors on the card at the height of each phase, without driver and libraries.
+
+    Args:
+        in_kernels: with what the attention kernel allocates inside of itself.
+    """
     shape = job.shape
     fixed = job.experts * (shape.outer_parameters * job.element_bytes + shape.width * shape.in_channels * 4 * (4 - job.element_bytes)) + job.reward_bytes
     fixed += job.tokens * 128 * 2 * 4  # rotations, fp32
@@ -101,38 +107,73 @@ def phases(job: Job, choice: Choice) -> dict[str, int]:
     fixed += job.experts * choice.resident_blocks * block_bytes(job) * (2 if choice.merges_resident and choice.resident_blocks else 1)
     fixed += choice.slots * slot_bytes(job) if streams else 0  # shared by the experts
     fixed += job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "device" else 0
+    # Merged copies of the Linears around the blocks, held through the rollout (`lora/linears.py`).
+    outer = shape.outer_linears
+    merged = job.experts * sum(outer[name][0] * outer[name][1] for name in job.adapted_outside) * job.element_bytes
     kept = job.graphs * kept_bytes(job, choice) if choice.keep_place == "device" else 0
-    roll, x = job.stream_bytes(job.rollout_batch), job.stream_bytes(job.gradient_batch)
-    groups = choice.head_groups
-    # Self-attention: x, out, its gradient, the stream's gradient, h, q and k before their norms, q, k, v; a group's gradients; the kernel's fp32 dq.
-    attention = 10 * x + 3 * x // groups + _workspace(x, groups)
-    # Cross-attention: x, out, y, x1, h, q twice, its output, the sum, two gradients; dq.
-    cross = (11 if groups == 1 else 12) * x + 2 * x // groups + _workspace(x, groups)
-    feed = 10 * x + _feed_bytes(job, choice, job.gradient_batch, backward=True)
-    again = 0 if choice.keep_attention else x
+    # Where a block runs, its own share is among the tensors that are counted below.
+    others = kept - (kept_bytes(job, choice) // shape.blocks if kept else 0)
     pixels, latents, batch = job.decode
     return {
-        "rollout": fixed + _MERGE_BYTES + 6 * roll + max(roll, _feed_bytes(job, choice, job.rollout_batch, backward=False)),
-        "forward": fixed + kept + 6 * x + max(x, _feed_bytes(job, choice, job.gradient_batch, backward=False)),
+        "rollout": fixed + merged + max(2 * job.stream_bytes(job.rollout_batch) + _MERGE_BYTES, _forward_bytes(job, choice, job.rollout_batch, held=0)),
+        "forward": fixed + others + _forward_bytes(job, choice, job.gradient_batch, held=1 if choice.keep_attention else 0),
         "decode": fixed + kept + batch * pixels * (_DECODE_FIRST + _DECODE_LATER * (latents - 1)),
-        "backward": fixed + kept + again + max(attention, cross, feed) + _row_bytes(job, choice),
+        "backward": fixed + others + _backward_bytes(job, choice, in_kernels),
     }
 
 
+def _forward_bytes(job: Job, choice: Choice, batch: int, *, held: int) -> int:
+    """The height of a block's forward; `held`: streams of attention output that are kept beyond self-attention.
+
+    The first block is the highest: the patch embedding's result waits beside its contiguous copy, which is the block's input (two X in every line).
+    """
+    x, pieces = job.stream_bytes(batch), _row_elements(job, choice, batch)
+    return max(
+        # Turning k: h, q, k before and after; of a piece the one before, the norm in the compute type, three tensors in fp32.
+        6 * x + pieces * (2 * job.element_bytes + 3 * 4),
+        # v's product and its bias beside h, q, k; as much: the end of cross-attention with y, the stream after the gate, joined heads, product, sum.
+        (7 + held) * x,
+        # Norm of cross-attention's q: y, the stream after the gate, q before and after; of a piece the one before and three tensors in fp32.
+        (6 + held) * x + pieces * (job.element_bytes + 3 * 4),
+        # Feed-forward: its input and its result.
+        (4 + held) * x + _feed_bytes(job, choice, batch, wide=2, narrow=1),
+    )
+
+
+def _backward_bytes(job: Job, choice: Choice, in_kernels: bool) -> int:
+    """The height of a block's backward. In every line: the stream's gradient, x and attention's output."""
+    x, pieces, groups = job.stream_bytes(job.gradient_batch), _row_elements(job, choice, job.gradient_batch), choice.head_groups
+    kernel = _workspace(x, groups) if in_kernels else 0
+    # What the block before kept comes in while q and k have their backward.
+    fetched = (2 if choice.keep_attention else 1) * x if choice.keep_place == "host" and job.shape.blocks > 1 else 0
+    return max(
+        # Cross-attention ran again: y, the stream after the gate, h, q before and after its norm, joined heads, the sum.
+        10 * x + _feed_bytes(job, choice, job.gradient_batch, wide=4, narrow=2),
+        # Its attention: besides, the joined heads' gradient and dq; with several groups, one group's dq beside the whole.
+        12 * x + (x // groups if groups > 1 else 0) + kernel,
+        # Norm of its q: without q after the norm, joined heads and their gradient, with dq and its result; of a piece six tensors in fp32, two others.
+        10 * x + pieces * (2 * job.element_bytes + 6 * 4),
+        # Self-attention: gradient of its output, h, q and k before and after, v; a group's three gradients, written over q, k and v.
+        10 * x + 3 * x // groups + kernel,
+        # Rotary embedding and norm of k, then q: the gradient of h in place of v's; of a piece six tensors in fp32, one other.
+        10 * x + fetched + pieces * (job.element_bytes + 6 * 4),
+    )
+
+
 def _workspace(x: int, groups: int) -> int:
+    """The attention kernel's own dq, fp32."""
     return 2 * x // groups
 
 
-def _feed_bytes(job: Job, choice: Choice, batch: int, *, backward: bool) -> int:
+def _feed_bytes(job: Job, choice: Choice, batch: int, *, wide: int, narrow: int) -> int:
+    """One piece of the feed-forward: tensors of its inner width and of the model's."""
     tokens = min(job.tokens, choice.ffn_chunk_tokens or job.tokens)
-    wide, narrow = (4, 4) if backward else (2, 3)
     return batch * tokens * (wide * job.shape.ffn + narrow * job.shape.width) * job.element_bytes
 
 
-def _row_bytes(job: Job, choice: Choice) -> int:
-    """Pieces of the rotary embedding's backward, in fp32."""
-    tokens = min(job.tokens, choice.row_chunk_tokens or job.tokens)
-    return 6 * job.gradient_batch * tokens * job.shape.width * 4
+def _row_elements(job: Job, choice: Choice, batch: int) -> int:
+    """Elements of one piece of a row-by-row function (`kernels/rowwise.py`)."""
+    return batch * min(job.tokens, choice.row_chunk_tokens or job.tokens) * job.shape.width
 
 
 def kept_bytes(job: Job, choice: Choice) -> int:

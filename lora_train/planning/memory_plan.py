@@ -36,6 +36,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int = _REWAR
         element_bytes=4 if config.dtype == "fp32" else 2,
         rank=config.lora.rank,
         adapted=adapted,
+        adapted_outside=frozenset(chosen) & shape.outer_linears.keys(),
         lora_parameters=len(config.trained_experts) * config.lora.rank * sum(sum(shape.linears[path]) for path in chosen),
         experts=2,
         has_average=config.optimiser.ema_decay > 0,

@@ -10,7 +10,6 @@ pytestmark = pytest.mark.host
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 # Small terms that the plan leaves out (text, time and patch embeddings, modulation), and what is alive besides at the very peak.
 OPERATIONS, PEAK = 0.01, 0.06
-# Where the plan says more: it counts the attention kernel's own fp32 dq, which fake tensors do not show.
 GROUPS = 4
 
 
@@ -30,16 +29,19 @@ def job(shape, tokens, rank, **changes):
 
     values = {
         "shape": shape, "tokens": tokens, "rollout_batch": 1, "gradient_batch": 1, "graphs": 1, "element_bytes": 2, "rank": rank,
-        "adapted": frozenset(shape.block_linears), "lora_parameters": rank * sum(sum(size) for size in shape.linears.values()), "experts": 1,
-        "has_average": False, "decode": (1, 1, 1), "reward_bytes": 0,
+        "adapted": frozenset(shape.block_linears), "adapted_outside": frozenset(shape.outer_linears),
+        "lora_parameters": rank * sum(sum(size) for size in shape.linears.values()), "experts": 1, "has_average": False, "decode": (1, 1, 1), "reward_bytes": 0,
     }  # fmt: skip
     return Job(**{**values, **changes})
 
 
 def compare(shape, size, rank, skip=(), **changes):
-    """Run on fake tensors and hold the plan to it; blocks are alike, so few stand for forty."""
+    """Run on fake tensors and hold the plan to it; blocks are alike, so few stand for forty.
+
+    The attention kernel's own fp32 dq does not show on fake tensors and is left out of the plan's side.
+    """
     from reward_lab.host.dry_run import dry_run
-    from reward_lab.lora_train.planning.memory import _workspace, phases
+    from reward_lab.lora_train.planning.memory import phases
     from reward_lab.lora_train.planning.work import passes
 
     frames, height, width = SIZES[size]
@@ -51,8 +53,7 @@ def compare(shape, size, rank, skip=(), **changes):
     for phase, wanted in (("rollout", work.forward), ("forward", work.exact), ("backward", work.backward)):
         assert watched[phase].flops == pytest.approx(sum(wanted.values()), rel=OPERATIONS), phase
     here = job(shape, tokens, rank, adapted=frozenset(adapted))
-    predicted = phases(here, choice)
-    predicted["backward"] -= _workspace(here.stream_bytes(1), choice.head_groups)
+    predicted = phases(here, choice, in_kernels=False)
     for phase in ("rollout", "forward", "backward"):
         print(f"{size} rank {rank} {phase}: {watched[phase].card_bytes / 1e9:.2f} GB seen, {predicted[phase] / 1e9:.2f} GB predicted")
     for phase in ("rollout", "forward", "backward"):
@@ -78,6 +79,14 @@ def test_knobs(comfyui, changes):
     from reward_lab.lora_train.planning.shapes import named_shape
 
     compare(replace(named_shape("wan-14b"), blocks=1), "480p", 64, ("ffn",), **{"slots": 1, **changes})
+
+
+@pytest.mark.parametrize("keep_place", ["host", "device"])
+def test_two_blocks(comfyui, keep_place):
+    """Only with a block before it does a backward bring in kept tensors while it works, and only then do others wait on the card."""
+    from reward_lab.lora_train.planning.shapes import named_shape
+
+    compare(replace(named_shape("wan-14b"), blocks=2), "480p", 32, keep_place=keep_place)
 
 
 def test_the_card_does_not_grow_with_the_blocks_and_the_host_does_by_one_blocks_share(comfyui):
