@@ -113,10 +113,12 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     kept = job.graphs * kept_bytes(job, choice) if choice.keep_place == "device" else 0
     # Where a block runs, its own share is among the tensors that are counted below.
     others = kept - (kept_bytes(job, choice) // shape.blocks if kept else 0)
+    # With the others kept the last block is the highest, and the patch embedding's result is gone by then.
+    gone = job.stream_bytes(job.gradient_batch) if kept and shape.blocks > 1 else 0
     pixels, latents, batch = job.decode
     return {
         "rollout": fixed + merged + max(2 * job.stream_bytes(job.rollout_batch) + _MERGE_BYTES, _forward_bytes(job, choice, job.rollout_batch, held=0)),
-        "forward": fixed + others + _forward_bytes(job, choice, job.gradient_batch, held=1 if choice.keep_attention else 0),
+        "forward": fixed + others - gone + _forward_bytes(job, choice, job.gradient_batch, held=1 if choice.keep_attention else 0),
         "decode": fixed + kept + batch * pixels * (_DECODE_FIRST + _DECODE_LATER * (latents - 1)),
         "backward": fixed + others + _backward_bytes(job, choice, in_kernels),
     }
