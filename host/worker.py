@@ -179,7 +179,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),
-            pause=lambda: lease.wait_until_free(folder.parent, stop) if device.type != "cpu" else None,
+            pause=lambda: lease.wait_until_free(folder.parent, stop),
             base_sha256=lambda expert: hashes[expert].result(),
             device=device,
             real=real,
