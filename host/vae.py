@@ -28,7 +28,7 @@ class WanDecoder:
         network: the host's WanVAE.
         """
         freeze(network)
-        self.network = network.to(device, dtype)
+        self.network = _laid_out(network.to(device, dtype), device)
         self.dtype = dtype
         self.device = device
         self._format = comfy.latent_formats.Wan21()
@@ -60,6 +60,16 @@ class WanDecoder:
     def encode(self, frames_BFCHW: torch.Tensor) -> torch.Tensor:
         """Latents in model space [B, 16, F, H/8, W/8] of pixels in [0, 1] [B, T, 3, H, W], T = 4n+1."""
         return self._format.process_in(self.network.encode((frames_BFCHW.transpose(1, 2) * 2 - 1).to(self.device, self.dtype)).float())
+
+
+def _laid_out(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """On a CPU, weights with the channels last: a decode takes two thirds of the time, one with gradient three quarters."""
+    formats = {torch.nn.Conv2d: torch.channels_last, torch.nn.Conv3d: torch.channels_last_3d}
+    for module in network.modules() if device.type == "cpu" else ():
+        for kind, memory_format in formats.items():
+            if isinstance(module, kind):
+                module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
+    return network
 
 
 def pixel_frames(selection: range) -> range:
