@@ -19,7 +19,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoKrAdapter
 from torch import nn
 
-from .lora_bypass import FULL_PRECISION, original_weight
+from .lora_bypass import FULL_PRECISION, is_packed, original_weight
 from .lora_change import measure
 from .lora_file import FittedLora
 from .patch_rows import patch_rows
@@ -124,7 +124,7 @@ def _base_square(weight: torch.Tensor) -> float | None:
         if stored.dtype not in FP8_DTYPES or scale is None or scale.numel() != 1:
             return None
         return _stored_square(stored) * float(scale) ** 2
-    if hasattr(weight, "tensor_type") or weight.is_meta or weight.dtype not in (*FULL_PRECISION, *FP8_DTYPES):
+    if is_packed(weight) or weight.is_meta or weight.dtype not in (*FULL_PRECISION, *FP8_DTYPES):
         return None
     return _stored_square(weight)
 
