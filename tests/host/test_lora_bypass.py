@@ -335,22 +335,7 @@ def test_a_new_strength_loads_nothing(models, lora_folder: Path, monkeypatch: py
     assert pointers == {name: parameter.data_ptr() for name, parameter in models["high"].model.named_parameters()}
 
 
-def test_lists_for_other_packs_need_no_model(models, lora_folder: Path) -> None:
-    for name in "abc":
-        write_lora(lora_folder / f"{name}.safetensors", models["high"], 4)
-    rows = [
-        {"file": "a.safetensors", "high": 0.5, "low": 0.25},
-        {"file": "b.safetensors", "high": 0.7, "application": "bypass", "curve": "1:0.5, 0:0.5"},
-        {"file": "c.safetensors", "high": 1.0, "curve": "ramp"},
-    ]
-    outputs = LoadLoRAs.execute(rows=rows_text(*rows)).args
-    assert outputs[:2] == (None, None) and "c.safetensors: its curve" in outputs[2] and "no high-noise model is connected" in outputs[2]
-    entry = {"name": "a", "blocks": {}, "layer_filter": "", "low_mem_load": False, "path": str(lora_folder / "a.safetensors")}
-    assert outputs[4] == [{**entry, "strength": 0.25, "merge_loras": True}]
-    assert outputs[3] == [
-        {**entry, "strength": 0.5, "merge_loras": True},
-        {**entry, "name": "b", "path": str(lora_folder / "b.safetensors"), "strength": 0.35, "merge_loras": False},
-    ]
-    assert outputs[5:] == ([("a.safetensors", 0.5, 0.0), ("b.safetensors", 0.35, 0.0)], [("a.safetensors", 0.25, 0.0)])
-    only_low = LoadLoRAs.execute(model_low=models["low"], rows=rows_text(rows[0])).args
+def test_one_model_is_enough(models, lora_folder: Path) -> None:
+    write_lora(lora_folder / "a.safetensors", models["high"], 4)
+    only_low = LoadLoRAs.execute(model_low=models["low"], rows=rows_text({"file": "a.safetensors", "high": 0.5, "low": 0.25})).args
     assert only_low[0] is None and only_low[1].patches
