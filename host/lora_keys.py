@@ -58,6 +58,8 @@ PARTS = {
     ".magnitude_vector": "dora_scale",
     ".diff": "diff",
     ".diff_b": "diff_b",
+    ".w_norm": "diff",  # LyCORIS' names for the changes of a norm
+    ".b_norm": "diff_b",
     ".hada_w1_a": "hada_w1_a",
     ".hada_w1_b": "hada_w1_b",
     ".hada_w2_a": "hada_w2_a",

@@ -17,7 +17,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 IMAGES = REPO / "web" / "docs" / "images"
 RUN_LIMIT_S = 900.0
-MARGIN_PX = 14
+MARGIN_PX, BADGE_PX = 14, 24  # above the node stands the badge of its pack
 
 ROWS = [
     {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-high-noise-HPS2.1.safetensors", "high": 0.6, "low": 0, "curve": "1:0, 0.95:1, 0.875:0.5, 0:0.3"},
@@ -77,7 +77,8 @@ def picture_of(page: Any, node_type: str, path: Path) -> None:
         }""",
         node_type,
     )
-    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - MARGIN_PX, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + 2 * MARGIN_PX}
+    top = MARGIN_PX + BADGE_PX
+    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - top, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + top + MARGIN_PX}
     path.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(path), type="jpeg", quality=82, clip=clip)
 
