@@ -67,7 +67,7 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
 
     Raises:
         ValueError: missing, empty, not safetensors, a header that is too long or names a key twice, an entry whose type, shape and offsets do not
-            fit each other, numbers that overlap or leave holes, or a file shorter than its header promises.
+            fit each other, numbers that overlap or leave holes, metadata that are no texts, or a file shorter than its header promises.
     """
     path = Path(path)
     if path.is_dir():
@@ -91,7 +91,10 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
         raise ValueError(f"the {what} {path} has an unreadable safetensors header ({str(error)[:200]}); download it again") from error
     if not isinstance(entries, dict):
         raise ValueError(f"the {what} {path} has an unreadable safetensors header (a {type(entries).__name__}, not an object); download it again")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"the {what} {path} has metadata that are no texts under names, as the format asks for; download it again")
     for key, entry in entries.items():
         if not _is_entry(entry):
             raise ValueError(f"the {what} {path} is damaged: the header's entry of {key[:200]!r} has no valid type, shape and offsets; download it again")
@@ -103,7 +106,7 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
         shapes={key: tuple(entry["shape"]) for key, entry in entries.items()},
         dtypes={key: entry["dtype"] for key, entry in entries.items()},
         bytes_of={key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in entries.items()},
-        metadata={str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {},
+        metadata=metadata,
         begin_of={key: 8 + length + entry["data_offsets"][0] for key, entry in entries.items()},
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -179,7 +180,7 @@ def load_stand_in(base: dict[str, torch.Tensor], fixtures: Path, _folder: Path):
 
 
 def load_real(base: dict[str, torch.Tensor], fixtures: Path, folder: Path):
-    """Write a real file and load it with the real pack's loader node; also return the numbers that the `gguf` package reads from the file."""
+    """Write a real file and load it with the real pack's loader node; also return the numbers that the weights stand for."""
     import gguf
 
     if "reward_lab_real_gguf" not in sys.modules:
@@ -187,12 +188,9 @@ def load_real(base: dict[str, torch.Tensor], fixtures: Path, folder: Path):
         sys.modules["reward_lab_real_gguf"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["reward_lab_real_gguf"])
     writer = gguf.GGUFWriter(folder / "base.gguf", "wan")
-    dense = {}
     for key, value in base.items():
         kind = gguf.GGMLQuantizationType.Q8_0 if can_be_packed(key, value) else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(value.numpy(), kind)
-        dense[key] = torch.from_numpy(gguf.quants.dequantize(data, kind)).reshape(value.shape)
-        writer.add_tensor(key, data, raw_dtype=kind)
+        writer.add_tensor(key, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +203,9 @@ def load_real(base: dict[str, torch.Tensor], fixtures: Path, folder: Path):
             lambda tensors, model_options: host_load(tensors, model_options={**model_options, **options}, metadata=metadata_of(fixtures)),
         )
         (model,) = sys.modules["reward_lab_real_gguf"].NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("base.gguf")
-    return model, dense
+    # Unpacked as that pack's layers do it, whose products are rounded to fp16.
+    dequantize = importlib.import_module("reward_lab_real_gguf.dequant").dequantize_tensor
+    return model, {key: torch.Tensor(dequantize(comfy.utils.get_attr(model.model.diffusion_model, key), torch.float32)) for key in base}
 
 
 LOADERS: dict[str, Callable] = {"stand-in": load_stand_in, **({"ComfyUI-GGUF": load_real} if REAL_PACK else {})}

@@ -79,22 +79,16 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in model.model.named_parameters()}
 
 
-class Card:
-    """Makes the host treat the CPU as a card with little memory."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.free_bytes = 0
-        monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _device: False)
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_args, **_kwargs: self.free_bytes)
-        monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 0)
-        monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 0)
-        self._set_state = lambda state: monkeypatch.setattr(comfy.model_management, "vram_state", state)
-
-    def load(self, model, state: str, free_bytes: int = 0) -> None:
-        """Load as the samplers do."""
-        self.free_bytes = free_bytes
-        self._set_state(comfy.model_management.VRAMState[state])
-        comfy.model_management.load_models_gpu(all_of(model))
+def load_on_card(model, state: str, free_bytes: int = 0) -> None:
+    """Load as the samplers do, with a host that takes the CPU for a card with so much free memory."""
+    management = comfy.model_management
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(management, "is_device_cpu", lambda _device: False)
+        patch.setattr(management, "get_free_memory", lambda *_args, **_kwargs: free_bytes)
+        patch.setattr(management, "minimum_inference_memory", lambda: 0)
+        patch.setattr(management, "extra_reserved_memory", lambda: 0)
+        patch.setattr(management, "vram_state", management.VRAMState[state])
+        management.load_models_gpu(all_of(model))
 
 
 def offloaded(model) -> int:
@@ -104,31 +98,30 @@ def offloaded(model) -> int:
 
 @pytest.mark.parametrize("application", ["merged", "bypass"])
 @pytest.mark.parametrize("state", ["NO_VRAM", "LOW_VRAM", "NORMAL_VRAM"])
-def test_loaded_in_part_or_not_at_all(fixtures: Path, monkeypatch: pytest.MonkeyPatch, application: str, state: str) -> None:
+def test_loaded_in_part_or_not_at_all(fixtures: Path, application: str, state: str) -> None:
     base = load(fixtures)
     before = weights_of(base)
     model = apply(base, application)
-    card = Card(monkeypatch)
-    card.load(model, state, free_bytes=base.model_size() // 2)
+    load_on_card(model, state, free_bytes=base.model_size() // 2)
     linears = sum(hasattr(module, "comfy_cast_weights") for module in model.model.modules())
     assert base.model.model_lowvram and (offloaded(model) == linears if state == "NO_VRAM" else 0 < offloaded(model) < linears)
     assert (base.model.lowvram_patch_counter > 0) == (application == "merged")
     assert ratio(forward(model, fixtures), expected_of(fixtures)) <= TOLERANCE
     # A new strength on a model that is half on the card, then the base alone.
-    card.load(apply(base, application, {"file": FILES["hps"], "high": 0.55}), state, free_bytes=base.model_size() // 2)
-    assert ratio(forward(base, fixtures), expected_of(fixtures, "hps_0.55")) <= TOLERANCE
-    card.load(base, state, free_bytes=base.model_size() // 2)
+    other = apply(base, application, {"file": FILES["hps"], "high": 0.55})
+    load_on_card(other, state, free_bytes=base.model_size() // 2)
+    assert ratio(forward(other, fixtures), expected_of(fixtures, "hps_0.55")) <= TOLERANCE
+    load_on_card(base, state, free_bytes=base.model_size() // 2)
     assert ratio(forward(base, fixtures), expected_of(fixtures, "none")) <= TOLERANCE and not hooks_of(base)
     comfy.model_management.unload_all_models()
     assert all(torch.equal(value, before[key]) for key, value in weights_of(base).items())
 
 
 @pytest.mark.parametrize("application", ["merged", "bypass"])
-def test_unloaded_and_loaded_again_piece_by_piece(fixtures: Path, monkeypatch: pytest.MonkeyPatch, application: str) -> None:
+def test_unloaded_and_loaded_again_piece_by_piece(fixtures: Path, application: str) -> None:
     """What the host does when another model needs room: it takes part of this one off the card, and brings it back later."""
     model = apply(load(fixtures), application)
-    card = Card(monkeypatch)
-    card.load(model, "NORMAL_VRAM", free_bytes=1 << 40)
+    load_on_card(model, "NORMAL_VRAM", free_bytes=1 << 40)
     assert not offloaded(model) and ratio(forward(model, fixtures), expected_of(fixtures)) <= TOLERANCE
     outputs = []
     for share in (0.3, 0.6, 1.0):
@@ -140,7 +133,7 @@ def test_unloaded_and_loaded_again_piece_by_piece(fixtures: Path, monkeypatch: p
         patcher.partially_load(patcher.load_device, 1e32)
     outputs.append(forward(model, fixtures))
     assert [ratio(output, expected_of(fixtures)) <= TOLERANCE for output in outputs] == [True] * 4
-    assert hooks_of(model) == (0 if application == "merged" else 60)
+    assert hooks_of(model) == (0 if application == "merged" else 30)
 
 
 class Buffer:
@@ -203,10 +196,10 @@ def write_large_rows(folder: Path, model) -> dict:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
 def test_dynamic_vram(fixtures: Path, tmp_path: Path, dynamic: type, dtype: torch.dtype) -> None:
     base = load(fixtures, dtype)
-    before = {key: value.view(torch.uint8) for key, value in weights_of(base).items()}
     row = write_large_rows(tmp_path, base)
     comfy.model_management.load_models_gpu([base])
     plain = forward(base, fixtures)
+    before = {key: value.view(torch.uint8) for key, value in weights_of(base).items()}  # the host casts bare parameters at the first load
     model = apply(base, "bypass", *ROWS, row)
     assert len(all_of(model)) == 4 and all(isinstance(patcher, dynamic) for patcher in all_of(model))
     comfy.model_management.load_models_gpu(all_of(model))
