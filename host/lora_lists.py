@@ -4,7 +4,8 @@ Both carry a file and one strength. A curve or strengths per block cannot be car
 something else. The files are read by the other pack then, which knows fewer layouts than this one; what it would get wrong is told, with the remedy.
 
 Source, read and not copied: kijai/ComfyUI-WanVideoWrapper@3317577 (Apache-2.0), nodes_model_loading.py: the entry of `WanVideoLoraSelect`, what
-`standardize_lora_key_format`, `compensate_rs_lora_format` and `add_lora_weights` make of a file, one `merge_loras` for all entries in `loadmodel`.
+`standardize_lora_key_format`, `compensate_rs_lora_format` and `add_lora_weights` make of a file, one `merge_loras` for all entries in `loadmodel`;
+custom_linear.py: `set_lora_params` passes over the head.
 `LORA_STACK`: (name in the LoRA folder, strength on the model, strength on the text encoder), as documented for Comfyroll's `CR LoRA Stack`; its consumers call
 ComfyUI's own loader.
 """
@@ -78,14 +79,17 @@ def lora_lists(rows: Sequence[LoraRow], expert: str, application: str) -> LoraLi
     )
 
 
-def notes(reports: Sequence[RowReport], left_out: Sequence[str]) -> list[str]:
+def notes(reports: Sequence[RowReport], both: Sequence[LoraLists]) -> list[str]:
     """Say what the lists do not carry, and which of their files another pack would read differently; one line for each.
 
     Args:
         reports: Of the rows.
-        left_out: Files that are in none of the lists.
+        both: The lists of the two experts.
     """
-    lines = [f"{file}: its curve or block strengths cannot be carried by the lists for other packs" for file in dict.fromkeys(left_out)]
+    left_out = tuple(dict.fromkeys(file for lists in both for file in lists.left_out))
+    lines = [f"{file}: its curve or block strengths cannot be carried by the lists for other packs" for file in left_out]
+    if any(not entry["merge_loras"] for lists in both for entry in lists.wanvideo):
+        lines.append("WanVideoWrapper leaves the head out of unmerged rows; the lists for other packs ask for these because of 'bypass'")
     for row in reports:
         fault = reading_faults(row.layout, row.kinds) if row.layout and row.file not in left_out and (row.high or row.low) else ""
         lines += [f"{row.file} {fault}"] if fault else []

@@ -81,7 +81,9 @@ def test_the_wrapper_merges_all_rows_or_none(folder: Path) -> None:
         (({**first, "application": "bypass"}, second), "merged", False),
         (({**first, "application": "merged"}, {**second, "application": "auto"}), "bypass", True),
     ):
-        assert {entry["merge_loras"] for entry in lists(*rows, application=application)[3]} == {expected}, (rows, application)
+        outputs = lists(*rows, application=application)
+        assert {entry["merge_loras"] for entry in outputs[3]} == {expected}, (rows, application)
+        assert ("leaves the head out" in outputs[2]) == (not expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
