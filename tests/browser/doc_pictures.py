@@ -17,7 +17,8 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 IMAGES = REPO / "web" / "docs" / "images"
 RUN_LIMIT_S = 900.0
-MARGIN_PX = 14
+SCALE = 1.5  # of the pictures: sharp on screens with small pixels too
+MARGIN_PX, BADGE_PX = 14, 24  # above the node stands the badge of its pack
 
 ROWS = [
     {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-high-noise-HPS2.1.safetensors", "high": 0.6, "low": 0, "curve": "1:0, 0.95:1, 0.875:0.5, 0:0.3"},
@@ -54,7 +55,7 @@ def build(page: Any) -> None:
             const merge = window.LiteGraph.createNode('RewardLabMergeLoRA');
             graph.add(merge);
             merge.pos = [1400, 0];
-            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', dtype: 'fp8_scaled', rounding: 'stochastic', overwrite: true };
+            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', overwrite: true };
             const plain = JSON.parse(rows).filter((row) => row.high && row.on).map(({ curve, ...row }) => row);
             for (const [name, value] of Object.entries({ ...settings, rows: JSON.stringify(plain) })) merge.widgets.find((w) => w.name === name).value = value;
             merge.configure(merge.serialize());
@@ -77,7 +78,8 @@ def picture_of(page: Any, node_type: str, path: Path) -> None:
         }""",
         node_type,
     )
-    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - MARGIN_PX, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + 2 * MARGIN_PX}
+    top = MARGIN_PX + BADGE_PX
+    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - top, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + top + MARGIN_PX}
     path.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(path), type="jpeg", quality=82, clip=clip)
 
@@ -107,7 +109,7 @@ def label_pictures(url: str, output: Path) -> None:
     from reward_lab.tests.browser.test_label_page import open_page, wait_for_progress
 
     label_scene.fill(output)
-    with frontend.open_front_end(url, width_px=1200, height_px=760) as page:
+    with frontend.open_front_end(url, width_px=1200, height_px=760, scale=SCALE) as page:
         open_page(page, label_scene.DATASET)
         page.keyboard.press("g")
         wait_for_progress(page, "1 of 4")
@@ -168,7 +170,7 @@ def main() -> None:
         label_pictures(arguments.url, arguments.output)
         return
     frontend = _frontend()
-    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000) as page:
+    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000, scale=SCALE) as page:
         for name in arguments.names or TAKE:
             TAKE[name](frontend, page)
 
