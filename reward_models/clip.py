@@ -297,13 +297,20 @@ def tokenize(prompts: Sequence[str], *, is_plain: bool = False, pad_id: int = 0)
 
 
 def warn_about(prompts: Sequence[str], *, is_plain: bool = False) -> None:
-    """Log a warning for every empty prompt, and for every one that does not fit 77 ids, with the words where it is cut."""
-    tokenizer = _tokenizer(is_plain)
+    """Log what `prompt_warnings` says."""
+    for message in prompt_warnings(prompts, is_plain=is_plain):
+        _LOG.warning("%s", message)
+
+
+def prompt_warnings(prompts: Sequence[str], *, is_plain: bool = False) -> list[str]:
+    """A sentence for every empty prompt, and for every one that does not fit 77 ids, with the words where it is cut."""
+    tokenizer, room = _tokenizer(is_plain), CONTEXT_LENGTH - 2
+    messages = []
     for prompt in prompts:
         if not prompt.strip():
-            _LOG.warning("A prompt is empty: its scores compare the frames with no text at all and mean little.")
+            messages.append("A prompt is empty: its scores compare the frames with no text at all and mean little.")
         ids = tokenizer.encode(prompt)
-        room = CONTEXT_LENGTH - 2
         if len(ids) > room:
-            before, after = tokenizer.decode(ids[:room])[-40:], tokenizer.decode(ids[room:])[:40]
-            _LOG.warning("Prompt needs %d tokens, %d fit: it is cut after '...%s', before '%s...'.", len(ids), room, before.strip(), after.strip())
+            before, after = tokenizer.decode(ids[:room])[-40:].strip(), tokenizer.decode(ids[room:])[:40].strip()
+            messages.append(f"Prompt needs {len(ids)} tokens, {room} fit: it is cut after '...{before}', before '{after}...'.")
+    return messages

@@ -72,6 +72,10 @@ class HPSv2Reward:
         """Unit prompt vectors [B, D], at least float32, cached by prompt; without gradient."""
         return self._texts(prompts)
 
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return clip.prompt_warnings(prompts)
+
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """HPS per frame and their mean; see `base.RewardModel.score`.
 

@@ -167,6 +167,21 @@ def build(config: Mapping[str, Any]) -> MPS:
     return MPS(clip.build_clip(clip_config), CrossModel(dim, **cross_config))
 
 
+def cross_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes of the cross model, `cross_config` of `build`, read off its weights: unlike the towers' heads, all of them show.
+
+    Args:
+        state: names of `MPS` or of a published file.
+    """
+    first = "cross_model.layers.0.0.fn"
+    layers = {key.split(".")[2] for key in state if key.startswith("cross_model.layers.")}
+    to_q, to_kv, feed = (state.get(f"{first}.{name}.weight") for name in ("to_q", "to_kv", "ff.0"))
+    if any(weight is None or weight.ndim != 2 or min(weight.shape) < 1 for weight in (to_q, to_kv, feed)) or len(to_kv) < 2:
+        return {}
+    head_width = len(to_kv) // 2
+    return {"layer_num": len(layers), "dim_head": head_width, "heads": len(to_q) // head_width, "ff_mult": len(feed) // (2 * to_q.shape[1])}
+
+
 def export_state_dict(network: MPS) -> dict[str, Tensor]:
     """State dict in the published layout: `model.` + Hugging Face names, `cross_model.` with the rotary frequencies; no position_ids."""
     state = own_to_mps({key: value.detach() for key, value in network.state_dict().items()})
@@ -293,6 +308,10 @@ class MPSReward:
         raw_BF = cosine_BF * clip.wide(self.network.clip.logit_scale).exp()
         reward_BF = raw_BF if self.scale == "raw" else cosine_BF
         return RewardOutput(per_frame=reward_BF, per_video=reward_BF.mean(dim=1), parts={"mps_raw": raw_BF, "mps_cosine": cosine_BF, **parts})
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return clip.prompt_warnings(prompts, is_plain=True)
 
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """MPS per frame and their mean; see `base.RewardModel.score`.

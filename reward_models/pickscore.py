@@ -56,6 +56,10 @@ class PickScoreReward:
         self._texts.clear()
         return self
 
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return clip.prompt_warnings(prompts, is_plain=True)
+
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """PickScore per frame and their mean; see `base.RewardModel.score`.
 

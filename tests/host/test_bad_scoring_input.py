@@ -24,14 +24,17 @@ def hps(shared_fixtures: Path) -> Path:
 
 @pytest.fixture
 def run(hps, capsys):
-    """Run `score`; returns exit status, document (None when it failed) and standard error."""
+    """Run `score`; returns exit status, document (None when it was refused) and the reason."""
 
     def call(*paths, **options):
         job = {"kind": "hpsv2", "weights": str(hps / "hps_tiny.safetensors"), "config": str(hps / "config.json"), "prompt": "a cat", "json": True}
         status = score_command.main(["score", json.dumps({"paths": [str(path) for path in paths], **job, **options})])
         printed = capsys.readouterr()
-        assert "Traceback" not in printed.err and (status == 0) == bool(printed.out)
-        return status, json.loads(printed.out) if printed.out else None, printed.err
+        document = json.loads(printed.out)
+        assert "Traceback" not in printed.err and document["verdict"] == {0: "ok", score_command.REFUSED: "refused"}[status]
+        reason = document.get("reason", "")
+        assert f"Error: {reason}" in printed.err or status == 0
+        return status, None if status else document, reason
 
     return call
 
@@ -58,7 +61,7 @@ def frames(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
 def test_tensors_that_are_no_frames(run, tmp_path, tensor, message):
     save_file({"frames": tensor}, tmp_path / "x.safetensors")
     status, _, error = run(tmp_path / "x.safetensors")
-    assert status == 1 and re.search(message, error), error
+    assert status == score_command.REFUSED and re.search(message, error), error
 
 
 def test_frames_in_either_layout_and_any_dtype_score_the_same(run, tmp_path):
@@ -85,7 +88,7 @@ def test_pictures_that_are_not_plain_rgb(run, tmp_path):
     assert grey["videos"][0]["frames"] == 1
     Image.fromarray((frames(20, 31).numpy() * 60000).astype(np.uint16)).save(tmp_path / "deep.png")
     status, _, error = run(tmp_path / "deep.png")
-    assert status == 1 and "more than 8 bits" in error
+    assert status == score_command.REFUSED and "more than 8 bits" in error
 
 
 def test_an_8k_frame_is_scored(run, tmp_path):
@@ -108,7 +111,7 @@ def test_an_8k_frame_is_scored(run, tmp_path):
 def test_damaged_and_foreign_files(run, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     status, _, error = run(tmp_path / name)
-    assert status == 1 and message in error
+    assert status == score_command.REFUSED and message in error
 
 
 def test_paths_that_hold_nothing(run, tmp_path):
@@ -120,7 +123,7 @@ def test_prompts_and_videos_of_different_number(run, tmp_path, shared_fixtures):
     images = shared_fixtures / "scorers" / "images"
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
     status, _, error = run(images, prompt=None, prompts=str(tmp_path / "two.txt"))
-    assert status == 1 and "holds 2 prompts, but there are 6 videos" in error
+    assert status == score_command.REFUSED and "holds 2 prompts, but there are 6 videos" in error
     (tmp_path / "one.txt").write_text("a cat\n")
     assert run(images, prompt=None, prompts=str(tmp_path / "one.txt"))[1]["videos"][5]["prompt"] == "a cat"
     assert "give --prompt TEXT or --prompts FILE" in run(images, prompt=None)[2]
@@ -158,7 +161,7 @@ def test_a_hostile_pickle_runs_nothing(run, tmp_path, shared_fixtures):
     (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
     torch.save({"state_dict": Hostile()}, tmp_path / "hostile_zip.pt")
     for name in ("hostile.pt", "hostile_zip.pt"):
-        assert run(image, weights=str(tmp_path / name))[0] == 1
+        assert run(image, weights=str(tmp_path / name))[0] == score_command.REFUSED
     assert not proof.exists()
 
 

@@ -313,8 +313,8 @@ def test_bad_tensors_are_named(folder, heads, tmp_path, capsys, change, message)
     change(tensors)
     save_file(tensors, tmp_path / "in.safetensors")
     job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads}
-    assert score_command.main(["score-latent", json.dumps(job)]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    assert score_command.main(["score-latent", json.dumps({**job, "json": True})]) == score_command.REFUSED
+    assert re.search(message, json.loads(capsys.readouterr().out)["reason"])
 
 
 def test_damaged_checkpoint_folders_are_named(folder, heads, tmp_path):
