@@ -152,6 +152,22 @@ def test_score_latent_is_the_pavrms_own_score(base, latent_spec, shared_fixtures
     assert not torch.is_inference_mode_enabled()
 
 
+def test_every_latent_of_a_batch_is_scored_with_its_own_text(base, latent_spec, shared_fixtures):
+    inputs = load_file(shared_fixtures / "pavrm" / "inputs.safetensors")
+    latents = comfy.latent_formats.Wan21().process_out(torch.cat([inputs["case0.latent"], inputs["case1.latent"]]))
+    texts = torch.nn.functional.pad(torch.cat([inputs["case0.text"], inputs["case1.text"][:, :7]]), (0, 0, 0, 506))
+    both = ScoreLatent.execute({"samples": latents}, [[texts, {}]], latent_spec, "0.2, 0.7", 5)
+    document = json.loads(both.args[2])
+    singles = [
+        json.loads(ScoreLatent.execute({"samples": latents[i : i + 1]}, [[texts[i : i + 1], {}]], latent_spec, "0.2, 0.7", 5).args[2]) for i in range(2)
+    ]
+    assert document["videos"] == [single["videos"][0] for single in singles] and document["levels"] == singles[0]["levels"]
+    assert singles[0]["probability"] != singles[1]["probability"]
+    assert both.args[0] == pytest.approx(sum(single["probability"] for single in singles) / 2)
+    text = both.ui["text"][0]
+    assert "latent 1: " in text and "latent 2: " in text and text.count("the last 1 are cut off") == 1 and len(document["warnings"]) == 1
+
+
 def test_score_latent_refuses_what_is_no_wan_latent(base, latent_spec, hps, shared_fixtures):
     text = [[load_file(shared_fixtures / "pavrm" / "inputs.safetensors")["case0.text"], {}]]
     good = torch.zeros(1, 16, 3, 8, 8)
