@@ -22,6 +22,8 @@ from .training_mode import training_mode
 _LATENTS = ("latent", "noisy_latent", "next_latent", "latents", "samples")
 _IMAGE = ("image_embeds", "img_clip", "clip_fea", "imgclip", "clip")
 _CONDITION = ("condition", "f1_black", "latents_condition", "y")
+# Of Wan's VAEs: a tensor that begins with one of them is a single latent.
+_CHANNELS = (16, 48)
 _TEXT = ("text", "text_embeds", "textshort", "context")
 
 
@@ -119,10 +121,9 @@ def read_cases(tensors: Mapping[str, torch.Tensor], sigmas: list[float], seed: i
         raise ValueError(f"The file holds no latent (it has {shown or 'nothing'}); name it latent, or NAME.latent, beside text and timestep.")
     for prefix in prefixes:
         latent = _find(tensors, prefix, _LATENTS)
-        if latent.ndim == 4 and latent.shape[1] != pavrm.LATENT_CHANNELS:
+        if latent.ndim == 4 and len(latent) in _CHANNELS:
             latent = latent[None]
         name = prefix.removesuffix(".")
-        pavrm.Pavrm.check_latent(latent)
         clip, condition = _find(tensors, prefix, _IMAGE), _find(tensors, prefix, _CONDITION)
         image = pavrm.ImageCondition(clip_BPD=_with_batch(clip, 3), latent_BCFHW=_with_batch(condition, 5))
         common = {"texts_PD": _texts(tensors, prefix, len(latent)), "image": image}

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -97,12 +98,22 @@ def tensors_of(delta: Delta, head: Mapping[str, torch.Tensor]) -> dict[str, torc
         delta: from `extract`.
         head: state dict of the PAVRM's head.
     """
-    tensors = dict(head)
-    for path, (down, up) in delta.lora.items():
-        tensors[f"lora.{path}.lora_down.weight"] = down
-        tensors[f"lora.{path}.lora_up.weight"] = up
-    tensors.update({f"diff.{name}": value for name, value in delta.diff.items()})
+    tensors = {**head, **named_matrices(delta), **{f"diff.{name}": value for name, value in delta.diff.items()}}
     return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def named_matrices(delta: Delta) -> dict[str, torch.Tensor]:
+    """The low-rank matrices by their names in the file."""
+    named = {}
+    for path, (down, up) in delta.lora.items():
+        named |= {f"lora.{path}.lora_down.weight": down, f"lora.{path}.lora_up.weight": up}
+    return named
+
+
+def file_config(head: head_module.PavrmHead, taps: tuple[int, ...], *, rank: int, relative_error: float, generator: str | Path) -> dict[str, Any]:
+    """What the metadata of a file in this form tell."""
+    heads = head.query_attention.multihead_attn.num_heads
+    return {"feature_layers": list(taps), "num_heads": heads, "rank": rank, "relative_error": relative_error, "generator": Path(generator).name}
 
 
 class Adapted:
@@ -307,7 +318,6 @@ def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank:
     scorer = head_module.load_head(query or source, head)
     if scorer.query_attention is None:
         raise ValueError(f"{source} pools by {scorer.pooling}; the LoRA form knows query attention only. Use the file as it is.")
-    heads = scorer.query_attention.multihead_attn.num_heads
-    config = {"feature_layers": list(read.taps), "num_heads": heads, "rank": rank, "relative_error": delta.relative_error, "generator": Path(generator).name}
+    config = file_config(scorer, read.taps, rank=rank, relative_error=delta.relative_error, generator=generator)
     save_file(tensors_of(delta, scorer.state_dict()), str(out), metadata={"format": "pt", "config": json.dumps(config)})
     return {**config, "bytes": Path(out).stat().st_size, "matrices": len(delta.lora), "whole": len(delta.diff)}

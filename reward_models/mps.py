@@ -285,12 +285,23 @@ class MPSReward:
         return fixed
 
     def masks(self, prompts: Sequence[str], condition: str | None = None) -> Tensor:
-        """Bool [B, 77]: prompt positions that are not masked by the condition text (None: the first of the model's)."""
+        """Bool [B, 77]: prompt positions that are not masked by the condition text (None: the first of the model's).
+
+        Raises:
+            ValueError: nothing of a prompt is left, which a prompt's own maximum rules out but the batch's does not; the published code gives NaN.
+        """
         condition = self.conditions[0][1] if condition is None else condition
         others = list(self._batch or ()) if self.normalise == "batch" else []
         with torch.no_grad():
             similarity_BP = best_similarity(self._states([*prompts, *others]), self._states([condition]))
-        return condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)[: len(prompts)]
+        keep_BP = condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)[: len(prompts)]
+        if not (is_left := keep_BP.any(dim=1)).all():
+            prompt = prompts[is_left.int().argmin()]
+            raise ValueError(
+                f"threshold {self.threshold:g} with normalise {self.normalise!r} masks every position of the prompt {prompt[:60]!r}, which then has no score; "
+                "lower the threshold (official: 0.01 or 0.3), or normalise by sample."
+            )
+        return keep_BP
 
     def score_prepared(self, pixels_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """As `score`, for frames that are already resized and normalised."""

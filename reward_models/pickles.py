@@ -58,9 +58,10 @@ class Inert:
 def _rebuild_tensor(*args: Any) -> Tensor:
     # Storage, offset, size, stride; what follows (requires_grad, hooks) is not data.
     storage, _, size, _ = args[:4]
-    if math.prod(size) > storage.size():
+    stored = storage.untyped().nbytes() // storage.dtype.itemsize
+    if math.prod(size) > stored:
         # Strides of 0 would make tensors of any size out of one number.
-        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} over {storage.size()} stored values")
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} over {stored} stored values")
     return torch._utils._rebuild_tensor_v2(*args[:4], False, collections.OrderedDict())
 
 

@@ -115,7 +115,3 @@ def test_what_was_done_to_frames_and_text_is_told_at_every_score(spec) -> None:
     plain = ScoreVideo.execute(spec, "a cat", images[..., :3].clamp(0, 1))
     assert plain.args[0] == pytest.approx(ScoreVideo.execute(spec, "a cat", images).args[0], abs=1e-6)
     assert json.loads(plain.args[2])["warnings"] == []
-
-
-def test_an_8k_frame_fits(spec) -> None:
-    assert ScoreVideo.execute(spec, "a cat", torch.rand(1, 4320, 1, 1).expand(1, 4320, 7680, 3)).args[0] != 0

@@ -30,3 +30,21 @@ def test_pavrm_as_a_lora_of_full_rank_judges_as_the_pavrm(weights) -> None:
     whole, lora = pavrm_lora.measure(weights, 16, ranks=(160,))
     assert lora["relative_error"] < 1e-3
     assert lora["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)
+
+
+def test_pavrm_trained_as_a_lora_is_judged_from_its_file(weights, tmp_path) -> None:
+    """The comparison of `bench pavrm-lora`, with a few updates on random latents: every way runs and is read back."""
+    import torch
+
+    from reward_lab.lora_train.pavrm_data import Learnable
+    from reward_lab.pocket import pavrm_bench, pavrm_lora
+    from reward_lab.pocket.stages import dit
+
+    generator = torch.Generator().manual_seed(1)
+    part = {"latents": torch.randn(8, 16, 2, 4, 4, generator=generator), "texts": torch.randn(8, 6, 128, generator=generator), "labels": [0, 1] * 4}
+    examples = pavrm_bench.examples({**part, "captions": ["x"] * 8}, "v")
+    learnable = Learnable(train=examples, held_out=examples)
+    rows = [pavrm_lora.trained(way, learnable, weights / dit.FILE_NAMES["low"], tmp_path / way.name, updates=2) for way in pavrm_lora.WAYS]
+    sizes = [row["bytes"] for row in rows]
+    assert sizes[1] < sizes[2] < sizes[0] and rows[3]["trained_in_blocks"] == 0 < rows[1]["trained_in_blocks"] < rows[2]["trained_in_blocks"]
+    assert all(0 <= row["accuracy"] <= 1 and len([key for key in row if key.startswith("sigma")]) == len(pavrm_lora.SIGMAS) for row in rows)

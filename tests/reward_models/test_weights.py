@@ -255,7 +255,7 @@ def test_no_opcode_runs_anything(tmp_path, monkeypatch, name, form):
     monkeypatch.chdir(tmp_path)
     write_pickle(tmp_path / "x.pt", PAYLOADS[name], form)
     before = sorted(os.listdir())
-    with pytest.raises(ValueError, match=r"cannot be read as a torch checkpoint|holds no named tensors"):
+    with pytest.raises(ValueError, match=r"cannot be read as a torch checkpoint|holds no named tensors|bytes; it is empty or"):
         weights.read_weights(tmp_path / "x.pt")
     assert sorted(os.listdir()) == before and "update" in dir(collections.OrderedDict) and callable(collections.OrderedDict.update)
 
