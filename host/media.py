@@ -126,17 +126,20 @@ def _stack(frames: list[np.ndarray], path: Path) -> torch.Tensor:
 
 def _picture(path: Path) -> list[np.ndarray]:
     """Frames of a picture (more than one in animated ones) as 8-bit RGB; transparency is dropped with a warning, grey is repeated."""
-    frames = []
+    frames, is_seen_through = [], False
     try:
         with Image.open(path) as picture:
             for frame in ImageSequence.Iterator(picture):
                 if frame.mode in ("I", "F") or frame.mode.startswith("I;"):
                     raise ValueError(f"{path} has {frame.mode} pixels (more than 8 bits); save it with 8 bits a channel.")
                 if "A" in frame.getbands() or "transparency" in frame.info:
-                    logger.warning("%s has transparency, which is dropped: the colours under it are scored.", path)
+                    # Animated WEBP files have an alpha channel always; mostly it is opaque.
+                    is_seen_through = is_seen_through or frame.convert("RGBA").getextrema()[3][0] < 255
                 frames.append(np.array(frame.convert("RGB")))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}); it is damaged or something else.") from error
+    if is_seen_through:
+        logger.warning("%s has transparency, which is dropped: the colours under it are scored.", path)
     return frames
 
 

@@ -51,7 +51,8 @@ class HPSv2Reward:
     def __init__(self, network: CLIP, *, resize: str = DEFAULT_RESIZE, use_antialias: bool = True):
         self.prepare = Preparation(size_px=network.visual.image_size[0], resize=resize, use_antialias=use_antialias)
         self.network = network.eval().requires_grad_(False)
-        self._texts = TextCache(lambda prompts: clip.prompt_vectors(self.network, prompts))
+        # Of the network and not of this object: a circle would keep the weights until the garbage collector comes by.
+        self._texts = TextCache(lambda prompts: clip.prompt_vectors(network, prompts))
 
     @property
     def device(self) -> torch.device:

@@ -262,13 +262,13 @@ class MPSReward:
             if scale == "raw"
             else "cosine, higher is better; ordinary pictures lie around 0.09"
         )
-        self._states = TextCache(self._encode_prompts)
-        self._ends = TextCache(lambda prompts: end_positions(tokenize(prompts)).to(self.device))
+        self._states = TextCache(lambda prompts: _encoded(network, prompts))
+        self._ends = TextCache(lambda prompts: end_positions(tokenize(prompts)).to(_device(network)))
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.network.clip.logit_scale.device
+        return _device(self.network)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MPSReward:
         """Move the model; `dtype` casts its matrices (norms and positions stay wide). Returns itself."""
@@ -333,6 +333,11 @@ class MPSReward:
         check_frames(frames_BFCHW, prompts)
         return self.score_prepared(self.prepare(frames_BFCHW.flatten(0, 1)).unflatten(0, frames_BFCHW.shape[:2]), prompts)
 
-    def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        clip.warn_about(prompts, is_plain=True)
-        return self.network.text_states(tokenize(prompts).to(self.device))
+
+def _device(network: MPS) -> torch.device:
+    return network.clip.logit_scale.device
+
+
+def _encoded(network: MPS, prompts: Sequence[str]) -> Tensor:
+    clip.warn_about(prompts, is_plain=True)
+    return network.text_states(tokenize(prompts).to(_device(network)))

@@ -48,7 +48,7 @@ class PickScoreReward:
             if scale == "raw"
             else "cosine, higher is better; ordinary pictures lie around 0.21"
         )
-        self._texts = TextCache(lambda prompts: clip.prompt_vectors(self.network, prompts, is_plain=True))
+        self._texts = TextCache(lambda prompts: clip.prompt_vectors(network, prompts, is_plain=True))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PickScoreReward:
         """Move the model; `dtype` casts its matrices (norms and positions stay wide). Returns itself."""

@@ -214,6 +214,8 @@ def take_rewards(frontend: Any, page: Any, input_folder: Path | None) -> None:
     page.locator(".rl-text").filter(has_text="HPS_v2.1_compressed.pt").wait_for()
     picture_of(page, "RewardLabRewardModel", IMAGES / "reward_model.jpg")
     page.evaluate(MIX)
+    # Nodes outside of the window are not drawn and do not load their pictures.
+    frontend.fit_view(page)
     frontend.wait_for_execution(page, frontend.press_run(page), RUN_LIMIT_S)
     frontend.wait_for_pictures(page)
     for node_type, name in (("RewardLabMixRewards", "mix_rewards"), ("RewardLabScoreVideo", "score_video"), ("RewardLabScoreLatent", "score_latent")):

@@ -86,6 +86,11 @@ def test_pictures_that_are_not_plain_rgb(run, tmp_path):
     assert alpha["videos"][0]["per_video"] == plain["videos"][0]["per_video"]
     assert any("transparency, which is dropped" in warning for warning in alpha["warnings"]) and not plain["warnings"]
     assert grey["videos"][0]["frames"] == 1
+    colour.save(tmp_path / "moving.webp", save_all=True, append_images=[opaque, opaque], lossless=True)
+    moving = run(tmp_path / "moving.webp")[1]
+    assert moving["videos"][0]["frames"] == 3 and sum("moving.webp has transparency" in warning for warning in moving["warnings"]) == 1
+    colour.save(tmp_path / "solid.webp", save_all=True, append_images=[colour.rotate(180)], lossless=True)
+    assert not run(tmp_path / "solid.webp")[1]["warnings"], "an alpha channel that hides nothing is no transparency"
     Image.fromarray((frames(20, 31).numpy() * 60000).astype(np.uint16)).save(tmp_path / "deep.png")
     status, _, error = run(tmp_path / "deep.png")
     assert status == score_command.REFUSED and "more than 8 bits" in error

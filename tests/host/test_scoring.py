@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from reward_lab.host import paths, score_pictures, scoring  # noqa: E402
 from reward_lab.lora_train.config import PATHLESS_REWARDS  # noqa: E402
 from reward_lab.nodes.rewards import RewardModelNode, ScoreVideo  # noqa: E402
+from reward_lab.reward_models.base import reward_and_frame_gradient  # noqa: E402
 from reward_lab.reward_models.spec import KINDS, PATHLESS  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -50,6 +51,10 @@ def test_scores_are_the_models_own(spec, in_inference_mode: bool) -> None:
     images = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(in_inference_mode):
         output = ScoreVideo.execute(spec, "a red square", images)
+        # Nothing of the mode is left in what is kept: the same model gives gradients at once, with the text from its cache.
+        model = scoring._loaded(spec, torch.device("cpu"))
+        _, gradient = reward_and_frame_gradient(model, images.movedim(-1, 1)[None].clone(), ["a red square"], 2)
+    assert gradient.abs().sum() > 0 and not any(parameter.is_inference() for parameter in model.network.parameters())
     reward, plot, text, table = output.args
     expected = spec.load().score(images.movedim(-1, 1)[None], ["a red square"])
     values = json.loads(text)
