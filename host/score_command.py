@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     options = json.loads(argv[1])
     try:
+        _check_outputs(options)
         document = {"score": _score, "score-latent": _score_latent, "pavrm-lora": _pavrm_lora}[argv[0]](options)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -33,6 +34,25 @@ def main(argv: list[str]) -> int:
     else:
         print(_table(document))
     return 0
+
+
+def _check_outputs(options: dict[str, Any]) -> None:
+    """Make the folders of files that are written at the end, so that a place that cannot be written to costs no finished scores.
+
+    Raises:
+        ValueError: such a place.
+    """
+    for name in ("csv", "gradients", "results", "baseline", "tensors", "out"):
+        path = Path(options.get(name) or "")
+        if not options.get(name):
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ValueError(f"--{name} {path} cannot be written: it is a folder, or its folder cannot be made or written to; choose another place.")
 
 
 def _device() -> str:

@@ -215,6 +215,19 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
 
 
+def files_stamp(path: str, prompts_file: str = "") -> str:
+    """A text that changes when the files that a node reads do; what cannot be read is told when the node runs."""
+    stamps: list[Any] = []
+    for name in filter(str.strip, (path, prompts_file)):
+        try:
+            found = paths.input_path(name)
+            is_text = name is prompts_file
+            stamps += [found.stat().st_mtime_ns, found.stat().st_size] if is_text else [clip.stamp() for clip in media.find_clips([found])]
+        except (ValueError, OSError) as error:
+            stamps.append(str(error))
+    return key_of(stamps) if stamps else ""
+
+
 def save_table(scores: Sequence[VideoScore], name: str) -> Path:
     """Write scores as CSV to the output folder; returns the path."""
     rows = [{**score.to_dict(), "per_video": score.reward, "name": score.name or name} for score in scores]

@@ -120,7 +120,9 @@ def _mps_network(content: Weights, path: Path, config: Mapping[str, Any] | str |
         raise _wrong_model(content, path, "mps", "an MPS model")
     state = layouts.mps_to_own(content.state)
     sizes = _find_config(content, path, config, lambda: _mps_config_from_shapes(state))
-    sizes = {**sizes, "cross_config": {**mps.cross_sizes(state), **sizes.get("cross_config", {})}}
+    given = sizes.get("cross_config", {})
+    if isinstance(given, Mapping):
+        sizes = {**sizes, "cross_config": {**mps.cross_sizes(state), **given}}
     return _materialise(lambda: mps.build(sizes), state, str(path))
 
 

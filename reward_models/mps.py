@@ -157,10 +157,14 @@ def build(config: Mapping[str, Any]) -> MPS:
     """
     is_hf = "vision_config" in config
     clip_config = clip.from_hf_config(config) if is_hf else {key: value for key, value in config.items() if key != "cross_config"}
-    cross_config = {**CROSS_DEFAULTS, **config.get("cross_config", {})}
+    given = config.get("cross_config", {})
+    if not isinstance(given, Mapping):
+        raise ValueError(f"cross_config is {given!r}; it must be an object with sizes: dim, {', '.join(CROSS_DEFAULTS)}.")
+    cross_config = {**CROSS_DEFAULTS, **given}
     unknown = sorted(set(cross_config) - {"dim", *CROSS_DEFAULTS})
     if unknown:
         raise ValueError(f"cross_config has unknown entries {', '.join(unknown)}; allowed are dim, {', '.join(CROSS_DEFAULTS)}.")
+    clip.check_sizes(cross_config, "cross_config")
     dim = cross_config.pop("dim", clip_config.get("embed_dim"))
     if dim != clip_config.get("embed_dim"):
         raise ValueError(f"cross_config dim {dim} differs from the CLIP's shared width {clip_config.get('embed_dim')}; they must be equal.")

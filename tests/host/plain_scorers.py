@@ -129,12 +129,16 @@ def from_open_clip(state: State) -> dict[str, Tensor]:
     return result
 
 
+def picture_vectors(state: State, heads: int, is_quick: bool, pixels_BCHW: Tensor) -> Tensor:
+    """Unit vectors [B, D] of prepared pictures."""
+    picture = _norm(state, "vision_model.post_layernorm", image_states(state, pixels_BCHW, heads, is_quick)[:, 0])
+    return functional.normalize(_linear(state, "visual_projection", picture), dim=-1)
+
+
 def hps(state: State, heads: tuple[int, int], is_quick: bool, pixels_BCHW: Tensor, ids_P: Tensor) -> Tensor:
     """HPS [B]: cosine of every prepared picture with one prompt; `heads` of vision and text tower."""
-    picture = image_states(state, pixels_BCHW, heads[0], is_quick)[:, 0]
-    picture = _linear(state, "visual_projection", _norm(state, "vision_model.post_layernorm", picture))
     text = text_states(state, ids_P[None], heads[1], is_quick)[0, int((ids_P == END_ID).int().argmax())]
-    return functional.normalize(picture, dim=-1) @ functional.normalize(text, dim=-1)
+    return picture_vectors(state, heads[0], is_quick, pixels_BCHW) @ functional.normalize(text, dim=-1)
 
 
 def _swiglu(x: Tensor) -> Tensor:

@@ -308,3 +308,30 @@ def test_mps_gradient_of_a_squashed_picture(tmp_path, run, comfyui, monkeypatch)
     expected = plain.mps(wide(state), heads, sizes["is_quick"], plain.prepared(leaf, "squash")[None], ids[:1], ids[1], 0.3)
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
     assert (load_file(tmp_path / "g.safetensors")[path.name][0] - gradient).abs().max() < GRADIENT * gradient.abs().max()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_pickscore_and_aesthetic(tmp_path, run, comfyui, seed):
+    rng, generator = random.Random(seed + 200), torch.Generator().manual_seed(seed + 200)
+    sizes = sizes_of(rng)
+    state = tower_state(sizes, generator)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "clip.safetensors")
+    (tmp_path / "clip.json").write_text(json.dumps(hugging_face_config(sizes)))
+    (tmp_path / "images").mkdir()
+    pictures, prompt = pictures_in(tmp_path / "images", rng, 3), prompt_of(rng)
+    crops, doubled = torch.stack([plain.prepared_by_pillow(picture) for _, picture in pictures]), wide(state)
+    expected = plain.hps(doubled, (sizes["vision"][1], sizes["text"][1]), sizes["is_quick"], crops, mps_ids([prompt], comfyui)[0])
+    paths = [path for path, _ in pictures]
+    found = run(paths, kind="pickscore", weights=str(tmp_path / "clip.safetensors"), prompt=prompt)
+    assert [video["per_video"] for video in found["videos"]] == pytest.approx((expected * doubled["logit_scale"].exp()).tolist(), abs=RAW)
+    assert [video["parts"]["pickscore_cosine"]["per_video"] for video in found["videos"]] == pytest.approx(expected.tolist(), abs=COSINE)
+
+    widths, places = (sizes["embed"], 1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
+    layers = [(torch.randn(widths[i + 1], widths[i], generator=generator) * widths[i] ** -0.5, torch.randn(widths[i + 1], generator=generator)) for i in range(5)]
+    head = {f"layers.{place}.{kind}": value for place, pair in zip(places, layers, strict=True) for kind, value in zip(("weight", "bias"), pair, strict=True)}
+    torch.save(head, tmp_path / "head.pth")
+    found = run(paths, kind="aesthetic", weights=str(tmp_path / "head.pth"), clip=str(tmp_path / "clip.safetensors"))
+    x = plain.picture_vectors(doubled, sizes["vision"][1], sizes["is_quick"], crops)
+    for weight, bias in layers:
+        x = x @ weight.double().T + bias.double()
+    assert [video["per_video"] for video in found["videos"]] == pytest.approx(x[:, 0].tolist(), abs=RAW)
