@@ -327,7 +327,8 @@ def test_random_pickscore_and_aesthetic(tmp_path, run, comfyui, seed):
     assert [video["parts"]["pickscore_cosine"]["per_video"] for video in found["videos"]] == pytest.approx(expected.tolist(), abs=COSINE)
 
     widths, places = (sizes["embed"], 1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
-    layers = [(torch.randn(widths[i + 1], widths[i], generator=generator) * widths[i] ** -0.5, torch.randn(widths[i + 1], generator=generator)) for i in range(5)]
+    shapes = list(zip(widths[1:], widths[:-1], strict=True))
+    layers = [(torch.randn(rows, columns, generator=generator) * columns**-0.5, torch.randn(rows, generator=generator)) for rows, columns in shapes]
     head = {f"layers.{place}.{kind}": value for place, pair in zip(places, layers, strict=True) for kind, value in zip(("weight", "bias"), pair, strict=True)}
     torch.save(head, tmp_path / "head.pth")
     found = run(paths, kind="aesthetic", weights=str(tmp_path / "head.pth"), clip=str(tmp_path / "clip.safetensors"))
