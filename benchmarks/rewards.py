@@ -168,7 +168,7 @@ def matmul_rate(device: str, dtype: str) -> float:
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """All figures of a case; files go into `folder`."""
     frames, checkpoint = pictures(case), folder / "random.pt"
-    files = write_files(frames, folder)[: case.singles]
+    files = write_files(frames[:, : case.singles], folder)
     random_checkpoint(case.config, checkpoint)
     frames = frames.to(case.device)
     model = load_reward_model("hpsv2.1", checkpoint, config=case.config, device=case.device, dtype=DTYPES[case.dtype])

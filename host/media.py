@@ -136,6 +136,8 @@ def _picture(path: Path) -> list[np.ndarray]:
                     # Animated WEBP files have an alpha channel always; mostly it is opaque.
                     is_seen_through = is_seen_through or frame.convert("RGBA").getextrema()[3][0] < 255
                 frames.append(np.array(frame.convert("RGB")))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large a picture ({error}); an 8K frame has 33 million pixels. Score a smaller copy.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}); it is damaged or something else.") from error
     if is_seen_through:
@@ -170,7 +172,7 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
     if path.suffix.lower() == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, EOFError, TypeError) as error:
+        except (ValueError, OSError, EOFError, TypeError, MemoryError) as error:
             raise ValueError(f"{path} cannot be read as an array ({error}); it is damaged or something else.") from error
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key)

@@ -153,7 +153,7 @@ def _y_scale(curves: Sequence[Curve]) -> tuple[float, float, list[float]] | None
         return None
     low, high = min(values), max(values)
     room = (high - low) * 0.12 or abs(low) * 0.05 or 1.0
-    ticks = nice_ticks(low - room, high + room)
+    ticks = nice_ticks(low - room, high + room, 7)
     return low - room, high + room, ticks
 
 

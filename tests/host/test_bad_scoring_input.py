@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def run(hps, capsys):
         return status, None if status else document, reason
 
     return call
+
+
+def npy_header(shape: str) -> bytes:
+    """An array file that declares a shape and has no data."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
 
 
 def frames(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -109,6 +116,8 @@ def test_an_8k_frame_is_scored(run, tmp_path):
         ("x.png", b"not a picture at all", "cannot be read as a picture"),
         ("x.mp4", b"not a video at all", "cannot be read as a video"),
         ("x.npy", b"not an array at all", "cannot be read as an array"),
+        ("x.npy", npy_header("(1000000000000, 3, 8, 8)"), "cannot be read as an array"),
+        ("x.bmp", b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0), "too large a picture"),
         ("x.safetensors", b"not a file of tensors", "cannot be read as safetensors"),
         ("x.txt", b"a cat", "ends in '.txt'"),
     ],
