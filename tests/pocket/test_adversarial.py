@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytestmark = pytest.mark.host
@@ -22,6 +24,17 @@ def test_an_attacked_reward_is_noticed(weights) -> None:
     assert measured["noticed"] > 0.8
     picture = adversarial.picture(clean, attacked, prompt, rewards, is_shown)
     assert picture.width > 700 and len(set(picture.getdata())) > 50
+
+
+def test_the_page_tells_what_the_command_measured(repo) -> None:
+    attacks = json.loads((repo / "benchmarks" / "results" / "adversarial.json").read_text(encoding="utf-8"))["attacks"]
+    page = " ".join((repo / "web" / "docs" / "RewardLabRewardModel.md").read_text(encoding="utf-8").split())
+    for attack, name, other in zip(attacks, ("HPS", "MPS"), ("MPS", "HPS"), strict=True):
+        fooled = round(attack["fooled"] * attack["frames"])
+        together, alone = (round(attack[part] * fooled) for part in ("noticed", "noticed_by_other_reward"))
+        assert f"{name} on {fooled} of {attack['frames']}" in page or f"{name} was fooled on {fooled} of {attack['frames']}" in page
+        assert f"together noticed {together} of {fooled}" in page
+        assert f"{other} alone noticed {alone} of {fooled}" in page or f"{other} alone {alone} of {fooled}" in page
 
 
 def test_pavrm_as_a_lora_of_full_rank_judges_as_the_pavrm(weights) -> None:
