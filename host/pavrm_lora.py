@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -97,12 +98,22 @@ def tensors_of(delta: Delta, head: Mapping[str, torch.Tensor]) -> dict[str, torc
         delta: from `extract`.
         head: state dict of the PAVRM's head.
     """
-    tensors = dict(head)
-    for path, (down, up) in delta.lora.items():
-        tensors[f"lora.{path}.lora_down.weight"] = down
-        tensors[f"lora.{path}.lora_up.weight"] = up
-    tensors.update({f"diff.{name}": value for name, value in delta.diff.items()})
+    tensors = {**head, **named_matrices(delta), **{f"diff.{name}": value for name, value in delta.diff.items()}}
     return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def named_matrices(delta: Delta) -> dict[str, torch.Tensor]:
+    """The low-rank matrices by their names in the file."""
+    named = {}
+    for path, (down, up) in delta.lora.items():
+        named |= {f"lora.{path}.lora_down.weight": down, f"lora.{path}.lora_up.weight": up}
+    return named
+
+
+def file_config(head: head_module.PavrmHead, taps: tuple[int, ...], *, rank: int, relative_error: float, generator: str | Path) -> dict[str, Any]:
+    """What the metadata of a file in this form tell."""
+    heads = head.query_attention.multihead_attn.num_heads
+    return {"feature_layers": list(taps), "num_heads": heads, "rank": rank, "relative_error": relative_error, "generator": Path(generator).name}
 
 
 class Adapted:
@@ -221,13 +232,20 @@ def _restore(module: torch.nn.Module, before) -> None:
 
 
 def load(
-    path: str | Path, generator: str | Path | torch.nn.Module, *, use_folded: bool = True, device: torch.device | str = "cpu", dtype=torch.float32
+    path: str | Path,
+    generator: str | Path | torch.nn.Module,
+    *,
+    taps: tuple[int, ...] | None = None,
+    use_folded: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Pavrm:
     """Load a PAVRM in LoRA form.
 
     Args:
         path: the file.
         generator: the Wan file it was made for, or its WanModel where one is loaded anyway (with fresh, frozen parameters).
+        taps: tapped blocks counted from 1, up to the last that the file changes; None takes the file's own.
         use_folded: see `reward_models.pavrm.PavrmHead`.
         device: where to put it.
         dtype: of the generator when it is read from a file.
@@ -239,16 +257,20 @@ def load(
     if content.kind != "pavrm_lora":
         raise ValueError(f"{path} is not a PAVRM in LoRA form; give a file that `lab.py pavrm-lora` made, or leave --generator out.")
     config = json.loads(content.metadata.get("config", "{}"))
-    taps = tuple(config.get("feature_layers") or ())
-    if not taps:
+    taps_of_file = tuple(config.get("feature_layers") or ())
+    if not taps_of_file:
         raise ValueError(f"{path} does not tell its tapped blocks: its metadata config lacks feature_layers.")
+    last = max(taps_of_file)
+    taps = tuple(taps or taps_of_file)
+    if not all(1 <= tap <= last for tap in taps):
+        raise ValueError(f"Tapped blocks are {list(taps)}, counted from 1, but {path} was made for {last} blocks; choose among 1 to {last}.")
     state = {key.removeprefix("lora."): value for key, value in content.state.items() if key.startswith("lora.")}
     paths = sorted({key.removesuffix(".lora_down.weight") for key in state if key.endswith(".lora_down.weight")})
     lora = {name: (state[f"{name}.lora_down.weight"].float(), state[f"{name}.lora_up.weight"].float()) for name in paths}
     diff = {key.removeprefix("diff."): value.float() for key, value in content.state.items() if key.startswith("diff.")}
     with torch.inference_mode(False):
         model = generator if isinstance(generator, torch.nn.Module) else _generator(generator, device, dtype)
-        adapted = Adapted(model, Delta(lora=lora, diff=diff, relative_error=0.0), max(taps))
+        adapted = Adapted(model, Delta(lora=lora, diff=diff, relative_error=0.0), last)
         head = _head(content.state, int(config.get("num_heads", head_module.HEADS)), str(path))
         head.use_folded = use_folded
         own = model.patch_embedding.weight.device
@@ -292,10 +314,10 @@ def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank:
     read = pavrm_files.read_trunk(source)
     base = pavrm_files.read_trunk(generator, taps=(max(read.taps),))
     delta = extract(read.state, base.state, rank)
+    query, head = pavrm_files.find_heads(source, query, head)
     scorer = head_module.load_head(query or source, head)
     if scorer.query_attention is None:
         raise ValueError(f"{source} pools by {scorer.pooling}; the LoRA form knows query attention only. Use the file as it is.")
-    heads = scorer.query_attention.multihead_attn.num_heads
-    config = {"feature_layers": list(read.taps), "num_heads": heads, "rank": rank, "relative_error": delta.relative_error, "generator": Path(generator).name}
+    config = file_config(scorer, read.taps, rank=rank, relative_error=delta.relative_error, generator=generator)
     save_file(tensors_of(delta, scorer.state_dict()), str(out), metadata={"format": "pt", "config": json.dumps(config)})
     return {**config, "bytes": Path(out).stat().st_size, "matrices": len(delta.lora), "whole": len(delta.diff)}
