@@ -55,6 +55,10 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     options = spec.options
     generator = options.get("generator")
     if generator:
-        shared = next((backbone.model for expert, backbone in backbones.items() if files[expert] == generator), generator)
-        return PavrmReward(pavrm_lora.load(spec.path, shared, device=device, dtype=dtype))
+        shared = next((backbone for expert, backbone in backbones.items() if files[expert] == generator), None)
+        if shared is not None and shared.quantised:
+            raise ValueError(
+                f"the PAVRM {spec.path} is a LoRA over {generator}, which is quantised; give the PAVRM's whole file, or the expert's bf16 file"
+            )
+        return PavrmReward(pavrm_lora.load(spec.path, generator if shared is None else shared.model, device=device, dtype=dtype))
     return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device=device, dtype=dtype))

@@ -281,7 +281,10 @@ def load(
 def _generator(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
     from .wan import load_backbone
 
-    return load_backbone(path, dtype=dtype, device=torch.device(device), role="generator").model
+    backbone = load_backbone(path, dtype=dtype, device=torch.device(device), role="generator")
+    if backbone.quantised:
+        raise ValueError(f"The generator {path} is quantised; a PAVRM in LoRA form needs the bf16, fp16 or fp32 file.")
+    return backbone.model
 
 
 def _head(state: Mapping[str, torch.Tensor], num_heads: int, what: str) -> head_module.PavrmHead:

@@ -76,14 +76,11 @@ def run(folder: Path, *, resume: bool = False) -> int:
             _train(folder, stop, resume)
         except Exception as error:  # the process ends here; whatever it was must reach the page
             logger.exception("the run failed")
-            append_event(folder, events.Failed(time=time.time(), error=_message(error), log_tail=log_tail(folder)))
+            from ..lora_train.recovery import explain
+
+            append_event(folder, events.Failed(time=time.time(), error=explain(error), log_tail=log_tail(folder)))
             return 2
     return 0
-
-
-def _message(error: Exception) -> str:
-    plain = isinstance(error, ValueError) or type(error).__name__ == "NonFiniteError"
-    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 class _StopSignal:
@@ -167,7 +164,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        stack.enter_context(engines(config, backbones, device, dtype))
+        engine = stack.enter_context(engines(config, backbones, device, dtype))
 
         def sink(event) -> None:
             append_event(folder, event)
@@ -181,6 +178,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             writer=SampleFiles(folder, config.frame_rate),
             pause=lambda: lease.wait_until_free(folder.parent, stop),
             base_sha256=lambda expert: hashes[expert].result(),
+            shrink=engine.shrink,
             device=device,
             real=real,
             **scorers,

@@ -78,6 +78,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replanned:
+    """The card's memory ended in `step`, which runs once more with a smaller plan. `detail`: what changed, in a sentence."""
+
+    name: ClassVar[str] = "replanned"
+    time: float
+    step: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The run ended well. `files` are absolute paths of the LoRAs.
 
@@ -103,8 +113,8 @@ class Failed:
     log_tail: list[str] = field(default_factory=list)
 
 
-Event = Started | Step | Sample | Checkpoint | Finished | Failed
-EVENTS: dict[str, type] = {kind.name: kind for kind in (Started, Step, Sample, Checkpoint, Finished, Failed)}
+Event = Started | Step | Sample | Checkpoint | Replanned | Finished | Failed
+EVENTS: dict[str, type] = {kind.name: kind for kind in (Started, Step, Sample, Checkpoint, Replanned, Finished, Failed)}
 
 
 def _finite(value: Any) -> Any:

@@ -84,5 +84,13 @@ class Objective(Protocol):
         """Take what `measure` gave, now or before the run was resumed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """What a smaller plan changed, for the log, and where the LoRA's masters live now."""
+
+    changes: str
+    masters_on: torch.device
+
+
 EventSink = Callable[[Event], None]
 StopRequested = Callable[[], bool]

@@ -59,7 +59,7 @@ class TensorSpec:
 
 
 def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int = _HEADER_LIMIT_BYTES) -> Header:
-    """Read and check the header of a safetensors file; no tensor is read.
+    """Read and check the header of a safetensors file, or of a GGUF file by its name; no tensor is read.
 
     Args:
         what: name of the file's role, for messages.
@@ -72,6 +72,10 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"the {what} {path} is a folder; name a file in it")
+    if path.suffix.lower() == ".gguf":
+        from .gguf_file import read_gguf_header
+
+        return read_gguf_header(path, what)
     if not path.is_file():
         raise ValueError(f"the {what} {path} does not exist; check the path or download the file")
     size_bytes = path.stat().st_size

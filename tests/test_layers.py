@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "host": frozenset({"lora_train", "reward_models", "runs", "testlab", *HOST_LIBRARIES, *HOST_MODULES}),
     "runs": frozenset({"lora_train.config", "lora_train.run_config", "lora_train.events"}),
     "testlab": frozenset({"numpy", "PIL", "av"}),
-    # Optional both: one optimiser asks for bitsandbytes when it is chosen; one file, loaded where it is installed, imports triton.
-    "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops", "bitsandbytes", "triton"}),
+    # Optional all three: bitsandbytes and sageattention are asked for where the settings choose them; two files, loaded on choice, import triton.
+    "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops", "bitsandbytes", "sageattention", "triton"}),
     "reward_models": frozenset({"torch", "open_clip", "safetensors", "einops"}),
     "labtools": frozenset({"runs", "lora_train.config", "lora_train.run_config", "lora_train.events"}),
     "lab": frozenset({"labtools"}),

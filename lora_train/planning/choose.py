@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .memory import Choice, Job, gpu_bytes, host_bytes
@@ -44,6 +44,14 @@ def choose(job: Job, card_bytes: int, host_free_bytes: int, seconds: Callable[[C
     fitting = [choice for choice in candidates(job) if fits(job, choice, card_bytes, host_free_bytes)]
     fitting.sort(key=seconds)
     return (fitting[0] if fitting else None), fitting[1:]
+
+
+def smaller(job: Job, choices: Sequence[Choice], present: Choice, host_free_bytes: int) -> Choice | None:
+    """The largest of `choices` that needs clearly less on the card than `present`, by a tenth of what can be saved at all; None if none does."""
+    now, least = gpu_bytes(job, present), min(gpu_bytes(job, choice) for choice in choices)
+    limit = now - max(1, (now - least) // 10)
+    fitting = [choice for choice in choices if gpu_bytes(job, choice) <= limit and host_bytes(job, choice) <= host_free_bytes]
+    return max(fitting, key=lambda choice: gpu_bytes(job, choice), default=None)
 
 
 def smallest(job: Job) -> Choice:

@@ -82,7 +82,7 @@ def block_bytes(job: Job) -> int:
     """A block's weights as stored."""
     shape = job.shape
     linear = sum(out * size for out, size in shape.block_linears.values())
-    return linear * min(shape.weight_bytes, job.element_bytes) + (shape.block_parameters - linear) * job.element_bytes
+    return int(linear * (shape.weight_bytes if shape.is_quantised else job.element_bytes)) + (shape.block_parameters - linear) * job.element_bytes
 
 
 def slot_bytes(job: Job) -> int:
@@ -91,7 +91,12 @@ def slot_bytes(job: Job) -> int:
     total = shape.block_parameters * job.element_bytes
     for name, (out, size) in shape.block_linears.items():
         total += (rank * (out + size) + rank * rank) * job.element_bytes if name in job.adapted else 0
-    return total + (block_bytes(job) if shape.weight_bytes < job.element_bytes else 0)
+    return total + (block_bytes(job) if shape.is_quantised else 0)
+
+
+def _master_bytes(job: Job) -> int:
+    """fp32 copies of a block's masters beside it."""
+    return sum(4 * job.rank * sum(size) for name, size in job.shape.block_linears.items() if name in job.adapted)
 
 
 def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, int]:
@@ -103,9 +108,10 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     shape = job.shape
     fixed = job.experts * (shape.outer_parameters * job.element_bytes + shape.width * shape.in_channels * 4 * (4 - job.element_bytes)) + job.reward_bytes
     fixed += job.tokens * 128 * 2 * 4  # rotations, fp32
-    streams = choice.resident_blocks < shape.blocks
+    streams = choice.resident_blocks < shape.blocks or shape.is_quantised
     fixed += job.experts * choice.resident_blocks * block_bytes(job) * (2 if choice.merges_resident and choice.resident_blocks else 1)
     fixed += choice.slots * slot_bytes(job) if streams else 0  # shared by the experts
+    fixed += choice.slots * _master_bytes(job) if streams and choice.optimiser_place == "host" else 0
     fixed += job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "device" else 0
     # Merged copies of the Linears around the blocks, held through the rollout (`lora/linears.py`).
     outer = shape.outer_linears
