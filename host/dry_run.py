@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import comfy.ldm.modules.diffusionmodules.model
 import comfy.ldm.wan.model
+import comfy.ldm.wan.vae
 import comfy.ops
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +23,7 @@ from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.timeline import MemoryTimeline
 from ..lora_train.planning.shapes import ModelShape
 from .training_mode import training_mode
+from .vae import WanDecoder
 from .wan import WanBackbone
 
 # The device that stands for the card; the host is `cpu`.
@@ -77,6 +80,42 @@ def dry_run(
             found["forward"] = watched()
             out.backward(torch.empty_like(out))
             found["backward"] = watched()
+    return found
+
+
+def dry_decode(latents: int, width_px: int, height_px: int, keep_place: str, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Watched]:
+    """A decode of the published VAE's width: `gradient`, forward and backward; `stream`, without gradient. Weights are not counted.
+
+    Args:
+        latents: latent frames, all of them decoded.
+        keep_place: where feature caches wait, `device` or `host`.
+    """
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with CARD:
+            network = comfy.ldm.wan.vae.WanVAE(dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    finally:
+        torch.set_default_dtype(before)
+    # As on a card; the host's CPU attention asks a device for its free memory, which this one cannot tell.
+    network.decoder.middle[1].optimized_attention = comfy.ldm.modules.diffusionmodules.model.pytorch_attention
+    decoder = WanDecoder(network, dtype=dtype, device=CARD)
+    decoder.keep_device = torch.device("cpu") if keep_place == "host" else CARD
+    found = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTimeline(CARD.type) as timeline:
+        latent = torch.empty(1, WanBackbone.latent_channels, latents, height_px // 8, width_px // 8, device=CARD).requires_grad_()
+        frames = decoder.decode(latent)
+        torch.autograd.grad(frames, latent, torch.empty_like(frames))
+        del frames
+        for name in ("gradient", "stream"):
+            if name == "stream":
+                for _ in decoder.stream(latent):
+                    pass
+            peaks = timeline.peak_bytes
+            found[name] = Watched(flops=timeline.flops, card_bytes=peaks[CARD.type], host_bytes=peaks["cpu"], samples=tuple(timeline.samples))
+            timeline.flops = 0
+            timeline.samples.clear()
+            peaks.update(timeline.alive_bytes)
     return found
 
 

@@ -167,7 +167,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        stack.enter_context(engines(config, backbones, device, dtype))
+        stack.enter_context(engines(config, backbones, device, dtype, decoder=scorers["decoder"], latent_reward=scorers["latent_reward"]))
 
         def sink(event) -> None:
             append_event(folder, event)

@@ -13,6 +13,7 @@ _NAMED = {
     "wan-5b": (3072, 14336, 30, 24, 4096, 48, 48),
     "wan-1.3b": (1536, 8960, 30, 12, 4096, 16, 16),
 }
+NAMES = tuple(_NAMED)
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _HEAD_WIDTH = 128
 
@@ -29,7 +30,12 @@ class ModelShape:
     in_channels: int = 16
     latent_channels: int = 16
     frequency: int = 256
-    weight_bytes: int = 2
+    weight_bytes: float = 2
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a block's Linears stay packed and are unpacked in a slot where they run."""
+        return self.weight_bytes < 2
 
     @property
     def block_linears(self) -> dict[str, tuple[int, int]]:

@@ -28,9 +28,9 @@ def job(shape, tokens, rank, **changes):
     from reward_lab.lora_train.planning.memory import Job
 
     values = {
-        "shape": shape, "tokens": tokens, "rollout_batch": 1, "gradient_batch": 1, "graphs": 1, "element_bytes": 2, "rank": rank,
+        "shape": shape, "tokens": tokens, "videos": 1, "rollout_batch": 1, "gradient_batch": 1, "graphs": 1, "element_bytes": 2, "rank": rank,
         "adapted": frozenset(shape.block_linears), "adapted_outside": frozenset(shape.outer_linears),
-        "lora_parameters": rank * sum(sum(size) for size in shape.linears.values()), "experts": 1, "has_average": False, "decode": (1, 1, 1), "reward_bytes": 0,
+        "lora_parameters": rank * sum(sum(size) for size in shape.linears.values()), "experts": 1, "has_average": False, "scored": None, "reward_bytes": 0,
     }  # fmt: skip
     return Job(**{**values, **changes})
 
