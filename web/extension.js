@@ -18,6 +18,7 @@ const REWARD_NODE = "RewardLabRewardModel";
 const TEXT_NODES = [
   "RewardLabDataset",
   "RewardLabInspectLoRA",
+  "RewardLabMemoryPlan",
   "RewardLabMergeLoRA",
   "RewardLabMixRewards",
   "RewardLabSampleWan22",

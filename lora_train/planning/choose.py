@@ -62,5 +62,12 @@ def choose(
 
 
 def nearest(choices: Iterable[Choice], job: Job, card_bytes: int, host_free_bytes: int) -> Choice:
-    """Where none fits: what is nearest to fitting, by the larger of its two shares."""
-    return min(choices, key=lambda choice: max(gpu_bytes(job, choice) / (USABLE * card_bytes), host_bytes(job, choice) / host_free_bytes))
+    """Where none fits: what fits the card and asks least of the host; else what fits the host and asks least of the card; else the nearest to both."""
+    choices = list(choices)
+    on_card = [choice for choice in choices if gpu_bytes(job, choice) <= USABLE * card_bytes]
+    on_host = [choice for choice in choices if host_bytes(job, choice) <= host_free_bytes]
+    if on_card:
+        return min(on_card, key=lambda choice: host_bytes(job, choice))
+    if on_host:
+        return min(on_host, key=lambda choice: gpu_bytes(job, choice))
+    return min(choices, key=lambda choice: max(gpu_bytes(job, choice) / (USABLE * card_bytes), host_bytes(job, choice) / max(1, host_free_bytes)))

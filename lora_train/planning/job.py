@@ -13,6 +13,7 @@ from .memory import Job
 from .scoring import CLIP_BYTES, VAE_ELEMENTS, Scored
 from .shapes import ModelShape
 
+_CHANNELS_5B = 48
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
 # Pictures that a reward model's tower sees at once on a card (`objectives/common.py`).
@@ -67,9 +68,18 @@ def _judge_bytes(config: TrainConfig, shape: ModelShape, element_bytes: int) -> 
 
 
 def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int, int, int]:
-    """[B, C, F, H, W] of a latent; the Wan2.2 VAE (48 channels) has 16 x 16 pixels in one."""
+    """[B, C, F, H, W] of a latent; the Wan2.2 VAE (48 channels) has 16 x 16 pixels in one.
+
+    Raises:
+        ValueError: a size that the larger cells do not divide.
+    """
     batch, _, frames, height, width = config.video.latent_shape(1)
-    return (batch, shape.latent_channels, frames, height // 2, width // 2) if shape.latent_channels == 48 else (batch, 16, frames, height, width)
+    if shape.latent_channels != _CHANNELS_5B:
+        return batch, shape.latent_channels, frames, height, width
+    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
+        if size % 32:
+            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of 32; use {max(32, round(size / 32) * 32)}")
+    return batch, shape.latent_channels, frames, height // 2, width // 2
 
 
 def guidance_of(config: TrainConfig) -> float:

@@ -14,8 +14,8 @@ _CARD = {"device": ((3170, 25590, 34840, 49280), 4980), "host": ((3170, 8310, 92
 _HOST = {"device": ((0, 0, 0, 0), 0), "host": ((0, 12300, 22520, 31970), 4740)}
 # Without gradient (samples, looks): the pieces in work, and the frames themselves, fp32.
 _STREAM, _FRAME = 6850, 12
-# Operations per pixel of a frame with all that runs again and backward (counted): a lone first latent, and frames of a longer decode.
-_FLOPS_FIRST, _FLOPS = 12.9e6, 38.5e6
+# Operations per pixel of a frame with all that runs again and backward (counted): a lone first frame, the first of several, each later one.
+_FLOPS_ALONE, _FLOPS_FIRST, _FLOPS_LATER = 12.9e6, 17.2e6, 40.3e6
 _COUNTED_IN_BYTES = 2
 # Activations of a CLIP ViT-H/14 picture tower in fp32 with gradient, a frame (counted).
 _TOWER_BYTES = 602_000_000
@@ -70,5 +70,7 @@ def look_bytes(scored: Scored, is_whole: bool) -> int:
 
 def decode_flops(scored: Scored) -> float:
     """Operations of a decode with gradient, forward and backward."""
-    frames = max(0, 4 * scored.latents - 3)
-    return scored.batch * frames * scored.pixels * (_FLOPS_FIRST if scored.latents == 1 else _FLOPS)
+    if scored.latents == 0:
+        return 0.0
+    first = _FLOPS_ALONE if scored.latents == 1 else _FLOPS_FIRST
+    return scored.batch * scored.pixels * (first + 4 * (scored.latents - 1) * _FLOPS_LATER)

@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.host
 WIDTH, HEIGHT = 832, 480
-PEAK = 0.06
+OPERATIONS, PEAK = 0.01, 0.06
 
 
 def scored(latents, **changes):
@@ -26,7 +26,7 @@ def test_peaks_and_operations(comfyui, latents, keep_place):
     print(latents, keep_place, seen["gradient"].card_bytes / 1e9, card / 1e9, seen["gradient"].host_bytes / 1e9, host / 1e9)
     assert seen["gradient"].card_bytes == pytest.approx(card, rel=PEAK)
     assert seen["gradient"].host_bytes == pytest.approx(host, rel=PEAK)
-    assert seen["gradient"].flops == pytest.approx(decode_flops(scored(latents)), rel=0.06)
+    assert seen["gradient"].flops == pytest.approx(decode_flops(scored(latents)), rel=OPERATIONS)
     if latents > 2:
         assert seen["stream"].card_bytes == pytest.approx(look_bytes(scored(latents), False), rel=PEAK)
 

@@ -51,7 +51,7 @@ def test_24_and_16_gb_cards_take_480p_and_720p(make):
 
 
 def test_seconds_are_those_of_the_projects_reference(make):
-    """Its table of predicted micro-steps, 19 rollout forwards: fused LoRA, merged rollouts, best attention. It takes one GEMM rate for all; we are within 6 %."""
+    """Its table of predicted micro-steps with 19 rollout forwards: fused LoRA, merged rollouts, best attention."""
     for card, (small, large) in {"h200": (63, 250), "rtx 4090": (257, 989)}.items():
         for (width, height), wanted in (((832, 480), small), ((1280, 720), large)):
             found = make(width, height, card=card, ram=200, **PRFL)
@@ -63,7 +63,7 @@ def test_seconds_are_those_of_the_projects_reference(make):
 
 
 def test_a_large_card_keeps_everything(make):
-    found = make(card="h200", ram=200)
+    found = make(card="h200", ram=200, **PRFL)
     assert found["fits"] and found["knobs"]["resident_blocks"] == 40 and found["knobs"]["keep_place"] == "device"
     assert found["seconds_per_step"]["total"] <= 1.003 * min([other["seconds_per_step"] for other in found["alternatives"]], default=1e9)
 
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused_with_what_would(make):
     words = refusal(found)
     assert "GB of memory (" in words and "but 70.0 GB are free" in words and "on the card" not in words
     assert "would fit: " in words and found["remedies"][0] in words
-    assert "fp8 files of the experts" in found["remedies"] and "41 frames" in found["remedies"]
+    assert found["remedies"] == ["fp8 files of the experts", "640 x 352"]
     assert not make(1280, 720, ram=20)["remedies"] and "a machine with more memory" in refusal(make(1280, 720, ram=20))
     small = make(1280, 720, ram=200, card_gb=8)
     assert "GB on the card, but rtx 4090 has 8.1 GB for it" in refusal(small) and "of memory (" not in refusal(small)
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused_with_what_would(make):
 def test_remedies_fit_when_they_are_followed(make):
     found = make(1280, 720, ram=70)
     assert make(1280, 720, ram=70, weight_bytes=1)["fits"] == ("fp8 files of the experts" in found["remedies"])
-    assert make(1280, 720, ram=70, video={"width_px": 1280, "height_px": 720, "frames": 41})["fits"]
+    assert make(640, 352, ram=70)["fits"]
 
 
 def test_fp8_files_halve_the_weights(make):
@@ -129,11 +129,13 @@ def test_shapes_by_name_and_from_a_header(tmp_path):
 def test_command_without_weights(toy, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(toy.settings()))
+    assert plan.main([str(path), "--shape", "wan-5b"]) == 2 and "video.height_px is 16, but the 5B model needs a multiple of 32" in capsys.readouterr().err
+    path.write_text(json.dumps(toy.settings(video={"width_px": 64, "height_px": 32})))
     assert plan.main([str(path), "--json", "--shape", "wan-5b", "--card", "h200", "--ram-gb", "200"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"gpu_peak_bytes", "host_peak_bytes", "seconds_per_step", "fits", "knobs", "alternatives"} <= found.keys() and found["fits"]
     # The 5B model's VAE has 16 x 16 pixels in a latent, and its passes a quarter of the tokens; what cannot be trained yet is said.
-    assert found["tokens_per_video"] == 2 * 1 * 1 and "cannot train a model of 48" in found["note"]
+    assert found["tokens_per_video"] == 2 * 1 * 2 and "cannot train a model of 48" in found["note"]
     assert plan.main([str(path), "--json", "--shape", "wan-14b", "--card-gb", "3", "--ram-gb", "200"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] is False
     assert plan.main([str(path), "--shape", "wan-14b", "--base", "fp8", "--card-gb", "3", "--ram-gb", "200"]) == 0
