@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,6 +56,13 @@ def card_of(config: TrainConfig, device: torch.device) -> Card:
     return Card(**{**vars(known), "name": name, "memory_bytes": memory})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """What is installed. `knobs`: those in force."""
+
+    knobs: Knobs
+
+
 @contextmanager
 def engines(
     config: TrainConfig,
@@ -64,7 +72,7 @@ def engines(
     *,
     decoder: WanDecoder | None = None,
     latent_reward: PavrmReward | None = None,
-) -> Iterator[None]:
+) -> Iterator[Engines]:
     """Both experts, and a PAVRM's trunk, through block executors that share their slots; checked before anything is trained.
 
     Raises:
@@ -83,4 +91,4 @@ def engines(
             stack.enter_context(latent_reward.engine(knobs, slots))
         if decoder is not None and knobs.keep_place == "host":
             decoder.keep_device = torch.device("cpu")
-        yield
+        yield Engines(knobs=knobs)

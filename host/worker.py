@@ -148,7 +148,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from ..lora_train.run import Parts, train
     from ..runs import lease
     from ..runs.store import append_event
-    from . import start_images
+    from . import memory_meter, start_images
     from .engine import engines
     from .samples import SampleFiles
     from .training_mode import training_mode
@@ -167,7 +167,10 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        stack.enter_context(engines(config, backbones, device, dtype, decoder=scorers["decoder"], latent_reward=scorers["latent_reward"]))
+        meter = memory_meter.meter_of(config, device, lambda: engine.knobs)
+        engine = stack.enter_context(engines(config, backbones, device, dtype, decoder=scorers["decoder"], latent_reward=scorers["latent_reward"]))
+        if meter is not None:
+            stack.enter_context(meter)
 
         def sink(event) -> None:
             append_event(folder, event)
@@ -180,6 +183,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),
             pause=lambda: lease.wait_until_free(folder.parent, stop) if device.type != "cpu" else None,
+            meter=meter,
             base_sha256=lambda expert: hashes[expert].result(),
             device=device,
             real=real,
@@ -270,7 +274,7 @@ def _forget_after_checkpoint(folder: Path) -> None:
 
     (folder / "stop").unlink(missing_ok=True)
     step = latest_step(folder)
-    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed") and event.get("step", 0) <= step]
+    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed", "memory") and event.get("step", 0) <= step]
     kept = past if step else []
     partial = folder / f"{METRICS}.partial"
     partial.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in kept), encoding="utf-8")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import RewardModel
-from . import checkpoint, events, guards
+from . import checkpoint, events, guards, rehearsal
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate, show_samples
 from .flow import steps_of_expert
@@ -27,6 +27,7 @@ from .lora.targets import select_targets
 from .prompts import derived_seed
 from .protocols import Decoder, EventSink, LatentReward, Objective, SampleWriter, StopRequested
 from .real import RealLatents, RealSamples
+from .rehearsal import MemoryMeter
 from .rollout import ContextCache, Experts
 from .trainee import Trainee, new_trainee
 
@@ -37,7 +38,8 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else.
+    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else. With a `meter` the
+    largest step is rehearsed before the first one.
 
     None is what the config has no use for: decoder and reward without videos, latent_reward without PRFL, motion and judge without their guards.
     """
@@ -54,6 +56,7 @@ class Parts:
     real: RealLatents | RealSamples | None = None
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
+    meter: MemoryMeter | None = None
     base_sha256: Callable[[str], str] = lambda expert: ""
     clock: Callable[[], float] = time.time
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -80,11 +83,12 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
         parts.experts.count.total = progress.forwards
         parts.sink(_started(config, parts, trainees, progress))
+        rehearsal.rehearse(config, parts, objective, trainees)
         if progress.step == 0:
             progress = _look_at_base(config, parts, objective, trainees, progress)
         objective.use(progress.measured)
 
-        ended = Stop(reason="completed", detail="")
+        ended, begun_run = Stop(reason="completed", detail=""), time.perf_counter()
         saved_at = progress.step
         for step in range(progress.step + 1, config.steps + 1):
             parts.pause()
@@ -153,6 +157,8 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
 
         if saved_at != progress.step or not checkpoint.states(folder):
             _save(config, parts, folder, trainees, progress)
+        if parts.meter is not None:
+            rehearsal.report(parts, "run", parts.meter.peak_bytes(), time.perf_counter() - begun_run)
         finished = _finish(config, parts, folder, trainees, progress, ended)
     parts.sink(finished)
     return finished

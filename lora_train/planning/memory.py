@@ -99,12 +99,8 @@ def slot_bytes(job: Job) -> int:
     return total + (block_bytes(job) if shape.is_quantised else 0)
 
 
-def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, int]:
-    """Bytes of tensors on the card at the height of each phase, without driver and libraries.
-
-    Args:
-        in_kernels: with what the attention kernel allocates inside of itself.
-    """
+def rest_bytes(job: Job, choice: Choice) -> int:
+    """Bytes on the card between two steps: weights, slots, LoRA and optimiser where they live there, and what both experts share."""
     shape = job.shape
     fixed = job.experts * (shape.outer_parameters * job.element_bytes + shape.width * shape.in_channels * 4 * (4 - job.element_bytes)) + job.reward_bytes
     fixed += job.tokens * 128 * 2 * 4  # rotations, fp32
@@ -115,6 +111,16 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     fixed += judged(job).shape.blocks * block_bytes(judged(job)) if job.judged_blocks and choice.merges_resident else 0
     fixed += choice.slots * slot_bytes(job) if streams else 0  # shared by the experts
     fixed += job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "device" else 0
+    return fixed
+
+
+def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, int]:
+    """Bytes of tensors on the card at the height of each phase, without driver and libraries.
+
+    Args:
+        in_kernels: with what the attention kernel allocates inside of itself.
+    """
+    shape, fixed = job.shape, rest_bytes(job, choice)
     # Merged copies of the Linears around the blocks, held through the rollout (`lora/linears.py`).
     outer = shape.outer_linears
     merged = job.experts * sum(outer[name][0] * outer[name][1] for name in job.adapted_outside) * job.element_bytes

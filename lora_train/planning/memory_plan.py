@@ -11,7 +11,7 @@ from ..config import TrainConfig
 from ..lora.targets import select_targets
 from .choose import USABLE, candidates, choose, fits, nearest
 from .job import job_of
-from .memory import Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, phases
+from .memory import Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, phases, rest_bytes
 from .scoring import decode_flops
 from .shapes import ModelShape
 from .speed import Card, pass_seconds
@@ -72,6 +72,7 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
     return {
         "gpu_peak_bytes": gpu_bytes(job, choice),
         "gpu_phase_bytes": phases(job, choice),
+        "gpu_rest_bytes": rest_bytes(job, choice),
         "host_peak_bytes": host_bytes(job, choice),
         "host_part_bytes": host_parts(job, choice),
         "kept_activation_bytes": job.graphs * kept_bytes(job, choice),
