@@ -7,6 +7,8 @@ from comfy_api.latest import io
 from ..host import plan_report, queue, training
 from .types import Prompts, RewardModel, Run, WanFiles
 
+_ALPHA = "Alpha of the LoRA; its change is scaled by alpha / rank. Official reward LoRAs: 64 at rank 128."
+
 
 def run_inputs() -> list[io.Input]:
     """What describes a training run; Memory Plan takes the same."""
@@ -32,22 +34,9 @@ def run_inputs() -> list[io.Input]:
         ),
         io.Int.Input("steps", default=100, min=1, max=1_000_000, tooltip="Optimiser steps."),
         io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. Official reward LoRAs: 128."),
+        io.Float.Input("alpha", default=8.0, min=0.01, max=4096.0, step=0.5, tooltip=_ALPHA),
         io.Float.Input(
-            "alpha",
-            default=8.0,
-            min=0.01,
-            max=4096.0,
-            step=0.5,
-            tooltip="Alpha of the LoRA; its change is scaled by alpha / rank. Official reward LoRAs: 64 at rank 128.",
-        ),
-        io.Float.Input(
-            "learning_rate",
-            default=1e-4,
-            min=0.0,
-            max=1.0,
-            step=1e-6,
-            round=1e-9,
-            tooltip="Learning rate of AdamW. Official reward LoRAs: 1e-5 at batch 8.",
+            "learning_rate", default=1e-4, min=0.0, max=1.0, step=1e-6, round=1e-9, tooltip="Learning rate of AdamW. Official reward LoRAs: 1e-5 at batch 8."
         ),
         io.Int.Input("batch", default=1, min=1, max=256, tooltip="Videos per step."),
         io.Int.Input("width", default=256, min=16, max=4096, step=16, tooltip="Width of the training videos in pixels."),

@@ -16,7 +16,7 @@ def scored(latents, **changes):
 
 
 @pytest.mark.parametrize("keep_place", ["device", "host"])
-@pytest.mark.parametrize("latents", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("latents", [1, 2, 3, 7])
 def test_peaks_and_operations(comfyui, latents, keep_place):
     from reward_lab.host.dry_run import dry_decode
     from reward_lab.lora_train.planning.scoring import decode_bytes, decode_flops, look_bytes
@@ -35,7 +35,7 @@ def test_a_longer_video_takes_no_more_of_the_card(comfyui):
     """Caches on the host: what still grows are the frames themselves. Without gradient nothing does but the latent."""
     from reward_lab.host.dry_run import dry_decode
 
-    short, long = (dry_decode(latents, 256, 256, "host") for latents in (5, 21))
-    frames = 64 * 3 * 256 * 256 * (4 + 4 + 2 + 2 + 4)
+    short, long = (dry_decode(latents, 256, 256, "host") for latents in (5, 9))
+    frames = 16 * 3 * 256 * 256 * (4 + 4 + 2 + 2 + 4)
     assert long["gradient"].card_bytes - short["gradient"].card_bytes <= 1.1 * frames
     assert long["stream"].card_bytes <= 1.01 * short["stream"].card_bytes
