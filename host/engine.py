@@ -88,7 +88,8 @@ def engines(
             if config.engine.self_check and expert in config.trained_experts:
                 self_check(executor, dtype, {"optimized_attention_override": attention})
         if latent_reward is not None:
-            stack.enter_context(latent_reward.engine(knobs, slots))
+            streams = any(0 <= knobs.resident_blocks < len(backbone.model.blocks) for backbone in backbones.values())
+            stack.enter_context(latent_reward.engine(knobs, device, slots, streams=streams))
         if decoder is not None and knobs.keep_place == "host":
             decoder.keep_device = torch.device("cpu")
         yield Engines(knobs=knobs)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.executor import WEIGHTS_IN_USE, BlockExecutor
 from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.store import Slot, place
 from ..lora_train.protocols import LatentScores
@@ -22,25 +22,8 @@ _ROUNDING = 1e-6
 class PavrmReward:
     """See `lora_train.protocols.LatentReward`."""
 
-    def __init__(self, model: pavrm.Pavrm, device: torch.device) -> None:
-        self._model, self._device = model, device
-
-    @contextmanager
-    def engine(self, knobs: Knobs, slots: list[Slot]) -> Iterator[None]:
-        """Run a trunk of its own as the experts are run, through their slots; a generator's blocks are in an expert's hands.
-
-        Without this, eight blocks' whole graphs would lie on the card while a step's own activations wait."""
-        trunk = self._model.model
-        place(trunk, self._device, "blocks.")
-        self._model.head.to(self._device)
-        if self._model.is_adapted:
-            yield
-            return
-        # The experts' number says nothing about another model: with them, or not at all.
-        is_resident = knobs.resident_blocks < 0 or knobs.merges_resident
-        own = replace(knobs, resident_blocks=-1 if is_resident else 0)
-        with BlockExecutor(list(trunk.blocks), own, self._device, is_plain_block, slots=slots).installed():
-            yield
+    def __init__(self, model: pavrm.Pavrm) -> None:
+        self._model = model
 
     def score(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor, condition_BCFHW: torch.Tensor | None = None) -> LatentScores:
         """Scores of noisy latents.
@@ -61,9 +44,26 @@ class PavrmReward:
         output = self._model.score(latent_BCFHW, timestep_B, texts, pavrm.ImageCondition(latent_BCFHW=condition_BCFHW))
         return LatentScores(logit_B=output.logit, probability_B=output.probability)
 
+    @contextmanager
+    def engine(self, knobs: Knobs, device: torch.device, slots: list[Slot], *, streams: bool) -> Iterator[None]:
+        """Run the trunk's blocks as the generator's: kept inputs instead of a graph, and weights through the same slots where those stream. The first blocks
+        of a generator that serve as trunk ask its executor for their weights (`pavrm_lora.py`), so they are left alone."""
+        model, head = self._model.model, self._model.head
+        head.to(device)
+        if self._model.is_adapted:
+            if not all(WEIGHTS_IN_USE in block.__dict__ for block in model.blocks):
+                # A generator of its own, which no executor has.
+                model.to(device)
+            yield
+            return
+        place(model, device, "blocks.")
+        own = replace(knobs, resident_blocks=0 if streams else -1)
+        with BlockExecutor(list(model.blocks), own, device, is_plain_block, slots=slots).installed():
+            yield
+
 
 def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Mapping[str, str], *, device: torch.device, dtype: torch.dtype) -> PavrmReward:
-    """Load a PAVRM for training; use it within its `engine`.
+    """Load a PAVRM for training.
 
     Args:
         spec: its file; options `query`, `head` for upstream's parts, `generator` for the LoRA form.
@@ -78,6 +78,5 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     generator = options.get("generator")
     if generator:
         shared = next((backbone.model for expert, backbone in backbones.items() if files[expert] == generator), generator)
-        return PavrmReward(pavrm_lora.load(spec.path, shared, device=device, dtype=dtype), device)
-    # To the host; `engine` brings to the device what is needed there.
-    return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device="cpu", dtype=dtype), device)
+        return PavrmReward(pavrm_lora.load(spec.path, shared, device=device, dtype=dtype))
+    return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device=device, dtype=dtype))

@@ -222,6 +222,8 @@ def _encode(config, real) -> tuple[dict, object]:
 
 def _load_scorers(config, backbones: dict, device, dtype) -> dict:
     """Decoder and rewards by their name in `Parts`; None is what this run has no use for."""
+    import torch
+
     from ..lora_train import needs
     from ..reward_models.spec import RewardModelSpec
     from . import latent_reward, reward_loading
@@ -234,7 +236,8 @@ def _load_scorers(config, backbones: dict, device, dtype) -> dict:
     return {
         "decoder": load_decoder(config.models.vae, dtype=dtype, device=device) if needs.decodes(config) else None,
         "reward": None if is_latent else reward_loading.load(spec, device),
-        "latent_reward": latent_reward.load(spec, backbones, files, device=device, dtype=dtype) if is_latent else None,
+        # On the host: the engine brings its trunk to the device, or streams it.
+        "latent_reward": latent_reward.load(spec, backbones, files, device=torch.device("cpu"), dtype=dtype) if is_latent else None,
         "motion": reward_loading.load(RewardModelSpec(kind="dynamic_degree", path=""), device) if config.guards.motion_floor > 0 else None,
         "judge": reward_loading.load(RewardModelSpec.from_dict(asdict(judge)), device) if judge else None,
     }

@@ -107,8 +107,8 @@ def rest_bytes(job: Job, choice: Choice) -> int:
     # Quantised blocks are unpacked in a slot wherever they are stored.
     streams = choice.resident_blocks < shape.blocks or shape.is_quantised
     fixed += job.experts * choice.resident_blocks * block_bytes(job) * (2 if choice.merges_resident and choice.resident_blocks else 1)
-    # A latent reward's trunk lies on the card only beside experts that do so whole.
-    fixed += judged(job).shape.blocks * block_bytes(judged(job)) if job.judged_blocks and choice.merges_resident else 0
+    # A latent reward's trunk lies on the card beside experts that do so whole, and streams with others.
+    fixed += 0 if streams else _trunk_bytes(job)
     fixed += choice.slots * slot_bytes(job) if streams else 0  # shared by the experts
     fixed += job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "device" else 0
     return fixed
@@ -148,6 +148,10 @@ def _scoring_bytes(job: Job, choice: Choice, in_kernels: bool) -> int:
     trunk = judged(job)
     waiting = kept_bytes(trunk, choice) if choice.keep_place == "device" else 0
     return waiting + max(_forward_bytes(trunk, choice, trunk.gradient_batch, held=1), _backward_bytes(trunk, choice, in_kernels))
+
+
+def _trunk_bytes(job: Job) -> int:
+    return job.judged_blocks * block_bytes(judged(job)) if job.judged_blocks else 0
 
 
 def judged(job: Job) -> Job:
@@ -220,10 +224,11 @@ def kept_bytes(job: Job, choice: Choice) -> int:
 def host_parts(job: Job, choice: Choice) -> dict[str, int]:
     """Bytes in host memory by what they hold."""
     streamed = job.experts * (job.shape.blocks - choice.resident_blocks) * block_bytes(job)
+    streams = choice.resident_blocks < job.shape.blocks or job.shape.is_quantised
     is_kept_here = choice.keep_place == "host"
     trunk = judged(job) if job.judged_blocks else None
     return {
-        "weights": streamed + (trunk.shape.blocks * block_bytes(trunk) if trunk else 0),
+        "weights": streamed + (_trunk_bytes(job) if streams else 0),
         "activations": job.graphs * kept_bytes(job, choice) + (kept_bytes(trunk, choice) if trunk else 0) if is_kept_here else 0,
         "decoder": decode_bytes(job.scored, choice.keep_place)[1] if job.scored else 0,
         "lora and optimiser": job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "host" else 0,

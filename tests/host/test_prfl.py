@@ -163,7 +163,7 @@ def test_pavrm_in_lora_form_ignores_the_lora_in_training(folder, wired, tmp_path
     with training_mode(), install(linears, adapter), backbone.engine(Knobs(resident_blocks=0, keep_place="host"), slots := [Slot(), Slot()]):
         asked = _record_uses(backbone.model.blocks)
         leaf = latent.clone().requires_grad_()
-        with scorer.engine(Knobs(resident_blocks=0), slots):
+        with scorer.engine(Knobs(resident_blocks=0), cpu, slots, streams=True):
             streamed = scorer.score(leaf, 0.5, text).logit_B
             (gradient,) = torch.autograd.grad(streamed.sum(), leaf)
     assert torch.equal(plain, streamed) and torch.equal(gradient, bare)
@@ -195,7 +195,7 @@ def test_trunk_of_its_own_runs_through_the_engine(knobs):
 
     with training_mode():
         plain, plain_gradient = scored()
-        with scorer.engine(Knobs(**knobs), [Slot(), Slot()]):
+        with scorer.engine(Knobs(**knobs), cpu, [Slot(), Slot()], streams=knobs["resident_blocks"] == 0):
             assert all("forward" in block.__dict__ for block in trunk.blocks)
             logit, gradient = scored()
     assert torch.equal(logit, plain) and relative(gradient, plain_gradient) <= 1e-5
