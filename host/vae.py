@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.ldm.wan.vae
 import comfy.sd
 import comfy.utils
 import torch
@@ -39,6 +40,8 @@ class WanDecoder:
         self.device = device
         # Where feature caches of a decode with gradient wait for backward; the plan may put them on the host.
         self.keep_device = device
+        # The host's network for Wan2.1 walks through a video in pieces that can be had one by one; others run whole.
+        self._has_pieces = isinstance(network, comfy.ldm.wan.vae.WanVAE)
         self._format = comfy.latent_formats.Wan21()
 
     def decode(self, latent_BCFHW: torch.Tensor, selection: range | None = None) -> torch.Tensor:
@@ -63,7 +66,8 @@ class WanDecoder:
         latent = self._format.process_out(latent_BCFHW[:, :, : selection.stop].float()).to(self.dtype)
         first = pixel_frames(selection).start
         if torch.is_grad_enabled() and latent.requires_grad:
-            return _shown(vae_gradient.decode(self.network, latent, self.keep_device)[:, :, first:])
+            pixels = vae_gradient.decode(self.network, latent, self.keep_device) if self._has_pieces else self.network.decode(latent)
+            return _shown(pixels[:, :, first:])
         frames, done = None, 0
         for piece in self._pieces(latent, first):
             if frames is None:
@@ -79,6 +83,9 @@ class WanDecoder:
 
     def _pieces(self, latent_BCFHW: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
         """Pieces [B, T, 3, H, W] of the video from frame `first` on, by the host's decoder."""
+        if not self._has_pieces:
+            yield _shown(self.network.decode(latent_BCFHW)[:, :, first:])
+            return
         x, done = self.network.conv2(latent_BCFHW), 0
         caches = [None] * count_cache_layers(self.network.decoder) if x.shape[2] > 1 else None
         for start, stop in _steps(x.shape[2]):
@@ -91,6 +98,8 @@ class WanDecoder:
     @torch.no_grad()
     def encode(self, frames_BFCHW: torch.Tensor) -> torch.Tensor:
         """Latents in model space [B, 16, F, H/8, W/8] fp32 of pixels in [0, 1] [B, T, 3, H, W], T = 4n+1; frames go to the device piece by piece."""
+        if not self._has_pieces:
+            return self._format.process_in(self.network.encode((frames_BFCHW.transpose(1, 2) * 2 - 1).to(self.device, self.dtype)).float())
         total = 1 + (frames_BFCHW.shape[1] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         encoder, made = self.network.encoder, []
         caches = [None] * count_cache_layers(encoder) if total > 1 else None

@@ -18,7 +18,8 @@ from ..run import Parts
 from ..selection import choose_frames
 from ..trainee import Trainee
 
-FRAMES_PER_CHUNK = 64
+# Pictures that the reward model sees at once with gradient: on a card, a CLIP's activations take 0.6 GB each; the plan counts on it (`planning/job.py`).
+FRAMES_PER_CHUNK, FRAMES_ON_CARD = 64, 8
 # 1 / (2 sigma^2) without a floor would make the KL of the last, almost noiseless steps a thousand times that of the others.
 _KL_SIGMA_FLOOR = 0.1
 
@@ -35,7 +36,8 @@ def reward_gradient(
     """
     leaf = latent_BCFHW.detach().requires_grad_()
     frames_BFCHW = decoded(config, parts, leaf, draw)
-    output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.prompts, FRAMES_PER_CHUNK)
+    at_once = FRAMES_PER_CHUNK if frames_BFCHW.device.type == "cpu" else FRAMES_ON_CARD
+    output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.prompts, at_once)
     share = -config.objective.reward_scale / len(draw.prompts)
     if weight is not None:
         frame_gradient = frame_gradient * weight(output.per_video).view(-1, 1, 1, 1, 1)
