@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .lora.targets import select_targets
 from .planning import table
 from .planning.job import guidance_of, latent_shape
-from .planning.memory_plan import memory_plan, refusal
+from .planning.memory_plan import least_host, memory_plan, refusal, remedies
 from .planning.shapes import NAMES, ModelShape, header_shape, shape_of
 from .planning.speed import CARDS, GIB, Card
 from .safetensors_file import Header, read_header
@@ -29,6 +29,8 @@ _SAVED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # fp32 master and AdamW's two moments
 _STATE_BYTES = 12
+# Larger than any, where only the host's memory is in question
+_ANY_CARD = 10**15
 
 
 def linear_shapes(header: Header) -> dict[str, tuple[int, int]]:
@@ -157,6 +159,24 @@ def check_disk(config: TrainConfig, folder: Path) -> None:
         )
 
 
+def check_memory(config: TrainConfig) -> None:
+    """Refuse a run that this machine's memory cannot hold, however much of it a card takes.
+
+    Raises:
+        ValueError: says how much is needed at least, for what, and what would fit.
+    """
+    first = config.trained_experts[0]
+    shape = header_shape(read_header(getattr(config.models, first)), Path(getattr(config.models, first)).name)
+    free_bytes = int(config.engine.ram_gb * 1e9) or free_memory_bytes()
+    needed, part = least_host(config, shape)
+    if needed > free_bytes:
+        words = "; ".join(remedies(config, shape, _ANY_CARD, free_bytes)) or "use smaller models, or a machine with more memory"
+        raise ValueError(
+            f"this run needs at least {needed / 1e9:.2f} GB of memory, most of it for {part}, but {free_bytes / 1e9:.2f} GB are free; close other programs. "
+            f"Would fit: {words}"
+        )
+
+
 def _count(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:
@@ -214,7 +234,17 @@ def free_memory_bytes() -> int:
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, _container_bytes())
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 64 * 10**9
+
+
+def _container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves; caches of files, which it gives up when asked, count as free. Without a limit: more than there is."""
+    try:
+        limit, used = ((folder / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        caches = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return _ANY_CARD
+    return _ANY_CARD if limit == "max" else max(0, int(limit) - int(used) + int(caches.get("inactive_file", 0)))

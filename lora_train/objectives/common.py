@@ -13,13 +13,14 @@ import torch
 from ...reward_models.base import reward_and_frame_gradient
 from ..config import TrainConfig
 from ..draws import Draw
+from ..planning.scoring import FRAMES_ON_CARD
 from ..rollout import PromptContext
 from ..run import Parts
 from ..selection import choose_frames
 from ..trainee import Trainee
 
-# Pictures that the reward model sees at once with gradient: on a card, a CLIP's activations take 0.6 GB each; the plan counts on it (`planning/job.py`).
-FRAMES_PER_CHUNK, FRAMES_ON_CARD = 64, 8
+# Pictures that a reward model sees at once, off a card and without gradient; with one, on a card, `FRAMES_ON_CARD`.
+FRAMES_PER_CHUNK = 64
 # 1 / (2 sigma^2) without a floor would make the KL of the last, almost noiseless steps a thousand times that of the others.
 _KL_SIGMA_FLOOR = 0.1
 

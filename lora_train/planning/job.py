@@ -10,14 +10,12 @@ from ..config import TrainConfig
 from ..lora.targets import select_targets
 from ..safetensors_file import read_header
 from .memory import Job
-from .scoring import CLIP_BYTES, VAE_ELEMENTS, Scored
+from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
 from .shapes import ModelShape
 
 _CHANNELS_5B = 48
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
-# Pictures that a reward model's tower sees at once on a card (`objectives/common.py`).
-FRAMES_AT_ONCE = 8
 # Rewards of whole videos without a network.
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _MEASURES = ("dynamic_degree", "flicker", "drift")
@@ -110,7 +108,7 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
     return Scored(
         pixels=video.width_px * video.height_px,
         latents=count + history if is_trained else 0,
-        frames=min(frames, objective.score_frames or frames, FRAMES_AT_ONCE) if is_trained and config.reward.kind not in _MEASURES else 0,
+        frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained and config.reward.kind not in _MEASURES else 0,
         total_frames=video.frames,
         batch=config.batch,
         element_bytes=element_bytes,

@@ -141,13 +141,12 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
 
 def _scoring_bytes(job: Job, choice: Choice, in_kernels: bool) -> int:
     """Decoder and reward model one after the other; or a latent reward's trunk forward and backward, while the step's own kept tensors wait."""
-    if job.scored is not None:
-        return max(decode_bytes(job.scored, choice.keep_place)[0], tower_bytes(job.scored)) if job.scored.latents else 0
+    decoded = max(decode_bytes(job.scored, choice.keep_place)[0], tower_bytes(job.scored)) if job.scored and job.scored.latents else 0
     if not job.judged_blocks:
-        return 0
+        return decoded
     trunk = judged(job)
     waiting = kept_bytes(trunk, choice) if choice.keep_place == "device" else 0
-    return waiting + max(_forward_bytes(trunk, choice, trunk.gradient_batch, held=1), _backward_bytes(trunk, choice, in_kernels))
+    return max(decoded, waiting + max(_forward_bytes(trunk, choice, trunk.gradient_batch, held=1), _backward_bytes(trunk, choice, in_kernels)))
 
 
 def _trunk_bytes(job: Job) -> int:

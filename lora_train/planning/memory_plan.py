@@ -11,7 +11,7 @@ from ..config import TrainConfig
 from ..lora.targets import select_targets
 from .choose import USABLE, candidates, choose, fits, nearest
 from .job import job_of
-from .memory import Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, phases, rest_bytes
+from .memory import PROCESS_BYTES, Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, phases, rest_bytes
 from .scoring import decode_flops
 from .shapes import ModelShape
 from .speed import Card, pass_seconds
@@ -90,7 +90,7 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
 def _note(config: TrainConfig, shape: ModelShape) -> str:
     notes = ["predicted from operations and assumed rates; not measured on this card"]
     if shape.latent_channels != 16:
-        notes.append(f"this pack cannot train a model of {shape.latent_channels} latent channels yet; its decoder is not counted")
+        notes.append(f"this pack cannot train a model of {shape.latent_channels} latent channels yet; its decoder is counted as that of 14B models")
     if config.reward.options.get("generator"):
         notes.append("a PAVRM in LoRA form runs its blocks whole: more than is counted here")
     return "; ".join(notes)
@@ -134,6 +134,16 @@ def refusal(plan: dict[str, Any]) -> str:
         short.append(f"{needed_host / 1e9:.1f} GB of memory ({part}), but {host / 1e9:.1f} GB are free")
     remedy = f"would fit: {'; '.join(plan['remedies'])}" if plan["remedies"] else "use a smaller video, or a machine with more memory"
     return f"this run needs {', and '.join(short)}; {remedy}"
+
+
+def least_host(config: TrainConfig, shape: ModelShape) -> tuple[int, str]:
+    """The least bytes of host memory that any knobs ask for, without those of the process, and what most of them are for."""
+    job = job_of(config, shape)
+    choices = candidates(job, lambda choice: fixed_by_hand(config, choice, shape))
+    choice = min(choices, key=lambda choice: host_bytes(job, choice))
+    parts = {name: value for name, value in host_parts(job, choice).items() if name != "process"}
+    needed = host_bytes(job, choice) - PROCESS_BYTES
+    return needed, "loading the experts' weights" if sum(parts.values()) < needed else max(parts, key=parts.get)
 
 
 def remedies(config: TrainConfig, shape: ModelShape, card_bytes: int, host_free_bytes: int) -> list[str]:

@@ -17,6 +17,8 @@ _STREAM, _FRAME = 6850, 12
 # Operations per pixel of a frame with all that runs again and backward (counted): a lone first frame, the first of several, each later one.
 _FLOPS_ALONE, _FLOPS_FIRST, _FLOPS_LATER = 12.9e6, 17.2e6, 40.3e6
 _COUNTED_IN_BYTES = 2
+# Pictures that a reward model sees at once with gradient on a card (`objectives/common.py`): there, each of a CLIP's takes 0.6 GB.
+FRAMES_ON_CARD = 8
 # Activations of a CLIP ViT-H/14 picture tower in fp32 with gradient, a frame (counted).
 _TOWER_BYTES = 602_000_000
 # Its weights in fp32 (both towers), and the VAE's elements.

@@ -28,8 +28,11 @@ class Card:
 CARDS = {
     "h200": Card(name="h200", memory_bytes=139 * GIB, gemm=700e12, attention=600e12, attention_backward=500e12, transfer=50e9),
     "h100": Card(name="h100", memory_bytes=79 * GIB, gemm=700e12, attention=600e12, attention_backward=500e12, transfer=50e9),
+    "a100": Card(name="a100", memory_bytes=79 * GIB, gemm=250e12, attention=190e12, attention_backward=150e12, transfer=25e9),
+    "l40s": Card(name="l40s", memory_bytes=44 * GIB, gemm=170e12, attention=160e12, attention_backward=130e12, transfer=25e9),
     "rtx 5090": Card(name="rtx 5090", memory_bytes=31 * GIB, gemm=220e12, attention=205e12, attention_backward=170e12, transfer=50e9),
     "rtx 4090": Card(name="rtx 4090", memory_bytes=int(23.5 * GIB), gemm=155e12, attention=160e12, attention_backward=130e12, transfer=25e9),
+    "rtx 4080": Card(name="rtx 4080", memory_bytes=int(15.5 * GIB), gemm=90e12, attention=95e12, attention_backward=75e12, transfer=25e9),
     "rtx 3090": Card(name="rtx 3090", memory_bytes=int(23.5 * GIB), gemm=65e12, attention=65e12, attention_backward=50e12, transfer=25e9),
     "cpu": Card(name="cpu", memory_bytes=0, gemm=0.05e12, attention=0.03e12, attention_backward=0.03e12, transfer=10e9),
 }

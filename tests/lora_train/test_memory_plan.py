@@ -42,7 +42,7 @@ def test_a_prfl_step_can_run_within_the_goals(make, width, height, goal):
 def test_24_and_16_gb_cards_take_480p_and_720p(make):
     for width, height in ((832, 480), (1280, 720)):
         assert make(width, height, ram=160, **PRFL)["gpu_peak_bytes"] <= 24 * GB
-        small = make(width, height, ram=160, card_gb=15.5, **PRFL)
+        small = make(width, height, ram=160, card="rtx 4080", **PRFL)
         assert small["fits"] and small["gpu_peak_bytes"] <= 0.94 * 15.5 * GIB
     small, large = make(ram=160), make(1280, 720, ram=160)
     assert small["fits"] and large["fits"] and large["knobs"]["keep_place"] == "host"
