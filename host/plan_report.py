@@ -94,7 +94,7 @@ def picture(config: TrainConfig, found: Mapping[str, Any]):
     """Peaks by phase and host memory by part, against the limits; seconds by phase as a line."""
     driver = found["gpu_peak_bytes"] - max(found["gpu_phase_bytes"].values())
     card = tuple((name, (value + driver) / 1e9) for name, value in found["gpu_phase_bytes"].items())
-    memory = tuple((name, value / 1e9) for name, value in found["host_part_bytes"].items() if value)
+    memory = tuple((name, value / 1e9) for name, value in table.memory_rows(found).items())
     usable, free = found["card"]["usable_bytes"] / 1e9, found["host_free_bytes"] / 1e9
     groups = [
         Bars(title="On the card", unit="GB", rows=card, limit=usable, limit_label=f"{usable:.1f} GB of {found['card']['name']}"),

@@ -235,10 +235,14 @@ def host_parts(job: Job, choice: Choice) -> dict[str, int]:
     }
 
 
+def loading_bytes(job: Job) -> int:
+    """Host memory while models are loaded: all weights are there before some move to the card."""
+    return job.experts * job.shape.blocks * block_bytes(job) + _trunk_bytes(job) + PROCESS_BYTES
+
+
 def host_bytes(job: Job, choice: Choice) -> int:
-    """Peak in host memory: of the training, or of the loading, when all weights are there before some move to the card."""
-    loading = job.experts * job.shape.blocks * block_bytes(job) + PROCESS_BYTES
-    return max(loading, sum(host_parts(job, choice).values()))
+    """Peak in host memory: of the training, or of the loading before it."""
+    return max(loading_bytes(job), sum(host_parts(job, choice).values()))
 
 
 def gpu_bytes(job: Job, choice: Choice) -> int:

@@ -11,7 +11,7 @@ from ..config import TrainConfig
 from ..lora.targets import select_targets
 from .choose import USABLE, candidates, choose, fits, nearest
 from .job import job_of
-from .memory import PROCESS_BYTES, Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, phases, rest_bytes
+from .memory import PROCESS_BYTES, Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, loading_bytes, phases, rest_bytes
 from .scoring import decode_flops
 from .shapes import ModelShape
 from .speed import Card, pass_seconds
@@ -75,6 +75,7 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
         "gpu_rest_bytes": rest_bytes(job, choice),
         "host_peak_bytes": host_bytes(job, choice),
         "host_part_bytes": host_parts(job, choice),
+        "host_loading_bytes": loading_bytes(job),
         "kept_activation_bytes": job.graphs * kept_bytes(job, choice),
         "seconds_per_step": {name: round(value, 3) for name, value in step_seconds(config, job, choice, card, counts).items()},
         "fits": chosen is not None,
@@ -129,8 +130,9 @@ def refusal(plan: dict[str, Any]) -> str:
     if needed_card > card:
         short.append(f"{needed_card / 1e9:.1f} GB on the card, but {plan['card']['name']} has {card / 1e9:.1f} GB for it")
     if needed_host > host:
-        largest = max(plan["host_part_bytes"], key=plan["host_part_bytes"].get)
-        part = f"{plan['host_part_bytes'][largest] / 1e9:.1f} GB of it for {largest}"
+        parts = {**plan["host_part_bytes"], "weights while loading": plan["host_loading_bytes"] if plan["host_loading_bytes"] == needed_host else 0}
+        largest = max(parts, key=parts.get)
+        part = f"{parts[largest] / 1e9:.1f} GB of it for {largest}"
         short.append(f"{needed_host / 1e9:.1f} GB of memory ({part}), but {host / 1e9:.1f} GB are free")
     remedy = f"would fit: {'; '.join(plan['remedies'])}" if plan["remedies"] else "use a smaller video, or a machine with more memory"
     return f"this run needs {', and '.join(short)}; {remedy}"

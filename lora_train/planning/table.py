@@ -25,7 +25,7 @@ def text(config: TrainConfig, plan: dict[str, Any], refusal: str = "") -> str:
     """
     video = config.video
     card = {name: value / _GB for name, value in plan["gpu_phase_bytes"].items()}
-    memory = {name: value / _GB for name, value in plan["host_part_bytes"].items()}
+    memory = {name: value / _GB for name, value in memory_rows(plan).items()}
     lines = [
         f"{config.method}, {config.expert}-noise, {video.width_px} x {video.height_px} x {video.frames} frames ({plan['tokens_per_video']} tokens), "
         f"batch {config.batch}, rank {config.lora.rank}",
@@ -45,6 +45,12 @@ def text(config: TrainConfig, plan: dict[str, Any], refusal: str = "") -> str:
         f"({plan['note']})",
     ]
     return "\n".join(lines)
+
+
+def memory_rows(plan: dict[str, Any]) -> dict[str, int]:
+    """Parts of host memory that there are; and the loading, where that asks for more than all of them together."""
+    parts = {name: value for name, value in plan["host_part_bytes"].items() if value}
+    return {**parts, "while loading": plan["host_loading_bytes"]} if plan["host_loading_bytes"] == plan["host_peak_bytes"] else parts
 
 
 def knobs(values: dict[str, Any]) -> str:
