@@ -8,7 +8,7 @@ video goes through piece by piece: besides what goes in and comes out, memory do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import comfy.latent_formats
@@ -95,20 +95,40 @@ class WanDecoder:
                 if wanted.shape[2]:
                     yield _shown(wanted)
 
-    @torch.no_grad()
     def encode(self, frames_BFCHW: torch.Tensor) -> torch.Tensor:
         """Latents in model space [B, 16, F, H/8, W/8] fp32 of pixels in [0, 1] [B, T, 3, H, W], T = 4n+1; frames go to the device piece by piece."""
-        if not self._has_pieces:
-            return self._format.process_in(self.network.encode((frames_BFCHW.transpose(1, 2) * 2 - 1).to(self.device, self.dtype)).float())
         total = 1 + (frames_BFCHW.shape[1] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
-        encoder, made = self.network.encoder, []
-        caches = [None] * count_cache_layers(encoder) if total > 1 else None
-        for start, stop in _steps(total):
-            piece = (frames_BFCHW[:, start:stop].transpose(1, 2).to(self.device) * 2 - 1).to(self.dtype)
-            out = encoder(piece, feat_cache=caches, feat_idx=[0], final=stop == total)
+        return self.encode_pieces(frames_BFCHW[:, start:stop] for start, stop in _steps(total))
+
+    @torch.no_grad()
+    def encode_pieces(self, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+        """As `encode`, of a video that comes in pieces [B, T, 3, H, W]: one frame, then two at a time, 4n+1 in all."""
+        if not self._has_pieces:
+            frames = torch.cat(list(pieces), dim=1)
+            return self._format.process_in(self.network.encode(self._pixels(frames)).float())
+        encoder, made, caches = self.network.encoder, [], None
+        for piece, is_last in _with_last(pieces):
+            if not made and not is_last:
+                caches = [None] * count_cache_layers(encoder)
+            out = encoder(self._pixels(piece), feat_cache=caches, feat_idx=[0], final=is_last)
             made += [] if out is None else [out]
         mean, _ = self.network.conv1(torch.cat(made, dim=2)).chunk(2, dim=1)
         return self._format.process_in(mean.float())
+
+    def _pixels(self, frames_BFCHW: torch.Tensor) -> torch.Tensor:
+        """Frames as the network takes them."""
+        return (frames_BFCHW.transpose(1, 2).to(self.device) * 2 - 1).to(self.dtype)
+
+
+def _with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Each piece, and whether it is the last one."""
+    waiting = None
+    for piece in pieces:
+        if waiting is not None:
+            yield waiting, False
+        waiting = piece
+    if waiting is not None:
+        yield waiting, True
 
 
 def _steps(total: int) -> Iterator[tuple[int, int]]:
