@@ -19,7 +19,7 @@ import torch
 from comfy.ldm.wan.vae import count_cache_layers
 
 from ..lora_train.safetensors_file import read_header
-from . import vae_gradient
+from . import vae22_gradient, vae_gradient
 from .wan import freeze
 
 FRAMES_PER_LATENT = 4
@@ -66,8 +66,8 @@ class WanDecoder:
         latent = self._format.process_out(latent_BCFHW[:, :, : selection.stop].float()).to(self.dtype)
         first = pixel_frames(selection).start
         if torch.is_grad_enabled() and latent.requires_grad:
-            pixels = vae_gradient.decode(self.network, latent, self.keep_device) if self._has_pieces else self.network.decode(latent)
-            return _shown(pixels[:, :, first:])
+            again = vae_gradient if self._has_pieces else vae22_gradient
+            return _shown(again.decode(self.network, latent, self.keep_device)[:, :, first:])
         frames, done = None, 0
         for piece in self._pieces(latent, first):
             if frames is None:

@@ -33,20 +33,23 @@ def full_width(comfyui):
     network = comfy.ldm.wan.vae.WanVAE(dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
     for parameter in network.parameters():
         fan = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
-        torch.nn.init.normal_(parameter, std=fan**-0.5) if parameter.ndim == 5 or parameter.ndim == 4 and fan > 1 else torch.nn.init.constant_(parameter, 0.5)
+        if fan > 1:
+            torch.nn.init.normal_(parameter, std=fan**-0.5)
+        else:
+            torch.nn.init.constant_(parameter, 0.5)
     return WanDecoder(network, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def both(decoder, frames, size, seed=0):
+def both(decoder, frames, size, seed=0, channels=16):
     """Output and latent gradient, ours and of the host's decode."""
     import torch
 
-    from reward_lab.host import vae_gradient
+    from reward_lab.host import vae22_gradient, vae_gradient
 
-    dtype = decoder.dtype
-    latent = torch.randn(1, 16, frames, *size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    dtype, ours = decoder.dtype, vae_gradient if channels == 16 else vae22_gradient
+    latent = torch.randn(1, channels, frames, *size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     found = []
-    for decode in (lambda z: vae_gradient.decode(decoder.network, z), decoder.network.decode):
+    for decode in (lambda z: ours.decode(decoder.network, z), decoder.network.decode):
         leaf = latent.clone().requires_grad_()
         out = decode(leaf)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
@@ -78,6 +81,28 @@ def test_gradient_in_double_precision(tiny_models):
     decoder = load_decoder(tiny_models["vae"], dtype=torch.float64, device=torch.device("cpu"))
     (out, gradient), (host_out, host_gradient) = both(decoder, 4, (2, 3))
     assert (out == host_out).all() and ratio(gradient, host_gradient) <= 1e-14
+
+
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_wan22(comfyui, frames):
+    """The 5B model's VAE, of small widths with random weights."""
+    from types import SimpleNamespace
+
+    import comfy.ldm.wan.vae2_2
+    import torch
+
+    torch.manual_seed(0)
+    network = comfy.ldm.wan.vae2_2.WanVAE(dim=8, dec_dim=8, z_dim=48, temperal_downsample=[False, True, True])
+    for parameter in network.parameters():
+        is_gain = parameter.ndim > 1 and parameter[0].numel() == 1
+        torch.nn.init.normal_(parameter, 1.0 if is_gain else 0.0, 0.2)
+    network.requires_grad_(False)
+    decoder = SimpleNamespace(network=network, dtype=torch.float32)
+    (out, gradient), (host_out, host_gradient) = both(decoder, frames, (2, 3), channels=48)
+    assert out.shape == (1, 3, 4 * frames - 3, 32, 48)
+    assert (out == host_out).all() and host_gradient.norm() > 0
+    print("wan2.2", frames, ratio(gradient, host_gradient))
+    assert ratio(gradient, host_gradient) <= 2e-6
 
 
 def saved_bytes(decode, latent):
