@@ -18,13 +18,16 @@ from ..lora_train.offload.self_check import self_check
 from ..lora_train.offload.store import Slot
 from ..lora_train.plan import free_memory_bytes, passes_per_update
 from ..lora_train.planning.choose import candidates, smaller
-from ..lora_train.planning.memory import CONTEXT_BYTES, PROCESS_BYTES, Choice
-from ..lora_train.planning.memory_plan import fixed_by_hand, job_of, memory_plan, refusal
+from ..lora_train.planning.job import job_of
+from ..lora_train.planning.memory import Choice
+from ..lora_train.planning.memory_plan import fixed_by_hand, memory_plan, refusal
 from ..lora_train.planning.shapes import ModelShape, header_shape
 from ..lora_train.planning.speed import CARDS, GIB, Card
 from ..lora_train.protocols import Shrunk
 from ..lora_train.safetensors_file import read_header
+from .latent_reward import PavrmReward
 from .training_mode import attention
+from .vae import WanDecoder
 from .wan import WanBackbone
 
 logger = logging.getLogger("reward_lab")
@@ -38,9 +41,7 @@ def choose_knobs(config: TrainConfig, device: torch.device) -> Knobs:
     """
     shape, card, host_bytes = _shape(config), card_of(config, device), _host_bytes(config)
     plan = memory_plan(config, shape, card, host_bytes, passes_per_update(config, config.trained_experts[0]))
-    if device.type == "cpu":
-        _check_memory(plan, job_of(config, shape).reward_bytes, host_bytes)
-    elif not plan["fits"]:
+    if not plan["fits"] and device.type != "cpu":
         raise ValueError(refusal(plan))
     knobs = plan["knobs"]
     logger.info("plan: %.1f GB on %s, %.1f GB of memory: %s", plan["gpu_peak_bytes"] / 1e9, card.name, plan["host_peak_bytes"] / 1e9, knobs)
@@ -56,14 +57,6 @@ def _host_bytes(config: TrainConfig) -> int:
     return int(config.engine.ram_gb * 1e9) or free_memory_bytes()
 
 
-def _check_memory(plan: dict, reward_bytes: int, host_bytes: int) -> None:
-    """Refuse a run on the CPU whose own tensors exceed the memory. What the plan assumes for driver, process and reward model is meant for 14B runs."""
-    needed = plan["gpu_peak_bytes"] + plan["host_peak_bytes"] - CONTEXT_BYTES - PROCESS_BYTES - reward_bytes
-    if needed > host_bytes:
-        remedies = "; ".join(plan["remedies"]) or "a smaller video or model"
-        raise ValueError(f"this run needs {needed / 1e9:.2f} GB of memory for its own tensors, but {host_bytes / 1e9:.2f} GB are free; would fit: {remedies}")
-
-
 def card_of(config: TrainConfig, device: torch.device) -> Card:
     """The device of the run: its memory as measured, its rates as assumed for the card whose name is nearest."""
     if device.type == "cpu":
@@ -76,11 +69,20 @@ def card_of(config: TrainConfig, device: torch.device) -> Card:
 
 
 class Engines:
-    """Block executors of both experts, which share their slots and can be exchanged for smaller ones in the middle of a run."""
+    """Block executors of both experts and of a PAVRM's trunk, which share their slots and can be exchanged for smaller ones in the middle of a run."""
 
-    def __init__(self, config: TrainConfig, backbones: Mapping[str, WanBackbone], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbones: Mapping[str, WanBackbone],
+        device: torch.device,
+        *,
+        decoder: WanDecoder | None = None,
+        latent_reward: PavrmReward | None = None,
+    ) -> None:
         """Raises ValueError when the run cannot fit."""
         self._config, self._backbones, self._device = config, backbones, device
+        self._decoder, self._latent_reward = decoder, latent_reward
         self._host_bytes = _host_bytes(config)
         self.knobs = choose_knobs(config, device)
         self._installed = ExitStack()
@@ -88,7 +90,13 @@ class Engines:
     def open(self) -> dict[str, BlockExecutor]:
         """Install executors with the present knobs."""
         slots = [Slot() for _ in range(self.knobs.slots)]
-        return {expert: self._installed.enter_context(backbone.engine(self.knobs, slots)) for expert, backbone in self._backbones.items()}
+        executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, slots)) for expert, backbone in self._backbones.items()}
+        if self._latent_reward is not None:
+            streams = any(0 <= self.knobs.resident_blocks < len(backbone.model.blocks) for backbone in self._backbones.values())
+            self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, slots, streams=streams))
+        if self._decoder is not None:
+            self._decoder.keep_device = torch.device("cpu") if self.knobs.keep_place == "host" else self._device
+        return executors
 
     def close(self) -> None:
         """Take them out and free what they hold."""
@@ -99,7 +107,8 @@ class Engines:
         shape = _shape(self._config)
         job = job_of(self._config, shape)
         present = Choice(**{entry.name: getattr(self.knobs, entry.name) for entry in fields(Choice)})
-        chosen = smaller(job, [fixed_by_hand(self._config, choice, shape) for choice in candidates(job)], present, self._host_bytes)
+        choices = candidates(job, lambda choice: fixed_by_hand(self._config, choice, shape))
+        chosen = smaller(job, choices, present, self._host_bytes)
         if chosen is None:
             return None
         self.close()
@@ -111,19 +120,27 @@ class Engines:
 
 
 @contextmanager
-def engines(config: TrainConfig, backbones: Mapping[str, WanBackbone], device: torch.device, dtype: torch.dtype) -> Iterator[Engines]:
-    """Both experts through block executors; checked before anything is trained.
+def engines(
+    config: TrainConfig,
+    backbones: Mapping[str, WanBackbone],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    decoder: WanDecoder | None = None,
+    latent_reward: PavrmReward | None = None,
+) -> Iterator[Engines]:
+    """Both experts, and a PAVRM's trunk, through block executors that share their slots; checked before anything is trained.
 
     Raises:
         ValueError: the run cannot fit.
         RuntimeError: the self-check found a difference.
     """
     choose_kernels(config.engine.kernels, device)
-    both = Engines(config, backbones, device)
+    installed = Engines(config, backbones, device, decoder=decoder, latent_reward=latent_reward)
     try:
-        for expert, executor in both.open().items():
+        for expert, executor in installed.open().items():
             if config.engine.self_check and expert in config.trained_experts:
                 self_check(executor, dtype, {"optimized_attention_override": attention})
-        yield both
+        yield installed
     finally:
-        both.close()
+        installed.close()

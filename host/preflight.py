@@ -1,4 +1,4 @@
-"""Checks everything that can be checked about a run before work starts: files, experts, widths, disk. Reads headers only; no torch, no ComfyUI."""
+"""Checks everything that can be checked about a run before work starts: files, experts, widths, memory, disk. Reads headers only; no torch, no ComfyUI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..lora_train import needs
 from ..lora_train.config import TrainConfig
-from ..lora_train.plan import check_disk
+from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
 from ..lora_train.weight_formats import quantised_weights
 from ..reward_models.spec import RewardModelSpec
@@ -27,7 +27,7 @@ def check(config: TrainConfig, folder: Path) -> None:
 
     Raises:
         ValueError: a missing or truncated file; an expert in the wrong slot, or quantised in a way that cannot be trained through; experts or text
-            encoder of widths that do not fit; not enough disk.
+            encoder of widths that do not fit; not enough disk or memory.
     """
     roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
@@ -39,6 +39,7 @@ def check(config: TrainConfig, folder: Path) -> None:
     _check_widths(config, headers)
     if needs.real_latents(config) and not Path(config.real.path).exists():
         raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
+    check_memory(config)
     check_disk(config, folder)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import RewardModel
-from . import checkpoint, events, guards, recovery
+from . import checkpoint, events, guards, recovery, rehearsal
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate, show_samples
 from .flow import steps_of_expert
@@ -27,6 +27,7 @@ from .lora.targets import select_targets
 from .prompts import derived_seed
 from .protocols import Decoder, EventSink, LatentReward, Objective, Outcome, SampleWriter, Shrunk, StopRequested
 from .real import RealLatents, RealSamples
+from .rehearsal import MemoryMeter
 from .rollout import ContextCache, Experts
 from .trainee import Trainee, new_trainee
 
@@ -38,7 +39,7 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else. `shrink` goes to the next smaller
-    plan and says what changed, or None where there is none.
+    plan and says what changed, or None where there is none. With a `meter` the largest step is rehearsed before the first one.
 
     None is what the config has no use for: decoder and reward without videos, latent_reward without PRFL, motion and judge without their guards.
     """
@@ -56,6 +57,7 @@ class Parts:
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
     shrink: Callable[[], Shrunk | None] | None = None
+    meter: MemoryMeter | None = None
     base_sha256: Callable[[str], str] = lambda expert: ""
     clock: Callable[[], float] = time.time
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -83,11 +85,12 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
         parts.experts.count.total = progress.forwards
         parts.sink(_started(config, parts, trainees, progress))
+        rehearsal.rehearse(config, parts, objective, trainees)
         if progress.step == 0:
             progress = _look_at_base(config, parts, objective, trainees, progress)
         objective.use(progress.measured)
 
-        ended = Stop(reason="completed", detail="")
+        ended, begun_run = Stop(reason="completed", detail=""), time.perf_counter()
         saved_at = progress.step
         for step in range(progress.step + 1, config.steps + 1):
             parts.pause()
@@ -157,6 +160,8 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
 
         if saved_at != progress.step or not checkpoint.states(folder):
             _save(config, parts, folder, trainees, progress)
+        if parts.meter is not None:
+            rehearsal.report(parts, "run", parts.meter.peak_bytes(), time.perf_counter() - begun_run)
         finished = _finish(config, parts, folder, trainees, progress, ended)
     parts.sink(finished)
     return finished

@@ -20,7 +20,7 @@ TABLES = ("define_schema",)
 HOST_MODULES = frozenset(
     {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "node_helpers", "latent_preview"}
 )
-HOST_LIBRARIES = ("torch", "numpy", "PIL", "av", "safetensors", "aiohttp", "sentencepiece", "einops", "huggingface_hub")
+HOST_LIBRARIES = ("torch", "numpy", "PIL", "av", "safetensors", "aiohttp", "sentencepiece", "einops", "huggingface_hub", "psutil")
 # Entries of processes. The worker registers the pack under this name first, then imports itself by it, for a script cannot import
 # relatively; the launcher chooses the host's device before anything else of the host is imported.
 SCRIPT_IMPORTS = {("host/worker.py", "reward_lab.host.worker"), ("labtools/launch.py", "comfy.cli_args")}

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
 from ..kernels import attention
@@ -149,12 +150,15 @@ class BlockArithmetic:
         context_leaf = context.detach().requires_grad_(needs[2])
         with torch.enable_grad():
             middle = self.after_attention(x_leaf, out_leaf, modulation[2], context_leaf)
-        self._feed_forward_backward(grad, middle.detach(), modulation[3:], found)
+        # Backward through part 2 asks for the graph only; its result is not needed beyond part 3.
+        edge, middle = get_gradient_edge(middle), middle.detach()
+        self._feed_forward_backward(grad, middle, modulation[3:], found)
+        del middle
         parameters = _parameters(self.block.self_attn.o, self.block.cross_attn)
-        grad_x, grad_out = _pull(middle, grad, [x_leaf, out_leaf], [modulation[2], context_leaf, *parameters], found)
+        grad_x, grad_out = _pull(edge, grad, [x_leaf, out_leaf], [modulation[2], context_leaf, *parameters], found)
         # Whoever called holds `grad` to the end; so it carries on what is needed, and the other copy goes.
         grad.copy_(grad_x)
-        del middle, grad_x, x_leaf, out_leaf
+        del edge, grad_x, x_leaf, out_leaf
         more = self._attention_backward(grad_out, x, modulation, freqs, attended, needs, found, memory_is_free)
         grad_e = torch.stack([_or_zero(found.of(part), part) for part in modulation], dim=2) if needs[1] else None
         return grad.add_(more) if needs[0] else None, grad_e, found.of(context_leaf), found

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from .store import BlockStore, Slot
 from .transfers import Transfers
 
 logger = logging.getLogger("reward_lab.offload")
+# Attribute of an installed block: a context in which its weights, without a LoRA, are on the device; for who runs the block in another way.
+WEIGHTS_IN_USE = "weights_in_use"
 
 
 @dataclass(kw_only=True)
@@ -88,10 +91,11 @@ class BlockExecutor:
             for index, block in enumerate(self.blocks):
                 self._forwards.append(block.forward)
                 block.forward = self._forward_of(index)
+                block.__dict__[WEIGHTS_IN_USE] = partial(self.store.use, index, merge=False)
             yield self
         finally:
             for block, _ in zip(self.blocks, self._forwards, strict=False):
-                del block.__dict__["forward"]
+                del block.__dict__["forward"], block.__dict__[WEIGHTS_IN_USE]
             self._forwards = []
             self._last = None
             self.store.close()

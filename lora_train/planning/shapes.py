@@ -14,6 +14,7 @@ _NAMED = {
     "wan-5b": (3072, 14336, 30, 24, 4096, 48, 48),
     "wan-1.3b": (1536, 8960, 30, 12, 4096, 16, 16),
 }
+NAMES = tuple(_NAMED)
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _HEAD_WIDTH = 128
 

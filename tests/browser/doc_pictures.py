@@ -1,6 +1,6 @@
 """Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
 
-    python tests/browser/doc_pictures.py URL [loras] [rewards] [--input FOLDER] [--output FOLDER]
+    python tests/browser/doc_pictures.py URL [loras] [rewards] [plan] [--input FOLDER] [--output FOLDER]
 
 URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. `--input` is the server's input folder:
 base videos for Mix Rewards are made there. With `--output`, the server's output folder, where a dataset and a sweep are made, only the pictures of the
@@ -228,7 +228,36 @@ def take_rewards(frontend: Any, page: Any, input_folder: Path | None) -> None:
         picture_of(page, node_type, IMAGES / f"{name}.jpg")
 
 
-TAKE = {"loras": take_loras, "rewards": take_rewards}
+PLANNED = {"preset": "videox-fun", "expert": "high", "rank": 128, "alpha": 64, "batch": 1, "width": 832, "height": 480, "frames": 81, "sampling_steps": 40,
+           "guidance": 6, "advanced": "{}", "shape": "wan-14b", "card": "rtx 4090", "ram_gb": 96}  # fmt: skip
+
+
+def take_plan(frontend: Any, page: Any) -> None:
+    """Memory Plan of a 14B run beside the third example's nodes, after a real run of it."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "3 train a reward lora.json").read_text(encoding="utf-8")))
+    page.evaluate(
+        """(settings) => {
+            const graph = window.app.graph, train = graph.nodes.find((n) => n.type === 'RewardLabTrainLoRA');
+            const sources = train.inputs.slice(0, 3).map((_, index) => [train.getInputNode(index), train.getInputLink(index).origin_slot]);
+            for (const node of [...graph.nodes]) if (!sources.some(([source]) => source === node)) graph.remove(node);
+            for (const group of [...graph.groups]) graph.remove(group);
+            const plan = window.LiteGraph.createNode('RewardLabMemoryPlan');
+            graph.add(plan);
+            plan.pos = [4000, 0];
+            plan.setSize([620, 1030]);
+            sources.forEach(([source, slot], index) => source.connect(slot, plan, index));
+            for (const [name, value] of Object.entries(settings)) plan.widgets.find((w) => w.name === name).value = value;
+        }""",
+        PLANNED,
+    )
+    frontend.press_run(page)
+    drawn = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabMemoryPlan').imgs?.[0]?.naturalWidth > 0"
+    page.wait_for_function(drawn, timeout=RUN_LIMIT_S * 1000)
+    show_node(page, "RewardLabMemoryPlan", 0.8)
+    picture_of(page, "RewardLabMemoryPlan", IMAGES / "memory_plan.jpg")
+
+
+TAKE = {"loras": take_loras, "rewards": take_rewards, "plan": take_plan}
 
 
 def main() -> None:
