@@ -184,6 +184,16 @@ class Pavrm:
         return clip_BPD.to(self.device, self.dtype).expand(count, -1, -1)
 
 
+def check_output(output: PavrmOutput) -> None:
+    """Refuse scores that are no numbers.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    if not output.logit.isfinite().all():
+        raise ValueError(f"The PAVRM's logits are {output.logit.tolist()}: its numbers overflow. Check that the latent is in model space, or the weights.")
+
+
 @contextmanager
 def _tapped(model: torch.nn.Module, taps: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
     outputs: dict[int, torch.Tensor] = {}
