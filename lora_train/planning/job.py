@@ -16,8 +16,8 @@ from .shapes import ModelShape
 _CHANNELS_5B = 48
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
-# Rewards of whole videos without a network.
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+# Rewards of whole videos without a network.
 _MEASURES = ("dynamic_degree", "flicker", "drift")
 
 
@@ -72,12 +72,18 @@ def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int,
         ValueError: a size that the larger cells do not divide.
     """
     batch, _, frames, height, width = config.video.latent_shape(1)
+    step = size_step(shape)
+    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
+        if size % step:
+            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of {step}; use {max(step, round(size / step) * step)}")
     if shape.latent_channels != _CHANNELS_5B:
         return batch, shape.latent_channels, frames, height, width
-    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
-        if size % 32:
-            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of 32; use {max(32, round(size / 32) * 32)}")
     return batch, shape.latent_channels, frames, height // 2, width // 2
+
+
+def size_step(shape: ModelShape) -> int:
+    """What width and height of a video must be multiples of: a latent's cell and two of them for a token."""
+    return 32 if shape.latent_channels == _CHANNELS_5B else 16
 
 
 def guidance_of(config: TrainConfig) -> float:
@@ -103,7 +109,7 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
     # Where the decoded frames begin is drawn: the most that can come before them.
     before = 0 if objective.decode in ("first", "all") else latent_frames - count
     history = before if objective.decode_history < 0 else min(before, objective.decode_history)
-    frames = 4 * count - 3 if count + history == latent_frames or objective.decode == "first" else 4 * count
+    frames = 4 * count - 3 if before == 0 else 4 * count
     is_trained = needs.decodes_training_videos(config)
     return Scored(
         pixels=video.width_px * video.height_px,
