@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .. import needs
 from ..config import TrainConfig
@@ -62,7 +66,20 @@ def _judge_bytes(config: TrainConfig, shape: ModelShape, element_bytes: int) -> 
     if config.method == "prfl":
         own = 0 if config.reward.options.get("generator") else shape.outer_parameters * element_bytes
         return own + 4 * shape.width * shape.width * 4
-    return 0 if config.reward.kind in _MEASURES else CLIP_BYTES
+    return int(CLIP_BYTES * sum(_towers(asdict(config.reward))))
+
+
+def _towers(reward: Mapping[str, Any]) -> list[float]:
+    """Sizes of the CLIPs of a reward, or of the rewards of a mix, as shares of the published one; a file that is not there, or not safetensors, counts as 1."""
+    rows = reward.get("options", {}).get("rows") or ()
+    if reward.get("kind") == "mix":
+        return [size for row in rows for size in _towers(row.get("reward", {}))]
+    if reward.get("kind") in _MEASURES:
+        return []
+    path = Path(reward.get("path", ""))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return [1.0]
+    return [sum(math.prod(size) for size in read_header(str(path), "reward model").shapes.values()) / (CLIP_BYTES / 4)]
 
 
 def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int, int, int]:
@@ -114,7 +131,8 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
     return Scored(
         pixels=video.width_px * video.height_px,
         latents=count + history if is_trained else 0,
-        frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained and config.reward.kind not in _MEASURES else 0,
+        frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained else 0,
+        tower=max(_towers(asdict(config.reward)), default=0.0) if is_trained else 0.0,
         total_frames=video.frames,
         batch=config.batch,
         element_bytes=element_bytes,

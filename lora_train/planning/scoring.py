@@ -33,6 +33,7 @@ class Scored:
         pixels: of one frame.
         latents: decoded together, with their history; 0: nothing is decoded.
         frames: scored by the reward model in one piece.
+        tower: size of the reward's largest CLIP as a share of ViT-H/14; 0 without one.
         total_frames: of the video, for looks that decode all of it.
         batch: videos at once.
         element_bytes: of the decoder's type.
@@ -41,6 +42,7 @@ class Scored:
     pixels: int
     latents: int
     frames: int
+    tower: float
     total_frames: int
     batch: int
     element_bytes: int
@@ -61,7 +63,7 @@ def _per_pixel(table: tuple[tuple[int, ...], int], latents: int) -> int:
 
 def tower_bytes(scored: Scored) -> int:
     """Activations of the reward model for the frames that it scores in one piece, beside the frames and their gradient."""
-    return scored.batch * scored.frames * (_TOWER_BYTES + 2 * _FRAME * scored.pixels) if scored.latents else 0
+    return scored.batch * scored.frames * int(_TOWER_BYTES * scored.tower + 2 * _FRAME * scored.pixels) if scored.latents else 0
 
 
 def look_bytes(scored: Scored, is_whole: bool) -> int:

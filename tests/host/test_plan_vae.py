@@ -14,7 +14,8 @@ OPERATIONS, PEAK = 0.01, 0.06
 def scored(latents, **changes):
     from reward_lab.lora_train.planning.scoring import Scored
 
-    return Scored(**{"pixels": WIDTH * HEIGHT, "latents": latents, "frames": 0, "total_frames": 4 * latents - 3, "batch": 1, "element_bytes": 2, **changes})
+    values = {"pixels": WIDTH * HEIGHT, "latents": latents, "frames": 0, "tower": 0.0, "total_frames": 4 * latents - 3, "batch": 1, "element_bytes": 2}
+    return Scored(**{**values, **changes})
 
 
 @cache
