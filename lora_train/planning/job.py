@@ -18,6 +18,7 @@ from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
 from .shapes import ModelShape
 
 _CHANNELS_5B = 48
+_VAE_WIDTH = 96
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
@@ -39,7 +40,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
     decodes = needs.decodes(config)
     if reward_bytes is None:
         judges = _judge_bytes(config, shape, element_bytes) + (CLIP_BYTES if config.held_out.judge else 0)
-        reward_bytes = judges + (VAE_ELEMENTS * element_bytes if decodes else 0)
+        reward_bytes = judges + (int(VAE_ELEMENTS * _vae_width(config) ** 2) * element_bytes if decodes else 0)
     return Job(
         shape=shape,
         tokens=frames * (height // 2) * (width // 2),
@@ -136,7 +137,15 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
         total_frames=video.frames,
         batch=config.batch,
         element_bytes=element_bytes,
+        width=_vae_width(config),
     )
+
+
+def _vae_width(config: TrainConfig) -> float:
+    """Width of the VAE's decoder as a share of the published one; 1 where its file is not there."""
+    path = Path(config.models.vae)
+    gain = read_header(str(path), "VAE").shapes.get("decoder.head.0.gamma") if path.suffix == ".safetensors" and path.is_file() else None
+    return gain[0] / _VAE_WIDTH if gain else 1.0
 
 
 def _trunk_blocks(config: TrainConfig) -> int:
