@@ -13,6 +13,7 @@ from pathlib import Path
 import comfy.sd
 import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
+from torch.utils.checkpoint import checkpoint
 
 from ..lora_train.lora.linears import MASTERS_PLACE
 from ..lora_train.offload.executor import BlockExecutor
@@ -87,11 +88,32 @@ class WanBackbone:
         try:
             for linear in linears if knobs.optimiser_place == "host" else ():
                 linear.__dict__[MASTERS_PLACE] = made.pinned
-            with made.installed() as executor:
+            with _head_runs_again(self.model.head, keep_on_host=knobs.keep_place == "host"), made.installed() as executor:
                 yield executor
         finally:
             for linear in linears:
                 linear.__dict__.pop(MASTERS_PLACE, None)
+
+
+@contextmanager
+def _head_runs_again(head: torch.nn.Module, *, keep_on_host: bool) -> Iterator[None]:
+    """Within, a pass with gradient keeps the output head's input alone, where the plan wants it. Else the head would hold three tensors of the stream's size
+    while a reward is computed; its own work is next to nothing."""
+    own = head.forward
+
+    def from_place(x: torch.Tensor, e: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return own(x.to(device), e)
+
+    def forward(x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return own(x, e)
+        return checkpoint(from_place, x.to("cpu") if keep_on_host else x, e, x.device, use_reentrant=False, preserve_rng_state=False)
+
+    try:
+        head.forward = forward
+        yield
+    finally:
+        del head.__dict__["forward"]
 
 
 def is_plain_block(block: torch.nn.Module) -> bool:
