@@ -32,7 +32,7 @@ RANKS = (4, 16, 48, 96, 160)
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "pavrm-lora.json"
 SIGMAS = (0.05, 0.2, 0.35, 0.5)
-UPDATES, BATCH = 400, 8
+UPDATES, BATCH = 600, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def write(path: Path, command: str, learnable: Learnable, rows: list[dict[str, A
 def main(argv: list[str]) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="lab.py bench pavrm-lora", description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=40, help="held-out latents of the extracted LoRAs (default: 40)")
+    parser.add_argument("--count", type=int, default=160, help="held-out latents of the extracted LoRAs (default: 160)")
     parser.add_argument("--seeds", type=int, default=1, help="of the trained ones (default: 1)")
     parser.add_argument("--work", type=Path, default=pavrm_bench.SCRATCH / "pavrm-bench", help="videos are kept here")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
