@@ -16,7 +16,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..lora_train.offload.executor import WEIGHTS_IN_USE
 from ..reward_models import pavrm as head_module
 from ..reward_models.weights import load_into, read_weights
 from . import pavrm_files
@@ -169,7 +170,8 @@ class Adapted:
 
     def _forward(self, block: torch.nn.Module, part: _Part):
         def run(*args, **kwargs):
-            with self._in_place(part):
+            # Within a block executor (`lora_train/offload`) a block's weights are on the device only while they are asked for.
+            with block.__dict__.get(WEIGHTS_IN_USE, nullcontext)(), self._in_place(part):
                 return type(block).forward(block, *args, **kwargs)
 
         def forward(*args, transformer_options: Mapping = {}, **kwargs):  # noqa: B006 (the host's signature; never written to)
@@ -281,7 +283,10 @@ def load(
 def _generator(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
     from .wan import load_backbone
 
-    return load_backbone(path, dtype=dtype, device=torch.device(device), role="generator").model
+    backbone = load_backbone(path, dtype=dtype, device=torch.device(device), role="generator")
+    if backbone.quantised:
+        raise ValueError(f"The generator {path} is quantised; a PAVRM in LoRA form needs the bf16, fp16 or fp32 file.")
+    return backbone.model
 
 
 def _head(state: Mapping[str, torch.Tensor], num_heads: int, what: str) -> head_module.PavrmHead:

@@ -21,6 +21,7 @@ const MIX_NODE = "RewardLabMixRewards";
 const TEXT_NODES = [
   "RewardLabDataset",
   "RewardLabInspectLoRA",
+  "RewardLabMemoryPlan",
   "RewardLabMergeLoRA",
   "RewardLabSampleWan22",
   "RewardLabScoreLatent",

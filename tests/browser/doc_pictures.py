@@ -1,6 +1,6 @@
 """Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
 
-    python tests/browser/doc_pictures.py URL [loras] [rewards] [--input FOLDER] [--output FOLDER]
+    python tests/browser/doc_pictures.py URL [loras] [rewards] [plan] [--input FOLDER] [--output FOLDER]
 
 URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. `--input` is the server's input folder:
 base videos for Mix Rewards are made there. With `--output`, the server's output folder, where a dataset and a sweep are made, only the pictures of the
@@ -20,7 +20,18 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 IMAGES = REPO / "web" / "docs" / "images"
 RUN_LIMIT_S = 900.0
-MARGIN_PX = 14
+SCALE = 1.5  # of the pictures: sharp on screens with small pixels too
+MARGIN_PX, BADGE_PX = 14, 24  # above the node stands the badge of its pack
+
+# Which cell stands on which side is drawn at each asking, so what the page was told is kept.
+KEEP_QUESTION = """() => {
+    const original = window.fetch;
+    window.fetch = async (...call) => {
+        const answer = await original(...call);
+        if (/\\/reward_lab\\/vote\\/[^/]*\\?/.test(String(call[0]))) window.shownQuestion = (await answer.clone().json()).question;
+        return answer;
+    };
+}"""
 
 ROWS = [
     {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-high-noise-HPS2.1.safetensors", "high": 0.6, "low": 0, "curve": "1:0, 0.95:1, 0.875:0.5, 0:0.3"},
@@ -51,13 +62,13 @@ def build(page: Any) -> None:
             const inspect = window.LiteGraph.createNode('RewardLabInspectLoRA');
             graph.add(inspect);
             inspect.pos = [700, 0];
-            inspect.setSize([620, 760]);
+            inspect.setSize([620, 690]);
             inspect.widgets.find((w) => w.name === 'lora').value = JSON.parse(rows)[0].file;
             models.connect(0, inspect, 'model_high');
             const merge = window.LiteGraph.createNode('RewardLabMergeLoRA');
             graph.add(merge);
             merge.pos = [1400, 0];
-            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', dtype: 'fp8_scaled', rounding: 'stochastic', overwrite: true };
+            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', overwrite: true };
             const plain = JSON.parse(rows).filter((row) => row.high && row.on).map(({ curve, ...row }) => row);
             for (const [name, value] of Object.entries({ ...settings, rows: JSON.stringify(plain) })) merge.widgets.find((w) => w.name === name).value = value;
             merge.configure(merge.serialize());
@@ -80,7 +91,8 @@ def picture_of(page: Any, node_type: str, path: Path) -> None:
         }""",
         node_type,
     )
-    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - MARGIN_PX, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + 2 * MARGIN_PX}
+    top = MARGIN_PX + BADGE_PX
+    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - top, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + top + MARGIN_PX}
     path.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(path), type="jpeg", quality=82, clip=clip)
 
@@ -93,11 +105,19 @@ def show_node(page: Any, node_type: str, scale: float) -> None:
             ds.scale = scale;
             ds.offset[0] = 120 / scale - node.pos[0];
             ds.offset[1] = 150 / scale - node.pos[1];
+            window.app.canvas.deselectAll();  // a selected node has a toolbox above it
             window.app.graph.setDirtyCanvas(true, true);
         }""",
         [node_type, scale],
     )
     page.wait_for_timeout(1500)
+
+
+def _livelier_side(page: Any, label_scene: Any) -> str:
+    """Return the key for the video of the larger strength, which moves more: a viewer who likes motion."""
+    question = page.evaluate("() => window.shownQuestion")
+    left, right = (label_scene.VALUES[int(question[side]["key"], 16) % len(label_scene.VALUES)] for side in ("left", "right"))
+    return "ArrowLeft" if left > right else "ArrowRight"
 
 
 def _register() -> None:
@@ -134,7 +154,7 @@ def label_pictures(url: str, output: Path) -> None:
     from reward_lab.tests.browser.test_label_page import open_page, wait_for_progress
 
     label_scene.fill(output)
-    with frontend.open_front_end(url, width_px=1200, height_px=760) as page:
+    with frontend.open_front_end(url, width_px=1200, height_px=760, scale=SCALE) as page:
         open_page(page, label_scene.DATASET)
         page.keyboard.press("g")
         wait_for_progress(page, "1 of 4")
@@ -143,9 +163,10 @@ def label_pictures(url: str, output: Path) -> None:
         page.wait_for_timeout(1200)
         page.screenshot(path=str(IMAGES / "label_page.jpg"), type="jpeg", quality=82)
         page.keyboard.press("Escape")
+        page.evaluate(KEEP_QUESTION)
         open_page(page, label_scene.SWEEP)
-        for number, key in enumerate(("ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft"), 1):
-            page.keyboard.press(key)
+        for number in range(1, 9):
+            page.keyboard.press(_livelier_side(page, label_scene))
             wait_for_progress(page, f"{number} votes")
         page.get_by_role("button", name="Ranking").click()
         page.locator(".rl-ranking tbody tr").first.wait_for()
@@ -226,7 +247,36 @@ def take_rewards(frontend: Any, page: Any, input_folder: Path | None) -> None:
         picture_of(page, node_type, IMAGES / f"{name}.jpg")
 
 
-TAKE = {"loras": take_loras, "rewards": take_rewards}
+PLANNED = {"preset": "videox-fun", "expert": "high", "rank": 128, "alpha": 64, "batch": 1, "width": 832, "height": 480, "frames": 81, "sampling_steps": 40,
+           "guidance": 6, "advanced": "{}", "shape": "wan-14b", "card": "rtx 4090", "ram_gb": 96}  # fmt: skip
+
+
+def take_plan(frontend: Any, page: Any, _input: Path | None) -> None:
+    """Memory Plan of a 14B run beside the third example's nodes, after a real run of it."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "3 train a reward lora.json").read_text(encoding="utf-8")))
+    page.evaluate(
+        """(settings) => {
+            const graph = window.app.graph, train = graph.nodes.find((n) => n.type === 'RewardLabTrainLoRA');
+            const sources = train.inputs.slice(0, 3).map((_, index) => [train.getInputNode(index), train.getInputLink(index).origin_slot]);
+            for (const node of [...graph.nodes]) if (!sources.some(([source]) => source === node)) graph.remove(node);
+            for (const group of [...graph.groups]) graph.remove(group);
+            const plan = window.LiteGraph.createNode('RewardLabMemoryPlan');
+            graph.add(plan);
+            plan.pos = [4000, 0];
+            plan.setSize([620, 1030]);
+            sources.forEach(([source, slot], index) => source.connect(slot, plan, index));
+            for (const [name, value] of Object.entries(settings)) plan.widgets.find((w) => w.name === name).value = value;
+        }""",
+        PLANNED,
+    )
+    frontend.press_run(page)
+    drawn = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabMemoryPlan').imgs?.[0]?.naturalWidth > 0"
+    page.wait_for_function(drawn, timeout=RUN_LIMIT_S * 1000)
+    show_node(page, "RewardLabMemoryPlan", 0.8)
+    picture_of(page, "RewardLabMemoryPlan", IMAGES / "memory_plan.jpg")
+
+
+TAKE = {"loras": take_loras, "rewards": take_rewards, "plan": take_plan}
 
 
 def main() -> None:
@@ -241,7 +291,7 @@ def main() -> None:
         label_pictures(arguments.url, arguments.output)
         return
     frontend = _frontend()
-    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000) as page:
+    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000, scale=SCALE) as page:
         for name in arguments.names or TAKE:
             TAKE[name](frontend, page, arguments.input)
 

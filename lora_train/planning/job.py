@@ -1,0 +1,156 @@
+"""What one update holds at once, read from the settings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import needs
+from ..config import TrainConfig
+from ..lora.targets import select_targets
+from ..safetensors_file import read_header
+from .memory import Job
+from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
+from .shapes import ModelShape
+
+_CHANNELS_5B = 48
+_VAE_WIDTH = 96
+# Blocks of the published PAVRM's trunk.
+_PUBLISHED_TRUNK = 8
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+# Rewards of whole videos without a network.
+_MEASURES = ("dynamic_degree", "flicker", "drift")
+
+
+def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None = None) -> Job:
+    """What one update holds at once.
+
+    Args:
+        reward_bytes: of reward model and VAE on the card; None takes those of published models.
+    """
+    _, _, frames, height, width = latent_shape(config, shape)
+    chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
+    branches = 1 if guidance_of(config) == 1.0 else 2
+    element_bytes = 4 if config.dtype == "fp32" else 2
+    is_latent = config.method == "prfl"
+    decodes = needs.decodes(config)
+    if reward_bytes is None:
+        judges = _judge_bytes(config, shape, element_bytes) + (CLIP_BYTES if config.held_out.judge else 0)
+        reward_bytes = judges + (int(VAE_ELEMENTS * _vae_width(config) ** 2) * element_bytes if decodes else 0)
+    return Job(
+        shape=shape,
+        tokens=frames * (height // 2) * (width // 2),
+        videos=config.batch,
+        rollout_batch=config.batch * branches,
+        gradient_batch=config.batch * branches,
+        graphs=graphs_of(config),
+        element_bytes=element_bytes,
+        rank=config.lora.rank,
+        adapted=frozenset(path.removeprefix("blocks.0.") for path in chosen if path.startswith("blocks.0.")),
+        adapted_outside=frozenset(chosen) & shape.outer_linears.keys(),
+        lora_parameters=len(config.trained_experts) * config.lora.rank * sum(sum(shape.linears[path]) for path in chosen),
+        experts=len(needs.experts(config)),
+        has_average=config.optimiser.ema_decay > 0,
+        scored=_scored(config, frames, element_bytes) if decodes else None,
+        reward_bytes=reward_bytes,
+        looks="whole" if needs.looks_at_videos(config) else "stream" if config.sample_every else "",
+        judged_blocks=_trunk_blocks(config) if is_latent and not config.reward.options.get("generator") else 0,
+    )
+
+
+def _judge_bytes(config: TrainConfig, shape: ModelShape, element_bytes: int) -> int:
+    """Weights of the reward that stay on the card: a CLIP; or a PAVRM's embeddings, its query attention and its head in fp32, without the trunk's blocks."""
+    if config.method == "prfl":
+        own = 0 if config.reward.options.get("generator") else shape.outer_parameters * element_bytes
+        return own + 4 * shape.width * shape.width * 4
+    return int(CLIP_BYTES * sum(_towers(asdict(config.reward))))
+
+
+def _towers(reward: Mapping[str, Any]) -> list[float]:
+    """Sizes of the CLIPs of a reward, or of the rewards of a mix, as shares of the published one; a file that is not there, or not safetensors, counts as 1."""
+    rows = reward.get("options", {}).get("rows") or ()
+    if reward.get("kind") == "mix":
+        return [size for row in rows for size in _towers(row.get("reward", {}))]
+    if reward.get("kind") in _MEASURES:
+        return []
+    path = Path(reward.get("path", ""))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return [1.0]
+    return [sum(math.prod(size) for size in read_header(str(path), "reward model").shapes.values()) / (CLIP_BYTES / 4)]
+
+
+def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int, int, int]:
+    """[B, C, F, H, W] of a latent; the Wan2.2 VAE (48 channels) has 16 x 16 pixels in one.
+
+    Raises:
+        ValueError: a size that the larger cells do not divide.
+    """
+    batch, _, frames, height, width = config.video.latent_shape(1)
+    step = size_step(shape)
+    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
+        if size % step:
+            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of {step}; use {max(step, round(size / step) * step)}")
+    if shape.latent_channels != _CHANNELS_5B:
+        return batch, shape.latent_channels, frames, height, width
+    return batch, shape.latent_channels, frames, height // 2, width // 2
+
+
+def size_step(shape: ModelShape) -> int:
+    """What width and height of a video must be multiples of: a latent's cell and two of them for a token."""
+    return 32 if shape.latent_channels == _CHANNELS_5B else 16
+
+
+def guidance_of(config: TrainConfig) -> float:
+    """The guidance scale of the method in training."""
+    if config.method == "prfl":
+        return config.prfl.guidance
+    return config.reward_flow.guidance or config.sampling.guidance if config.method == "reward_flow" else config.sampling.guidance
+
+
+def graphs_of(config: TrainConfig) -> int:
+    """Passes with gradient whose kept tensors wait at once for their backward."""
+    objective = config.objective
+    if config.method == "reward_flow":
+        return 1 if config.reward_flow.recompute else max(len(config.gradient_steps(expert)) for expert in config.trained_experts)
+    if config.method == "prfl" or objective.mode != "chain":
+        return 1
+    return max(1, len(objective.step_list)) if objective.strategy == "list" else 1 if objective.strategy == "last" else objective.grad_steps
+
+
+def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scored:
+    objective, video = config.objective, config.video
+    count = latent_frames if objective.decode == "all" else min(latent_frames, objective.decode_count)
+    # Where the decoded frames begin is drawn: the most that can come before them.
+    before = 0 if objective.decode in ("first", "all") else latent_frames - count
+    history = before if objective.decode_history < 0 else min(before, objective.decode_history)
+    frames = 4 * count - 3 if before == 0 else 4 * count
+    is_trained = needs.decodes_training_videos(config)
+    return Scored(
+        pixels=video.width_px * video.height_px,
+        latents=count + history if is_trained else 0,
+        frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained else 0,
+        tower=max(_towers(asdict(config.reward)), default=0.0) if is_trained else 0.0,
+        total_frames=video.frames,
+        batch=config.batch,
+        element_bytes=element_bytes,
+        width=_vae_width(config),
+    )
+
+
+def _vae_width(config: TrainConfig) -> float:
+    """Width of the VAE's decoder as a share of the published one; 1 where its file is not there."""
+    path = Path(config.models.vae)
+    gain = read_header(str(path), "VAE").shapes.get("decoder.head.0.gamma") if path.suffix == ".safetensors" and path.is_file() else None
+    return gain[0] / _VAE_WIDTH if gain else 1.0
+
+
+def _trunk_blocks(config: TrainConfig) -> int:
+    path = Path(config.reward.path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return _PUBLISHED_TRUNK
+    numbers = [_BLOCK.search(key) for key in read_header(str(path), "PAVRM").shapes]
+    return max((int(number.group(1)) + 1 for number in numbers if number), default=_PUBLISHED_TRUNK)
