@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import re
 import signal
@@ -101,18 +102,14 @@ def assert_close(found, wanted):
             assert float((found[name][key].float() - value.float()).norm()) <= OTHER_ORDER * float(value.float().norm().clamp_min(1e-6)), (name, key)
 
 
-@pytest.fixture
-def live_bytes(caplog):
-    """A function that tells the bytes of all tensors; what the test's own log keeps of errors is let go before."""
-
-    def count():
-        caplog.clear()
-        return _live_bytes()
-
-    return count
+@pytest.fixture(autouse=True)
+def no_log_records(monkeypatch):
+    """pytest keeps what is logged, and with an error the frames that hold its tensors."""
+    monkeypatch.setattr(logging.getLogger("reward_lab"), "propagate", False)
 
 
-def _live_bytes():
+def live_bytes():
+    """Bytes of all tensors of this process."""
     import torch
 
     gc.collect()
@@ -124,7 +121,7 @@ def _live_bytes():
     return sum(seen.values())
 
 
-def test_out_of_memory_at_any_instant_is_tried_once_more_and_gives_the_same_lora(work, faults, settings, live_bytes):
+def test_out_of_memory_at_any_instant_is_tried_once_more_and_gives_the_same_lora(work, faults, settings):
     settings = {**settings, "save_dtype": "fp32"}
     status, store, whole = work(settings)
     assert status == 0, store.events(whole)[-1]
@@ -146,7 +143,7 @@ def test_out_of_memory_at_any_instant_is_tried_once_more_and_gives_the_same_lora
     assert live_bytes() <= before + 100_000
 
 
-def test_a_second_failure_keeps_what_was_learned_and_says_what_to_do(work, faults, settings, live_bytes):
+def test_a_second_failure_keeps_what_was_learned_and_says_what_to_do(work, faults, settings):
     settings = {**settings, "save_dtype": "fp32", "held_out": {}, "sample_every": 0}
     status, store, whole = work(settings)
     assert status == 0 and store.get(whole).step == 3
@@ -166,7 +163,7 @@ def test_a_second_failure_keeps_what_was_learned_and_says_what_to_do(work, fault
     assert_close(loras(store, run_id), loras(store, whole))
 
 
-def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, faults, settings, live_bytes):
+def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, faults, settings):
     import torch
 
     settings = {**settings, "checkpoint_every": 1, "held_out": {}, "sample_every": 0}
@@ -185,7 +182,7 @@ def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, fault
         assert path.read_bytes() == (store.folder(run_id) / path.name).read_bytes()
 
 
-def test_an_interrupt_leaves_nothing_behind(work, faults, settings, live_bytes):
+def test_an_interrupt_leaves_nothing_behind(work, faults, settings):
     """Ctrl-C pressed twice is an exception at any place; here inside of a block."""
     settings = {**settings, "held_out": {}, "sample_every": 0}
     before = live_bytes()
