@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import logging
 import random
 import re
 import signal
+import traceback
 
 import pytest
 from safetensors.torch import load_file
@@ -70,10 +70,12 @@ def faults(monkeypatch):
 
 
 @pytest.fixture
-def work(comfyui, pocket_models, tmp_path):
+def work(comfyui, pocket_models, tmp_path, monkeypatch):
     """`work(settings, run_id=None, resume=False)` -> (exit status, store, run id), in this process."""
     from reward_lab.host import worker
 
+    # pytest keeps what is logged, and with an error the frames that hold its tensors.
+    monkeypatch.setattr(worker.logger, "exception", lambda message: worker.logger.error("%s\n%s", message, traceback.format_exc()))
     store, handlers = RunStore(tmp_path / "runs"), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(settings, run_id=None, resume=False):
@@ -100,12 +102,6 @@ def assert_close(found, wanted):
     for name, tensors in wanted.items():
         for key, value in tensors.items():
             assert float((found[name][key].float() - value.float()).norm()) <= OTHER_ORDER * float(value.float().norm().clamp_min(1e-6)), (name, key)
-
-
-@pytest.fixture(autouse=True)
-def no_log_records(monkeypatch):
-    """pytest keeps what is logged, and with an error the frames that hold its tensors."""
-    monkeypatch.setattr(logging.getLogger("reward_lab"), "propagate", False)
 
 
 def live_bytes():
