@@ -6,6 +6,7 @@ import gc
 import random
 import re
 import signal
+import traceback
 
 import pytest
 from safetensors.torch import load_file
@@ -69,10 +70,12 @@ def faults(monkeypatch):
 
 
 @pytest.fixture
-def work(comfyui, pocket_models, tmp_path):
+def work(comfyui, pocket_models, tmp_path, monkeypatch):
     """`work(settings, run_id=None, resume=False)` -> (exit status, store, run id), in this process."""
     from reward_lab.host import worker
 
+    # pytest keeps what is logged, and with an error the frames that hold its tensors.
+    monkeypatch.setattr(worker.logger, "exception", lambda message: worker.logger.error("%s\n%s", message, traceback.format_exc()))
     store, handlers = RunStore(tmp_path / "runs"), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(settings, run_id=None, resume=False):
@@ -101,18 +104,8 @@ def assert_close(found, wanted):
             assert float((found[name][key].float() - value.float()).norm()) <= OTHER_ORDER * float(value.float().norm().clamp_min(1e-6)), (name, key)
 
 
-@pytest.fixture
-def live_bytes(caplog):
-    """A function that tells the bytes of all tensors; what the test's own log keeps of errors is let go before."""
-
-    def count():
-        caplog.clear()
-        return _live_bytes()
-
-    return count
-
-
-def _live_bytes():
+def live_bytes():
+    """Bytes of all tensors of this process."""
     import torch
 
     gc.collect()
@@ -124,7 +117,7 @@ def _live_bytes():
     return sum(seen.values())
 
 
-def test_out_of_memory_at_any_instant_is_tried_once_more_and_gives_the_same_lora(work, faults, settings, live_bytes):
+def test_out_of_memory_at_any_instant_is_tried_once_more_and_gives_the_same_lora(work, faults, settings):
     settings = {**settings, "save_dtype": "fp32"}
     status, store, whole = work(settings)
     assert status == 0, store.events(whole)[-1]
@@ -146,7 +139,7 @@ def test_out_of_memory_at_any_instant_is_tried_once_more_and_gives_the_same_lora
     assert live_bytes() <= before + 100_000
 
 
-def test_a_second_failure_keeps_what_was_learned_and_says_what_to_do(work, faults, settings, live_bytes):
+def test_a_second_failure_keeps_what_was_learned_and_says_what_to_do(work, faults, settings):
     settings = {**settings, "save_dtype": "fp32", "held_out": {}, "sample_every": 0}
     status, store, whole = work(settings)
     assert status == 0 and store.get(whole).step == 3
@@ -166,7 +159,7 @@ def test_a_second_failure_keeps_what_was_learned_and_says_what_to_do(work, fault
     assert_close(loras(store, run_id), loras(store, whole))
 
 
-def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, faults, settings, live_bytes):
+def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, faults, settings):
     import torch
 
     settings = {**settings, "checkpoint_every": 1, "held_out": {}, "sample_every": 0}
@@ -185,7 +178,7 @@ def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, fault
         assert path.read_bytes() == (store.folder(run_id) / path.name).read_bytes()
 
 
-def test_an_interrupt_leaves_nothing_behind(work, faults, settings, live_bytes):
+def test_an_interrupt_leaves_nothing_behind(work, faults, settings):
     """Ctrl-C pressed twice is an exception at any place; here inside of a block."""
     settings = {**settings, "held_out": {}, "sample_every": 0}
     before = live_bytes()
