@@ -18,6 +18,7 @@ from typing import Any
 from . import needs
 from .config import TrainConfig
 from .lora.targets import select_targets
+from .pavrm_config import KIND as PAVRM
 from .planning import table
 from .planning.job import guidance_of, latent_shape
 from .planning.memory_plan import least_host, memory_plan, refusal, remedies
@@ -198,7 +199,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ram-gb", type=float, default=0.0, help="host memory for the run, in GB (default: what this machine has free)")
     options = parser.parse_args(argv)
     try:
-        config = TrainConfig.from_dict(json.loads(Path(options.config).read_text(encoding="utf-8-sig")))
+        values = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
+        if isinstance(values, dict) and values.get("kind") == PAVRM:
+            raise ValueError(f"{options.config} trains a PAVRM, whose blocks learn whole and outside of the block executor: plans are made for LoRAs only")
+        config = TrainConfig.from_dict(values)
         found = plan(config, shape=_shape(options), **_machine(options))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

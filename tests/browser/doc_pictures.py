@@ -269,10 +269,12 @@ def take_plan(frontend: Any, page: Any, _input: Path | None) -> None:
         }""",
         PLANNED,
     )
+    # Pictures are fetched when their node is drawn.
+    show_node(page, "RewardLabMemoryPlan", 0.8)
     frontend.press_run(page)
     drawn = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabMemoryPlan').imgs?.[0]?.naturalWidth > 0"
     page.wait_for_function(drawn, timeout=RUN_LIMIT_S * 1000)
-    show_node(page, "RewardLabMemoryPlan", 0.8)
+    page.wait_for_timeout(1500)
     picture_of(page, "RewardLabMemoryPlan", IMAGES / "memory_plan.jpg")
 
 

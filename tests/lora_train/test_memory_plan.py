@@ -157,6 +157,12 @@ def test_command_without_weights(toy, tmp_path, capsys):
     assert "Does not fit: " in (shown := capsys.readouterr().out) and "This run needs" in shown and "knobs: " in shown
 
 
+def test_a_pavrm_has_no_plan(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text('{"kind": "pavrm"}')
+    assert plan.main([str(path), "--shape", "wan-14b"]) == 2 and "trains a PAVRM" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
