@@ -19,6 +19,7 @@ from ..lora_train.planning.memory_plan import memory_plan, refusal
 from ..lora_train.planning.shapes import header_shape
 from ..lora_train.planning.speed import CARDS, GIB, Card
 from ..lora_train.safetensors_file import read_header
+from .latent_reward import PavrmReward
 from .training_mode import attention
 from .wan import WanBackbone
 
@@ -54,8 +55,10 @@ def card_of(config: TrainConfig, device: torch.device) -> Card:
 
 
 @contextmanager
-def engines(config: TrainConfig, backbones: Mapping[str, WanBackbone], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Both experts through block executors that share their slots; checked before anything is trained.
+def engines(
+    config: TrainConfig, backbones: Mapping[str, WanBackbone], device: torch.device, dtype: torch.dtype, latent_reward: PavrmReward | None = None
+) -> Iterator[None]:
+    """Both experts, and a PAVRM's trunk, through block executors that share their slots; checked before anything is trained.
 
     Raises:
         ValueError: the run cannot fit.
@@ -69,4 +72,7 @@ def engines(config: TrainConfig, backbones: Mapping[str, WanBackbone], device: t
             executor = stack.enter_context(backbone.engine(knobs, slots))
             if config.engine.self_check and expert in config.trained_experts:
                 self_check(executor, dtype, {"optimized_attention_override": attention})
+        if latent_reward is not None:
+            streams = any(0 <= knobs.resident_blocks < len(backbone.model.blocks) for backbone in backbones.values())
+            stack.enter_context(latent_reward.engine(knobs, device, slots, streams=streams))
         yield

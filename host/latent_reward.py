@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.knobs import Knobs
+from ..lora_train.offload.store import Slot, place
 from ..lora_train.protocols import LatentScores
 from ..reward_models.spec import RewardModelSpec
 from . import pavrm, pavrm_lora
-from .wan import WanBackbone
+from .wan import WanBackbone, is_plain_block
 
 _ROUNDING = 1e-6
 
@@ -38,6 +43,20 @@ class PavrmReward:
         texts = list(context_BPD[:, : self._model.model.text_len])
         output = self._model.score(latent_BCFHW, timestep_B, texts, pavrm.ImageCondition(latent_BCFHW=condition_BCFHW))
         return LatentScores(logit_B=output.logit, probability_B=output.probability)
+
+    @contextmanager
+    def engine(self, knobs: Knobs, device: torch.device, slots: list[Slot], *, streams: bool) -> Iterator[None]:
+        """Run the trunk's blocks as the generator's: kept inputs instead of a graph, and weights through the same slots where those stream. The first blocks
+        of a generator that serve as trunk put their weights in place themselves, so they are left alone."""
+        model, head = self._model.model, self._model.head
+        head.to(device)
+        if self._model.is_adapted:
+            yield
+            return
+        place(model, device, "blocks.")
+        own = replace(knobs, resident_blocks=0 if streams else -1)
+        with BlockExecutor(list(model.blocks), own, device, is_plain_block, slots=slots).installed():
+            yield
 
 
 def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Mapping[str, str], *, device: torch.device, dtype: torch.dtype) -> PavrmReward:

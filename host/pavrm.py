@@ -73,6 +73,11 @@ class Pavrm:
         """Where the weights are."""
         return self.model.patch_embedding.weight.device
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the trunk is a generator's first blocks."""
+        return self._adapted is not None
+
     def to(self, device: torch.device | str) -> Pavrm:
         """Move trunk and head; returns itself."""
         with torch.inference_mode(False):

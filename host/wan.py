@@ -14,6 +14,7 @@ import comfy.sd
 import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
 
+from ..lora_train.kernels.lora_linear import QuantisedWeight
 from ..lora_train.lora.linears import MASTERS_PLACE
 from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
@@ -34,6 +35,7 @@ class WanBackbone:
         model: the host's WanModel; its parameters are replaced by frozen ones of the same values.
         """
         self.model = model
+        self.quantised: dict[int, dict[str, QuantisedWeight]] = {}
         self.dtype = dtype
         self.device = device
         freeze(model)
@@ -82,7 +84,7 @@ class WanBackbone:
         try:
             for linear in linears if knobs.optimiser_place == "host" else ():
                 linear.__dict__[MASTERS_PLACE] = torch.device("cpu")
-            with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, slots=slots).installed() as executor:
+            with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, self.quantised, slots).installed() as executor:
                 yield executor
         finally:
             for linear in linears:

@@ -167,7 +167,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        stack.enter_context(engines(config, backbones, device, dtype))
+        stack.enter_context(engines(config, backbones, device, dtype, scorers["latent_reward"]))
 
         def sink(event) -> None:
             append_event(folder, event)
@@ -218,6 +218,8 @@ def _encode(config, real) -> tuple[dict, object]:
 
 def _load_scorers(config, backbones: dict, device, dtype) -> dict:
     """Decoder and rewards by their name in `Parts`; None is what this run has no use for."""
+    import torch
+
     from ..lora_train import needs
     from ..reward_models.spec import RewardModelSpec
     from . import latent_reward, reward_loading
@@ -230,7 +232,8 @@ def _load_scorers(config, backbones: dict, device, dtype) -> dict:
     return {
         "decoder": load_decoder(config.models.vae, dtype=dtype, device=device) if needs.decodes(config) else None,
         "reward": None if is_latent else reward_loading.load(spec, device),
-        "latent_reward": latent_reward.load(spec, backbones, files, device=device, dtype=dtype) if is_latent else None,
+        # On the host: the engine brings its trunk to the device, or streams it.
+        "latent_reward": latent_reward.load(spec, backbones, files, device=torch.device("cpu"), dtype=dtype) if is_latent else None,
         "motion": reward_loading.load(RewardModelSpec(kind="dynamic_degree", path=""), device) if config.guards.motion_floor > 0 else None,
         "judge": reward_loading.load(RewardModelSpec.from_dict(asdict(judge)), device) if judge else None,
     }

@@ -23,6 +23,7 @@ def candidates(job: Job) -> list[Choice]:
     some = [replace(whole, merges_resident=False, keep_place="host", resident_blocks=count) for count in range(blocks - 4, 0, -4)]
     small = replace(whole, resident_blocks=0, merges_resident=False, keep_place="host", optimiser_place="host")
     return [
+        replace(whole, keep_feed_forward=True),
         whole,
         *([] if is_quantised else [replace(whole, merges_resident=False), replace(whole, merges_resident=False, keep_place="host"), *some]),
         *([] if is_quantised else [replace(choice, optimiser_place="host") for choice in some]),

@@ -16,6 +16,7 @@ from .work import passes
 # Text to reward and VAE: weights of a CLIP-H-sized reward model and of the Wan VAE in bf16 (assumed; published sizes).
 _REWARD_BYTES = 2_200_000_000
 _ALTERNATIVES = 4
+_CPU_CHUNK = 1024
 
 
 def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int = _REWARD_BYTES) -> Job:
@@ -54,8 +55,9 @@ def trains_outside(config: TrainConfig, shape: ModelShape) -> bool:
 def step_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card, counts: dict[str, float]) -> dict[str, float]:
     """Seconds of one update by phase. `counts`: passes of one video by kind, from `plan.passes_per_update`."""
     work = passes(
-        job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, trains_outside=trains_outside(config, job.shape)
-    )
+        job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, keeps_feed_forward=choice.keep_feed_forward,
+        trains_outside=trains_outside(config, job.shape),
+    )  # fmt: skip
     one = pass_seconds(job, choice, card, work, job.rollout_batch)
     # One pass of the whole batch carries rollout_batch latents; counts are of single latents.
     branches = 1 if config.sampling.guidance == 1.0 else 2
@@ -75,6 +77,10 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
 
     chosen, others = choose(job, card.memory_bytes, host_free_bytes, seconds)
     choice = chosen or smallest(job)
+    if card.name == "cpu":
+        # Merged copies would be the weights' memory once more, for a few percent of a rollout; and a CPU loses nothing by smaller pieces.
+        chunk = min(_CPU_CHUNK, choice.ffn_chunk_tokens)
+        choice = replace(choice, merges_resident=False, ffn_chunk_tokens=chunk, row_chunk_tokens=min(chunk, choice.row_chunk_tokens))
     choice = fixed_by_hand(config, choice, shape)
     is_fitting = gpu_bytes(job, choice) <= USABLE * card.memory_bytes and host_bytes(job, choice) <= host_free_bytes
     return {

@@ -45,6 +45,18 @@ def test_a_large_card_keeps_everything(make):
     assert found["seconds_per_step"]["total"] <= min([other["seconds_per_step"] for other in found["alternatives"]], default=1e9)
 
 
+def test_the_feed_forward_is_kept_where_memory_is_ample_and_said_to_save_its_product(make):
+    ample = make(256, 256, card="h200", ram=200)
+    assert ample["fits"] and ample["knobs"]["keep_feed_forward"]
+    again = next(other for other in ample["alternatives"] if other["knobs"] == {**ample["knobs"], "keep_feed_forward": False})
+    tokens, blocks, width, ffn = 5376, 40, 5120, 13824
+    branches = ample["kept_activation_bytes"] / (blocks * (tokens * (2 * width + ffn) * 2 + tokens * 40 * 4))
+    assert branches == pytest.approx(round(branches)) and ample["gpu_peak_bytes"] > again["gpu_peak_bytes"]
+    spared = round(branches) * 2 * tokens * blocks * (width * ffn) / CARDS["h200"].gemm
+    assert again["seconds_per_step"] - ample["seconds_per_step"]["total"] == pytest.approx(spared, rel=0.05)
+    assert not make()["knobs"]["keep_feed_forward"]
+
+
 def test_what_does_not_fit_is_refused_with_what_would(make):
     found = make(1280, 720, ram=90)
     assert not found["fits"] and found["remedies"]
