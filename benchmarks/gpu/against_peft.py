@@ -23,8 +23,9 @@ from ...host.training_mode import training_mode
 from ...lora_train.lora.adapter import LoraAdapter, new_adapter
 from ...lora_train.lora.linears import install
 from ...lora_train.planning.speed import GIB
-from .. import header, report
+from .. import header
 from ..peft_side import find_peft, with_peft
+from . import goals
 from . import rig as rigs
 from .prfl_step import MEAN_FORWARDS, config_of
 from .rig import Rig
@@ -111,14 +112,13 @@ def measure(rig: Rig, folder: Path | None) -> dict[str, Any]:
     mine = sides["streamed"]
     faster, memory = theirs["step_s"] / mine["step_s"], mine.get("allocated_bytes", 1) / theirs.get("allocated_bytes", 1)
     whole = theirs["step_s"] / sides["whole_card"]["step_s"]
-    where = f"against PEFT, torch checkpointing and resident weights at {size}"
-    goals = [
-        report.goal(f"{where}: at least {FASTER} x faster", f"{faster:.2f} x streamed under a plan for {PLAN_GB} GB, {whole:.2f} x with the whole card", faster >= FASTER),
-        report.goal(f"{where}: at most {MEMORY} x the memory", f"{memory:.2f} x", memory <= MEMORY),
+    judged = [
+        goals.goal("peft.faster", f"{faster:.2f} x at {size} under a plan for {PLAN_GB} GB, {whole:.2f} x with the whole card", faster >= FASTER),
+        goals.goal("peft.memory", f"{memory:.2f} x at {size}", memory <= MEMORY),
     ]
     apart = abs(mine["gradient_norm"] / theirs["gradient_norm"] - 1)
     figures = {"peft": version, "size": size, "rank": rig.rank, "blocks_with_own_memory": own, "gradient_norms_apart": apart, "sides": sides}
-    return rigs.finish(rig, "against_peft", figures, goals)
+    return rigs.finish(rig, "against_peft", figures, judged)
 
 
 def main(argv: list[str]) -> int:

@@ -18,11 +18,11 @@ from ...lora_train.kernels import attention
 from ...lora_train.lora.adapter import new_adapter
 from ...lora_train.lora.linears import install
 from ...lora_train.offload.knobs import Knobs
-from .. import report
+from . import goals
 from . import rig as rigs
 from .rig import Rig
 
-GOALS = {"480p": (70.0, 175.0), "720p": (275.0, 740.0)}
+LIMITS = {"480p": (70.0, 175.0), "720p": (275.0, 740.0)}
 CHUNK = 8192
 
 
@@ -74,7 +74,7 @@ def measure(rig: Rig) -> dict[str, Any]:
     width = rig.shape.width // rig.shape.heads
     backends = [name for name in attention._able(rig.device, rig.dtype, width) if name != "plain"]
     sizes: dict[str, dict[str, Any]] = {}
-    for size in GOALS:
+    for size in LIMITS:
         sizes[size] = {}
         for backend in backends:
             try:
@@ -82,17 +82,14 @@ def measure(rig: Rig) -> dict[str, Any]:
             except RuntimeError as error:
                 sizes[size][backend] = {"error": str(error)[:300]}
             rigs.free_all(rig)
-    goals = []
-    for size, limits in GOALS.items():
+    judged = []
+    for size, limits in LIMITS.items():
         for phase, limit in zip(("rollout", "backward"), limits, strict=True):
             found = {backend: times[phase] for backend, times in sizes[size].items() if phase in times}
-            words = f"one block {'forward' if phase == 'rollout' else phase} at {size}: at most {limit:.0f} ms"
-            if found:
-                backend = min(found, key=found.__getitem__)
-                goals.append(report.goal(words, f"{found[backend]:.1f} ms ({backend})", found[backend] <= limit))
-            else:
-                goals.append(report.goal(words, "no attention kernel ran", False))
-    return rigs.finish(rig, "block", {"rank": rig.rank, "milliseconds": sizes}, goals)
+            key = f"block.{'forward' if phase == 'rollout' else phase}.{size}"
+            best = min(found, key=found.__getitem__, default="")
+            judged.append(goals.goal(key, f"{found[best]:.1f} ms ({best})" if best else "no attention kernel ran", bool(best) and found[best] <= limit))
+    return rigs.finish(rig, "block", {"rank": rig.rank, "milliseconds": sizes}, judged)
 
 
 def main(argv: list[str]) -> int:

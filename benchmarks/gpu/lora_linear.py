@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from ...lora_train.kernels.lora_linear import Operands, kernels, merge_into
 from ...lora_train.kernels.lora_linear.rows import empty_with_room, weight_buffer
-from .. import report
+from . import goals
 from . import rig as rigs
 from .rig import Rig
 
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))  # (in, out)
 SMALL_SHAPES = ((48, 48), (48, 96), (96, 48))
 TOKENS, SMALL_TOKENS = 75_600, 40
-GOALS = {"exact": 6.0, "merged": 1.0, "backward": 11.0}
+LIMITS = {"exact": 6.0, "merged": 1.0, "backward": 11.0}
 
 
 def measure_shape(rig: Rig, ins: int, outs: int, tokens: int) -> dict[str, Any]:
@@ -106,14 +106,11 @@ def measure(rig: Rig) -> dict[str, Any]:
     for ins, outs in SMALL_SHAPES if rig.is_small else SHAPES:
         rows.append(measure_shape(rig, ins, outs, tokens))
         rigs.free_all(rig)
-    goals = []
-    for name, part, words in (
-        ("exact", "forward.exact", "forward, exact"), ("merged", "forward.merged", "forward, merged"), ("backward", "backward.", "backward"),
-    ):  # fmt: skip
+    judged = []
+    for name, part in (("exact", "forward.exact"), ("merged", "forward.merged"), ("backward", "backward.")):
         form, percent = best(rows, part)
-        limit = GOALS[name]
-        goals.append(report.goal(f"LoRA linear {words}, over the base GEMM at 75,600 tokens: at most +{limit:.0f} %", f"+{percent:.1f} % ({form})", percent <= limit))
-    return rigs.finish(rig, "lora_linear", {"tokens": tokens, "rank": rig.rank, "shapes": rows}, goals)
+        judged.append(goals.goal(f"lora.{name}", f"+{percent:.1f} % ({form})", percent <= LIMITS[name]))
+    return rigs.finish(rig, "lora_linear", {"tokens": tokens, "rank": rig.rank, "shapes": rows}, judged)
 
 
 def main(argv: list[str]) -> int:

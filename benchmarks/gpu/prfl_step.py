@@ -37,13 +37,13 @@ from ...lora_train.rollout import ContextCache, Experts
 from ...lora_train.run import Parts
 from ...lora_train.trainee import new_trainee
 from ...reward_models.pavrm import build_head
-from .. import header, report
+from .. import header
+from . import goals
 from . import rig as rigs
 from .rig import Rig
 
 RUNS = ("480p:8:24", "720p:14:24", "720p:15.5:16", "480p:0:0", "720p:0:0", "720p:14:24:fp8")
-SIZES_PX = {"480p": (832, 480), "720p": (1280, 720)}
-PEAK_GB, SECONDS, HOST_GB = {"480p": 8.0, "720p": 14.0}, {"480p": 64.0, "720p": 255.0}, {False: 82.0, True: 65.0}
+PEAK_GB, SECONDS, HOST_GB = {"480p": 8.0, "720p": 14.0}, {"480p": 64.0, "720p": 255.0}, {"bf16": 82.0, "fp8": 65.0}
 PLANS_GB = (8, 10, 12, 14, 16, 18, 20, 24)
 TRUNK_BLOCKS, MEAN_FORWARDS, GRADIENT_STEP = 8, 19, 2
 _LARGEST_E4M3 = 448
@@ -199,28 +199,25 @@ def _fitting(rig: Rig, size: str, plan_gb: float, path: Path) -> tuple[TrainConf
 
 
 def goals_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the runs say about the goals; a run that was not made says nothing."""
-    goals = []
+    """What the runs say about the goals; a run that was not made says nothing, one that failed has missed them."""
+    judged = []
     for row in rows:
         size, _, cap, *more = row["run"].split(":")
-        if "error" in row or not row.get("knobs"):
-            goals.append(report.goal(f"PRFL step at {size}, run {row['run']}", row.get("error", "no plan fits: " + "; ".join(row.get("refused_plans", []))), False))
-            continue
-        if float(cap) and "process_bytes" in row and not more:
-            peak, limit = row["allocated_bytes"] / 1e9, PEAK_GB[size]
-            if float(cap) > 16:
-                goals.append(report.goal(f"peak of tensors on the card in a PRFL step at {size}: at most {limit:.0f} GB", f"{peak:.1f} GB", peak <= limit))
-            goals.append(report.goal(f"a PRFL step at {size} under a cap of {cap} GB", f"ran, {row['process_bytes'] / 1e9:.1f} GB with driver", True))
-        if not float(cap):
-            spent, limit = row["micro_step_at_19_forwards_s"], SECONDS[size]
-            words = f"PRFL micro-step at {size}, 19 rollout forwards, bf16: at most {limit:.0f} s"
-            goals.append(report.goal(words, f"{spent:.1f} s (19 x {row['rollout_forward_s']:.2f} + {row['gradient_and_update_s']:.1f})", spent <= limit))
-        if size == "720p" and float(cap) > 16:
-            is_fp8 = "fp8" in more
-            held, limit = (row["host_peak_bytes"] + row["host_bytes_not_taken_because_shared"]) / 1e9, HOST_GB[is_fp8]
-            words = f"host memory at 720p, {'fp8' if is_fp8 else 'bf16'} base: at most {limit:.0f} GB"
-            goals.append(report.goal(words, f"{held:.1f} GB", held <= limit))
-    return goals
+        ran = "update_s" in row
+        why = row.get("error") or "no plan fits: " + "; ".join(row.get("refused_plans", []))
+        if cap in ("24", "16") and not more and f"cap{cap}.{size}" in goals.WORDS:
+            judged.append(goals.goal(f"cap{cap}.{size}", f"ran, {row.get('process_bytes', 0) / 1e9:.1f} GB with driver" if ran else why, ran))
+        if cap == "24" and not more:
+            peak = row.get("allocated_bytes", 0) / 1e9
+            judged.append(goals.goal(f"peak.{size}", f"{peak:.1f} GB" if ran else why, ran and peak <= PEAK_GB[size]))
+        if cap == "0":
+            words = "{micro_step_at_19_forwards_s:.1f} s (19 x {rollout_forward_s:.2f} + {gradient_and_update_s:.1f})".format(**row) if ran else why
+            judged.append(goals.goal(f"seconds.{size}", words, ran and row["micro_step_at_19_forwards_s"] <= SECONDS[size]))
+        if size == "720p" and cap == "24":
+            base = "fp8" if more else "bf16"
+            held = (row.get("host_peak_bytes", 0) + row.get("host_bytes_not_taken_because_shared", 0)) / 1e9
+            judged.append(goals.goal(f"host.{base}", f"{held:.1f} GB" if ran else why, ran and held <= HOST_GB[base]))
+    return judged
 
 
 def measure(rig: Rig, runs: list[str], done: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from ...lora_train.run import Parts
 from ...lora_train.trainee import new_trainee
 from ...reward_models import clip
 from ...reward_models.loader import load_reward_model
-from .. import header, report
+from .. import header
 from ..rewards import random_checkpoint
+from . import goals
 from . import rig as rigs
 from .prfl_step import PROMPT
 from .rig import Rig
@@ -100,8 +101,7 @@ def measure(rig: Rig) -> dict[str, Any]:
         found["host_peak_bytes"] = host.stop()
     figures = {"rank": rig.rank, "cap_gb": CAP_GB, "blocks_with_own_memory": [own_high, own_low if has_room else 0], **found}
     spent = f"ran, {found['update_s']:.1f} s per step" + (f", {found['process_bytes'] / 1e9:.1f} GB with driver" if "process_bytes" in found else "")
-    words = "reward backpropagation, 256x256x81, 40 guided steps, first frame, both experts: in 24 GB"
-    return rigs.finish(rig, "reward_backprop", figures, [report.goal(words, spent, True)])
+    return rigs.finish(rig, "reward_backprop", figures, [goals.goal("backprop", spent, True)])
 
 
 def _updates(rig: Rig, config: TrainConfig, backbones: dict[str, Any], vae: WanDecoder, scorer: Any) -> dict[str, Any]:
