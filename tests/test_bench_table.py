@@ -9,7 +9,6 @@ from pathlib import Path
 from reward_lab.benchmarks import table
 from reward_lab.benchmarks.gpu import goals
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

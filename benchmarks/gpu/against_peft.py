@@ -84,6 +84,9 @@ def ours(rig: Rig, backbone: Any, adapter: LoraAdapter, size: str, plan_gb: floa
     """The engine under a plan for so many GB (0: the card)."""
     config = config_of(rig, size, plan_gb, file)
     knobs = vars(host_engine.choose_knobs(config, rig.device))
+    for parameter in adapter.parameters():
+        # The run before may have had its masters on the host; the engine takes them there again where its plan says so.
+        parameter.data = parameter.data.to(rig.device)
     with training_mode(), host_engine.engines(config, {"high": backbone}, rig.device, rig.dtype), install(backbone.linears(), adapter) as switch:
         found = timed(rig, backbone, size, adapter.parameters(), switch.merged)
     for parameter in adapter.parameters():

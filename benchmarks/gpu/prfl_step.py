@@ -84,7 +84,8 @@ def config_of(rig: Rig, size: str, plan_gb: float, model_file: Path) -> TrainCon
             "sampling": {"steps": 40, "shift": 5.0, "boundary": 0.875, "guidance": 1.0, "schedule": "unipc"},
             "prfl": {"first_step": GRADIENT_STEP, "last_step": GRADIENT_STEP},
             "lora": {"rank": rig.rank, "alpha": rig.rank / 2, "skip": []},
-            "engine": {"card_gb": plan_gb * 1e9 / GIB},
+            # The weights are in memory already, and the plan counts them.
+            "engine": {"card_gb": plan_gb * 1e9 / GIB, "ram_gb": rig.ram_bytes / 1e9},
         }
     )
 

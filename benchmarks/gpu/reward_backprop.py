@@ -23,7 +23,6 @@ from ...lora_train.config import TrainConfig
 from ...lora_train.lora.adapter import new_adapter
 from ...lora_train.lora.linears import install
 from ...lora_train.lora.targets import select_targets
-from ...lora_train.plan import free_memory_bytes
 from ...lora_train.planning.speed import GIB
 from ...lora_train.rollout import ContextCache, Experts
 from ...lora_train.run import Parts
@@ -61,7 +60,7 @@ def config_of(rig: Rig, files: dict[str, Path]) -> TrainConfig:
             "objective": {"mode": "chain", "strategy": "tail", "grad_steps": 1, "decode": "first"},
             "lora": {"rank": rig.rank, "alpha": rig.rank / 2, "skip": ["ffn"]},
             "optimiser": {"lr": 1e-5},
-            "engine": {"card_gb": CAP_GB * 1e9 / GIB},
+            "engine": {"card_gb": CAP_GB * 1e9 / GIB, "ram_gb": rig.ram_bytes / 1e9},
         }
     )
 
@@ -91,7 +90,7 @@ def measure(rig: Rig) -> dict[str, Any]:
         folder = Path(work)
         host = rigs.HostMemory()
         high, own_high = rigs.new_model(rig)
-        has_room = free_memory_bytes() > 1.3 * rig.shape.blocks * rig.shape.block_parameters * rig.dtype.itemsize
+        has_room = rig.ram_bytes > 2.5 * rig.shape.blocks * rig.shape.block_parameters * rig.dtype.itemsize
         low, own_low = rigs.new_model(rig, like=None if has_room else high)
         models = {"high": high, "low": low}
         config = config_of(rig, {name: header.write(model, folder / f"{name}.safetensors") for name, model in models.items()})

@@ -26,6 +26,7 @@ from ...lora_train.offload.pinned import pinned_empty
 from ...lora_train.plan import free_memory_bytes
 from ...lora_train.planning.shapes import ModelShape, named_shape
 from .. import report
+from ..lora_merge import memory_bytes
 
 # Latents (frames, height, width): 81 frames of 256 x 256, 832 x 480 and 1280 x 720; 41 of 832 x 480.
 LATENTS = {"256": (21, 32, 32), "480p-41": (11, 60, 104), "480p": (21, 60, 104), "720p": (21, 90, 160)}
@@ -43,6 +44,7 @@ class Rig:
     device: torch.device
     is_small: bool
     out: Path | None
+    ram_bytes: int
 
     @property
     def shape(self) -> ModelShape:
@@ -75,6 +77,7 @@ def arguments(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(description or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="toy shapes, to rehearse the code; no goal is judged")
+    parser.add_argument("--ram-gb", type=float, default=0, help="host memory, where the system shows less than it gives (default: what is free)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: printed only)")
     return parser
 
@@ -89,7 +92,8 @@ def rig_of(options: argparse.Namespace) -> Rig:
         raise ValueError("no CUDA device was found; rehearse with --device cpu --small")
     if options.device == "cpu" and not options.small:
         raise ValueError("at the real shapes a CPU would take days; add --small")
-    return Rig(device=torch.device(options.device), is_small=options.small, out=options.out)
+    ram_bytes = int(options.ram_gb * 1e9) or free_memory_bytes()
+    return Rig(device=torch.device(options.device), is_small=options.small, out=options.out, ram_bytes=ram_bytes)
 
 
 def finish(rig: Rig, name: str, figures: dict[str, Any], goals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def new_model(rig: Rig, *, blocks: int | None = None, like: torch.nn.Module | No
             text_dim=shape.text_width, freq_dim=shape.frequency, dtype=rig.dtype, operations=comfy.ops.disable_weight_init,
         )  # fmt: skip
     own = count if like is None else 0
-    while own > 1 and own * shape.block_parameters * rig.dtype.itemsize > 0.4 * free_memory_bytes():
+    while own > 1 and own * shape.block_parameters * rig.dtype.itemsize > 0.4 * rig.ram_bytes:
         own //= 2
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -138,11 +142,21 @@ def _weights(rig: Rig, full: str, parameter: torch.Tensor, model: torch.nn.Modul
             return like.get_parameter(full).data
         if int(index) >= own:
             return model.get_parameter(f"blocks.{int(index) % own}.{rest}").data
-    host = pinned_empty(tuple(parameter.shape), parameter.dtype) if rig.device.type == "cuda" else torch.empty(parameter.shape, dtype=parameter.dtype)
+    host = _host_empty(rig, parameter)
     if parameter.ndim == 1:
         return host.fill_(1.0 if "norm" in full and full.endswith("weight") else 0.0)
     scale = _WEIGHT_SCALE if parameter.ndim == 2 else 0.1
     return host.copy_(torch.randn(parameter.shape, device=rig.device, dtype=torch.float32 if rig.is_small else rig.dtype) * scale)
+
+
+def _host_empty(rig: Rig, like: torch.Tensor) -> torch.Tensor:
+    """Pinned where the system lets; the engine says so where it does not."""
+    if rig.device.type == "cuda":
+        try:
+            return pinned_empty(tuple(like.shape), like.dtype)
+        except RuntimeError:
+            pass
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
 
 class OnHost:
@@ -247,14 +261,17 @@ class Memory:
 
 
 class HostMemory:
-    """The most that free host memory fell by since it was made, looked at ten times a second; on a machine of one's own that is this process."""
+    """The host memory that this process takes at most while it exists: the larger of its highest resident size and of what free memory fell by, looked at
+    ten times a second. Pinned pages may count in one of them alone; on a machine of one's own the second is this process."""
 
     def __init__(self, free_bytes: int = 0) -> None:
         """Args:
-        free_bytes: what was free before; 0: what is free now.
+        free_bytes: what was free before anything was loaded; 0: what is free now, and growth from now on is told.
         """
         self._least = free_memory_bytes()
         self._free = free_bytes or self._least
+        self._counts_all = free_bytes > 0
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -266,7 +283,8 @@ class HostMemory:
     def stop(self) -> int:
         self._stop.set()
         self._thread.join()
-        return self._free - min(self._least, free_memory_bytes())
+        fell = self._free - min(self._least, free_memory_bytes())
+        return max(fell, memory_bytes("VmHWM")) if self._counts_all else fell
 
 
 def small(shape: ModelShape, blocks: int) -> ModelShape:

@@ -9,7 +9,6 @@ and is tried again by the next call, after those that were never tried.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -68,13 +67,12 @@ def run(item: Item, options: argparse.Namespace, limit_s: float) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "result.json", Path(folder) / "log.txt"
         command = [sys.executable, str(ROOT / "labtools" / "launch.py"), f"benchmarks.gpu.{item.module}", "--device", options.device, "--out", str(out)]
-        command += ["--small"] if options.small else []
+        command += ["--ram-gb", str(options.ram_gb), *(["--small"] if options.small else [])]
         command += ["--peft", str(options.peft)] if options.peft and item.module == "against_peft" else []
         begun, error = time.perf_counter(), ""
-        environ = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
         with log.open("w") as file:
             try:
-                status = subprocess.run([*command, *item.arguments], stdout=file, stderr=subprocess.STDOUT, timeout=limit_s, env=environ).returncode
+                status = subprocess.run([*command, *item.arguments], stdout=file, stderr=subprocess.STDOUT, timeout=limit_s).returncode
                 error = "" if status == 0 else f"exit status {status}"
             except subprocess.TimeoutExpired:
                 error = f"ended after {limit_s:.0f} s"
@@ -105,6 +103,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--limit-s", type=float, default=3600, help="begin none that would not end within so many seconds from now (default: 3600)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="rehearsal on toy shapes; judges nothing")
+    parser.add_argument("--ram-gb", type=float, default=0, help="host memory, where the system shows less than it gives (default: what is free)")
     parser.add_argument("--peft", type=Path, help="folder with peft and accelerate, where they are not installed")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -115,7 +115,7 @@ def test_run_all_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_run_all_runs_a_process_and_tells_of_one_that_fails(tmp_path):
-    options = argparse.Namespace(device="cpu", small=True, peft=None)
+    options = argparse.Namespace(device="cpu", small=True, peft=None, ram_gb=0)
     item = run_all.Item(name="x", module="lora_linear", seconds=1)
     assert run_all.is_whole(run_all.run(item, options, 300))
     broken = run_all.run(run_all.Item(name="x", module="lora_linear", seconds=1, arguments=("--no-such",)), options, 300)
