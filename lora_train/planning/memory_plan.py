@@ -112,8 +112,9 @@ def fixed_by_hand(config: TrainConfig, choice: Choice, shape: ModelShape) -> Cho
     words = {name: getattr(engine, name) for name in ("keep_place", "optimiser_place")}
     changes: dict[str, Any] = {name: value for name, value in numbers.items() if value >= 0}
     changes |= {name: value for name, value in words.items() if value != "auto"}
-    if engine.keep_attention != "auto":
-        changes["keep_attention"] = engine.keep_attention == "yes"
+    for name in ("keep_attention", "keep_feed_forward"):
+        if getattr(engine, name) != "auto":
+            changes[name] = getattr(engine, name) == "yes"
     if "resident_blocks" in changes:
         changes["resident_blocks"] = min(changes["resident_blocks"], shape.blocks)
         changes["merges_resident"] = choice.merges_resident and changes["resident_blocks"] == choice.resident_blocks

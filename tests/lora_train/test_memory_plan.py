@@ -67,9 +67,10 @@ def test_what_does_not_fit_is_refused_with_what_would(make):
 
 
 def test_knobs_fixed_by_hand_are_kept(make):
-    found = make(engine={"head_groups": 5, "keep_attention": "no", "resident_blocks": 7, "keep_place": "host", "optimiser_place": "host"})
-    chosen = {name: found["knobs"][name] for name in ("head_groups", "keep_attention", "resident_blocks", "optimiser_place")}
-    assert chosen == {"head_groups": 5, "keep_attention": False, "resident_blocks": 7, "optimiser_place": "host"}
+    by_hand = {"head_groups": 5, "keep_attention": "no", "keep_feed_forward": "yes", "resident_blocks": 7, "keep_place": "host", "optimiser_place": "host"}
+    found = make(engine=by_hand)
+    chosen = {name: found["knobs"][name] for name in ("head_groups", "keep_attention", "keep_feed_forward", "resident_blocks", "optimiser_place")}
+    assert chosen == {"head_groups": 5, "keep_attention": False, "keep_feed_forward": True, "resident_blocks": 7, "optimiser_place": "host"}
 
 
 def test_shapes_by_name_and_from_a_header(tmp_path):
