@@ -27,15 +27,14 @@ def machine(device: torch.device) -> dict[str, str]:
     """Date, hardware, driver and versions."""
     found = {"date": datetime.date.today().isoformat(), "hardware": hardware(device), "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
-        found["card"] = torch.cuda.get_device_name(device)
-        found["driver"] = _driver()
+        found["card"], found["driver"] = card()
     return found
 
 
 def hardware(device: torch.device) -> str:
     """The machine in words."""
     host = f"{processor()}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}, {platform.system()} {platform.machine()}"
-    return f"{torch.cuda.get_device_name(device)}, {host}" if device.type == "cuda" else host
+    return f"{card()[0]}, {host}" if device.type == "cuda" else host
 
 
 def processor() -> str:
@@ -45,12 +44,14 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown CPU")
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def card() -> tuple[str, str]:
+    """Name and driver of the first card. Asked of nvidia-smi where there is one: torch would take memory of the card to answer."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        name, driver = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].split(",")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return torch.cuda.get_device_name(), "unknown"
+    return name.strip(), driver.strip()
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
-from reward_lab.benchmarks import table
-from reward_lab.benchmarks.gpu import goals
+import torch
+
+from reward_lab.benchmarks import report, table
+from reward_lab.benchmarks.gpu import goals, run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +54,14 @@ def test_the_committed_results_can_be_printed(capsys):
         assert path.stem in printed
     assert table.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out) == table.rows(table.RESULTS)
+
+
+def test_a_card_is_named_by_its_driver(monkeypatch):
+    answer = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100 80GB HBM3, 580.159.04\n")
+    monkeypatch.setattr(report.subprocess, "run", lambda *_args, **_options: answer)
+    found = report.machine(torch.device("cuda"))
+    assert (found["card"], found["driver"]) == ("NVIDIA H100 80GB HBM3", "580.159.04") and found["hardware"].startswith("NVIDIA H100 80GB HBM3, ")
+    assert run_all._slug(found["card"]) == "h100-80gb-hbm3"
 
 
 def test_a_name_is_optional():

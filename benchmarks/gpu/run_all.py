@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("no CUDA device was found; rehearse with --device cpu --small --out FILE")
     if options.small and not options.out:
         raise ValueError("a rehearsal does not belong among the results: give --out FILE")
-    out = options.out or report.RESULTS / f"gpu-{_slug(torch.cuda.get_device_name())}.json"
+    out = options.out or report.RESULTS / f"gpu-{_slug(report.card()[0])}.json"
     before = report.read(out)
     if before and before["is_rehearsal"] != options.small:
         raise ValueError(f"{out} is {'a' if before['is_rehearsal'] else 'no'} rehearsal; give another --out")
