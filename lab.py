@@ -332,9 +332,18 @@ def end_in_order(number, frame) -> None:
     raise SystemExit(128 + number)
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong call as a JSON object too, where `--json` was asked for; exit status 2 either way."""
+
+    def error(self, message: str):  # noqa: D102
+        if "--json" in sys.argv:
+            print(json.dumps({"verdict": "refused", "reason": message}))
+        super().error(message)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="lab.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="lab.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, add_arguments) in COMMANDS.items():
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)

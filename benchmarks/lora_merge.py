@@ -1,11 +1,12 @@
 """Memory and time of a merge into a model file with the keys and shapes of Wan2.2 14B.
 
-    COMFYUI_PATH=… REWARD_LAB_CPU=1 python labtools/launch.py benchmarks.lora_merge [--blocks 40] [--rank 128] [--dtype same] [--folder DIR]
+    COMFYUI_PATH=… REWARD_LAB_CPU=1 python labtools/launch.py benchmarks.lora_merge [--blocks 40] [--rank 128] [--dtype same] [--folder DIR] [--kill-at 0.5]
 
 The base is a sparse file of zeros in bf16 (real shapes, no disk space); the merged file is written in full: 0.7 GB a block, 28.6 GB at 40. Every
 layer has a LoRA, feed-forward ones too, which is more than the official reward LoRAs change. Prints one JSON object. `peak_growth_bytes` is the
 growth of the highest resident memory (VmHWM, Linux) over what the process held before, pages of mapped files counted; the limit is twice the
-largest tensor and 1 GB.
+largest tensor and 1 GB. With `--kill-at` the merge is done once more by a process that is killed (SIGKILL) when it has written that share; this process then
+goes on from what it left, and `same_bytes` tells whether both files are equal.
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..host.lora_download import sha256_of
 from ..host.lora_keys import layout_named
-from ..host.lora_merge import MergeSettings, merge
+from ..host.lora_merge import Merged, MergeSettings, merge
 from ..host.lora_rows import LoraRow
 from ..host.merge_plan import DTYPES
 from ..host.rounding import ROUNDINGS
+from ..host.stream_file import partial_path
 from ..lora_train.safetensors_file import TensorSpec, header_bytes, write
 
 WIDTH, HIDDEN, TEXT, CHANNELS, FREQUENCIES, BLOCKS_14B = 5120, 13824, 4096, 16, 256, 40
@@ -76,6 +83,31 @@ def memory_bytes(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
+def measured(base: Path, lora: Path, target: Path, settings: MergeSettings) -> tuple[Merged, dict[str, Any]]:
+    """Merge, and tell time and memory."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again from what is held now
+    before, start = memory_bytes("VmRSS"), time.perf_counter()
+    done = merge(base, [LoraRow(file=str(lora), high=0.5, low=0.0)], target, settings, expert="high")
+    seconds, growth = time.perf_counter() - start, memory_bytes("VmHWM") - before
+    return done, {"before_bytes": before, "peak_growth_bytes": growth, "seconds": round(seconds, 1)}
+
+
+def killed_and_resumed(base: Path, lora: Path, target: Path, settings: MergeSettings, share: float, size_bytes: int) -> dict[str, Any]:
+    """Have another process merge, kill it at a share of the bytes, and go on from what it left."""
+    launch = Path(__file__).resolve().parents[1] / "labtools" / "launch.py"
+    command = [sys.executable, str(launch), "benchmarks.lora_merge", "--only", str(base), str(lora), str(target)]
+    child = subprocess.Popen([*command, "--dtype", settings.dtype, "--rounding", settings.rounding], stdout=subprocess.DEVNULL)
+    partial = partial_path(target)
+    while child.poll() is None and not (partial.is_file() and partial.stat().st_size >= share * size_bytes):
+        time.sleep(0.02)
+    child.kill()
+    if child.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"the merge ended by itself ({child.returncode}) before it had written {share:g} of its bytes")
+    left = partial.stat().st_size
+    done, figures = measured(base, lora, target, settings)
+    return {"killed_after_bytes": left, "taken_up_after_tensors": done.resumed, **{f"resumed_{name}": value for name, value in figures.items()}}
+
+
 def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.lora_merge")
@@ -84,21 +116,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="same")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="nearest")
     parser.add_argument("--folder", help="where the files go for the time of the measurement (default: the system's folder for such)")
+    parser.add_argument("--kill-at", type=float, metavar="SHARE", help="also kill a merge when it has written this share, take it up, and compare the files")
+    parser.add_argument("--only", nargs=3, type=Path, metavar=("BASE", "LORA", "OUT"), help=argparse.SUPPRESS)  # the process that is killed
     options = parser.parse_args(argv)
+    settings = MergeSettings(dtype=options.dtype, rounding=options.rounding)
+    if options.only:
+        measured(*options.only, settings)
+        return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        base, lora = folder / "base-high.safetensors", folder / "lora-high.safetensors"
+        base, lora, target = folder / "base-high.safetensors", folder / "lora-high.safetensors", folder / "out.safetensors"
         specs = write_base(base, options.blocks)
         layers = write_lora(lora, specs, options.rank)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again from what is held now
-        before, start = memory_bytes("VmRSS"), time.perf_counter()
-        settings = MergeSettings(dtype=options.dtype, rounding=options.rounding)
-        done = merge(base, [LoraRow(file=str(lora), high=0.5, low=0.0)], folder / "out.safetensors", settings, expert="high")
-        seconds, growth = time.perf_counter() - start, memory_bytes("VmHWM") - before
-        largest = max(spec.size_bytes for spec in specs)
-        limit = 2 * largest + LIMIT_EXTRA_BYTES
+        done, figures = measured(base, lora, target, settings)
+        limit = 2 * max(spec.size_bytes for spec in specs) + LIMIT_EXTRA_BYTES
         result = {
             "benchmark": "lora_merge",
+            "date": time.strftime("%Y-%m-%d"),
             "blocks": options.blocks,
             "rank": options.rank,
             "dtype": options.dtype,
@@ -109,12 +143,16 @@ def main(argv: list[str]) -> int:
             "merged_bytes": done.size_bytes,
             "layers": layers,
             "changed": done.changed,
-            "largest_tensor_bytes": largest,
-            "before_bytes": before,
-            "peak_growth_bytes": growth,
+            "largest_tensor_bytes": max(spec.size_bytes for spec in specs),
+            **figures,
             "limit_bytes": limit,
-            "within_limit": growth <= limit,
-            "seconds": round(seconds, 1),
         }
+        if options.kill_at is not None:
+            digest = sha256_of(target)
+            target.unlink()  # there is seldom room for both
+            result.update(killed_and_resumed(base, lora, target, settings, options.kill_at, done.size_bytes), sha256=digest)
+            result["same_bytes"] = sha256_of(target) == digest
+        growths = [value for name, value in result.items() if name.endswith("peak_growth_bytes")]
+        result["within_limit"] = max(growths) <= limit
     print(json.dumps(result, indent=2))  # noqa: T201
-    return 0 if result["within_limit"] else 1
+    return 0 if result["within_limit"] and result.get("same_bytes", True) else 1

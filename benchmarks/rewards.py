@@ -10,7 +10,8 @@ Weights are random: time does not depend on them. Everything is measured in one 
 - `package_list`, `package_call`: the package itself, where `--package` names a folder with it (`pip install --no-deps --target FOLDER hpsv2x clint args`):
   one call with a list of files, and one call per file, each of which reads the checkpoint.
 A figure for 81 frames is made with 81 frames; nothing is extrapolated. Of several repeats the fastest counts: other work on the machine only adds. Each
-repeat begins with another of the ways, so that none always runs on a warmer or fuller machine.
+repeat begins with another of the ways, so that none always runs on a warmer or fuller machine. On a CPU the ratios are of the process's CPU time, which
+other work does not lengthen by being scheduled in between; wall times stand beside them. `bounds` tells what the matmul rate of the device allows at all.
 """
 
 from __future__ import annotations
@@ -144,29 +145,30 @@ def package(case: Case) -> Iterator[Any]:
     img_score.model_dict.clear()
 
 
-def seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Wall time of a call, work on the device included, and what it returned."""
+def seconds(call: Callable[[], Any], device: str, clock: Callable[[], float] | None = None) -> tuple[float, Any]:
+    """Time of a call, work on the device included, and what it returned; on a CPU its CPU time, unless `clock` is another one."""
+    clock = clock or (time.perf_counter if device == "cuda" else time.process_time)
     if device == "cuda":
         torch.cuda.synchronize()
-    begun = time.perf_counter()
+    begun = clock()
     result = call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun, result
+    return clock() - begun, result
 
 
-def matmul_rate(case: Case) -> float:
-    """FLOP/s of a large square product in the towers' dtype on this device, the fastest of five."""
-    side = _MATMUL_SIDE[case.device]
-    one, other = (torch.randn(side, side, device=case.device).to(DTYPES[case.dtype]) for _ in range(2))
-    times = [seconds(lambda: one @ other, case.device)[0] for _ in range(6)][1:]
+def matmul_rate(device: str, dtype: str) -> float:
+    """FLOP/s of a large square product on this device, the fastest of five."""
+    side = _MATMUL_SIDE[device]
+    one, other = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    times = [seconds(lambda: one @ other, device)[0] for _ in range(6)][1:]
     return 2 * side**3 / min(times)
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """All figures of a case; files go into `folder`."""
     frames, checkpoint = pictures(case), folder / "random.pt"
-    files = write_files(frames, folder)[: case.singles]
+    files = write_files(frames[:, : case.singles], folder)
     random_checkpoint(case.config, checkpoint)
     frames = frames.to(case.device)
     model = load_reward_model("hpsv2.1", checkpoint, config=case.config, device=case.device, dtype=DTYPES[case.dtype])
@@ -184,7 +186,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "preparation": lambda: [model.prepare(part) for part in frames[0].split(case.chunk)],
         "per_picture": lambda: per_picture(model, files),
     }
-    first_s, _ = seconds(calls["ours"], case.device)
+    first_s, _ = seconds(lambda: score_in_chunks(model, frames[:, : case.chunk], [PROMPT], case.chunk), case.device)
     misses = model._texts.misses
     with contextlib.ExitStack() as stack:
         if case.package:
@@ -192,18 +194,20 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             calls["package_list"] = lambda: scorer.score(files, PROMPT, str(checkpoint))
             calls["package_call"] = lambda: [scorer.score(file, PROMPT, str(checkpoint))[0] for file in files]
         times: dict[str, list[float]] = {name: [] for name in calls}
+        wall: dict[str, list[float]] = {name: [] for name in calls}
         results: dict[str, Any] = {}
         names = list(calls)
         for repeat in range(case.repeats):
             first = repeat * len(names) // case.repeats
             for name in (*names[first:], *names[:first]):
-                spent, results[name] = seconds(calls[name], case.device)
+                passed, (spent, results[name]) = seconds(lambda name=name: seconds(calls[name], case.device), case.device, time.perf_counter)
                 times[name].append(spent)
+                wall[name].append(passed)
     figures = _figures(case, {name: min(values) for name, values in times.items()}, len(files), tower_flops(tower, prepared[0][:1]))
     per_frame = results.pop("ours")
     others = {name: results[name] for name in ("per_picture", "package_list") if name in results}
     figures["largest_score_difference"] = {name: max(abs(float(a) - b) for a, b in zip(values, per_frame, strict=False)) for name, values in others.items()}
-    return {**figures, "first_score_s": first_s, "text_encoder_calls_after_the_first_score": model._texts.misses - misses, "times_s": times}
+    return {**figures, "first_chunk_s": first_s, "text_encoder_calls_after_the_first_score": model._texts.misses - misses, "times_s": times, "wall_s": wall}
 
 
 def tower_flops(tower: torch.nn.Module, one_picture: torch.Tensor) -> int:
@@ -225,14 +229,19 @@ def _figures(case: Case, fastest_s: dict[str, float], singles: int, flops: int) 
     ours_s = per_frame_s["ours"]
     ratios = {"ours_to_bare_tower": ours_s / per_frame_s["bare_tower"]}
     ratios |= {f"{name}_to_ours": per_frame_s[name] / ours_s for name in per_frame_s if counts[name] == singles and name.startswith(("per_picture", "package"))}
-    peak = matmul_rate(case)
+    rates = {dtype: matmul_rate(case.device, dtype) for dtype in dict.fromkeys(("float32", case.dtype))}
+    peak = rates[case.dtype]
+    slowest = next(name for name in ("package_call", "per_picture") if name in per_frame_s)
+    bounds = {"seconds_of_the_towers_products": flops / peak, f"most_that_{slowest}_to_ours_can_be": per_frame_s[slowest] * peak / flops}
     return {
         "pictures_timed": counts,
+        "clock": "wall" if case.device == "cuda" else "CPU time of the process",
         "seconds_per_picture": per_frame_s,
         "ratios": ratios,
         "tower_flop_per_picture": flops,
-        "matmul_flop_per_s": peak,
+        "matmul_flop_per_s": rates,
         "share_of_the_matmul_rate": {name: flops / per_frame_s[name] / peak for name in ("ours", "bare_tower")},
+        "bounds": bounds,
     }
 
 

@@ -1,7 +1,8 @@
-"""Lets training runs pause while the server executes prompts on the same card.
+"""Lets training runs pause while the server executes prompts on the same card, or on the same cores.
 
-A thread looks at the server's queue while a run is active and keeps the runs' `busy` file up to date (runs/lease.py). A prompt that only waits
-for a run does not count: it would wait for ever for a run that waits for it.
+A thread looks at the server's queue while a run is active and keeps the runs' `busy` file up to date (runs/lease.py). A queued prompt counts as well: an
+update begun in the moment between two cells of a sweep would slow the next one down. A prompt that only waits for a run does not count: it would
+wait for ever for a run that waits for it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _watch(runs_folder: Path, has_active_run: Callable[[], bool]) -> None:
     was_busy = False
     try:
         while has_active_run():
-            is_busy = _is_executing()
+            is_busy = has_work()
             if is_busy != was_busy:
                 (lease.mark_busy if is_busy else lease.mark_free)(runs_folder)
                 was_busy = is_busy
@@ -64,7 +65,10 @@ def _watch(runs_folder: Path, has_active_run: Callable[[], bool]) -> None:
             lease.mark_free(runs_folder)
 
 
-def _is_executing() -> bool:
-    """Tell whether the server executes a prompt that does more than wait for a run."""
+def has_work() -> bool:
+    """Tell whether the server executes a prompt that does more than wait for a run, or is about to."""
     server = getattr(PromptServer, "instance", None)
-    return server is not None and len(server.prompt_queue.currently_running) > _waiting_prompts
+    if server is None:
+        return False
+    running, queued = server.prompt_queue.get_current_queue_volatile()
+    return len(running) > _waiting_prompts or (not running and bool(queued))

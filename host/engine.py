@@ -5,22 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
 from ..lora_train.config import TrainConfig
 from ..lora_train.kernels.lora_linear import choose_kernels
+from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.self_check import self_check
 from ..lora_train.offload.store import Slot
 from ..lora_train.plan import free_memory_bytes, passes_per_update
-from ..lora_train.planning.memory_plan import memory_plan, refusal
-from ..lora_train.planning.shapes import header_shape
+from ..lora_train.planning.choose import candidates, smaller
+from ..lora_train.planning.job import job_of
+from ..lora_train.planning.memory import Choice
+from ..lora_train.planning.memory_plan import fixed_by_hand, memory_plan, refusal
+from ..lora_train.planning.shapes import ModelShape, header_shape
 from ..lora_train.planning.speed import CARDS, GIB, Card
+from ..lora_train.protocols import Shrunk
 from ..lora_train.safetensors_file import read_header
 from .latent_reward import PavrmReward
 from .training_mode import attention
+from .vae import WanDecoder
 from .wan import WanBackbone
 
 logger = logging.getLogger("reward_lab")
@@ -32,15 +39,22 @@ def choose_knobs(config: TrainConfig, device: torch.device) -> Knobs:
     Raises:
         ValueError: the run cannot fit; says by how much, and what would.
     """
-    path = getattr(config.models, config.trained_experts[0])
-    shape = header_shape(read_header(path), Path(path).name)
-    card, host_bytes = card_of(config, device), int(config.engine.ram_gb * 1e9) or free_memory_bytes()
+    shape, card, host_bytes = _shape(config), card_of(config, device), _host_bytes(config)
     plan = memory_plan(config, shape, card, host_bytes, passes_per_update(config, config.trained_experts[0]))
     if not plan["fits"] and device.type != "cpu":
         raise ValueError(refusal(plan))
     knobs = plan["knobs"]
     logger.info("plan: %.1f GB on %s, %.1f GB of memory: %s", plan["gpu_peak_bytes"] / 1e9, card.name, plan["host_peak_bytes"] / 1e9, knobs)
-    return Knobs(**knobs, attention=config.engine.attention)
+    return Knobs(**knobs, attention=config.engine.attention, rollout_attention=config.engine.rollout_attention)
+
+
+def _shape(config: TrainConfig) -> ModelShape:
+    path = getattr(config.models, config.trained_experts[0])
+    return header_shape(read_header(path), Path(path).name)
+
+
+def _host_bytes(config: TrainConfig) -> int:
+    return int(config.engine.ram_gb * 1e9) or free_memory_bytes()
 
 
 def card_of(config: TrainConfig, device: torch.device) -> Card:
@@ -54,25 +68,79 @@ def card_of(config: TrainConfig, device: torch.device) -> Card:
     return Card(**{**vars(known), "name": name, "memory_bytes": memory})
 
 
+class Engines:
+    """Block executors of both experts and of a PAVRM's trunk, which share their slots and can be exchanged for smaller ones in the middle of a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbones: Mapping[str, WanBackbone],
+        device: torch.device,
+        *,
+        decoder: WanDecoder | None = None,
+        latent_reward: PavrmReward | None = None,
+    ) -> None:
+        """Raises ValueError when the run cannot fit."""
+        self._config, self._backbones, self._device = config, backbones, device
+        self._decoder, self._latent_reward = decoder, latent_reward
+        self._host_bytes = _host_bytes(config)
+        self.knobs = choose_knobs(config, device)
+        self._installed = ExitStack()
+
+    def open(self) -> dict[str, BlockExecutor]:
+        """Install executors with the present knobs."""
+        slots = [Slot() for _ in range(self.knobs.slots)]
+        executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, slots)) for expert, backbone in self._backbones.items()}
+        if self._latent_reward is not None:
+            streams = any(0 <= self.knobs.resident_blocks < len(backbone.model.blocks) for backbone in self._backbones.values())
+            self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, slots, streams=streams))
+        if self._decoder is not None:
+            self._decoder.keep_device = torch.device("cpu") if self.knobs.keep_place == "host" else self._device
+        return executors
+
+    def close(self) -> None:
+        """Take them out and free what they hold."""
+        self._installed.close()
+
+    def shrink(self) -> Shrunk | None:
+        """Go on with the next smaller plan; None: this is the smallest. Knobs that the settings fix stay."""
+        shape = _shape(self._config)
+        job = job_of(self._config, shape)
+        present = Choice(**{entry.name: getattr(self.knobs, entry.name) for entry in fields(Choice)})
+        choices = candidates(job, lambda choice: fixed_by_hand(self._config, choice, shape))
+        chosen = smaller(job, choices, present, self._host_bytes)
+        if chosen is None:
+            return None
+        self.close()
+        self.knobs = replace(self.knobs, **asdict(chosen))
+        self.open()
+        before = asdict(present)
+        changes = ", ".join(f"{name} {before[name]} -> {value}" for name, value in asdict(chosen).items() if value != before[name])
+        return Shrunk(changes=changes, masters_on=torch.device("cpu") if chosen.optimiser_place == "host" else self._device)
+
+
 @contextmanager
 def engines(
-    config: TrainConfig, backbones: Mapping[str, WanBackbone], device: torch.device, dtype: torch.dtype, latent_reward: PavrmReward | None = None
-) -> Iterator[None]:
+    config: TrainConfig,
+    backbones: Mapping[str, WanBackbone],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    decoder: WanDecoder | None = None,
+    latent_reward: PavrmReward | None = None,
+) -> Iterator[Engines]:
     """Both experts, and a PAVRM's trunk, through block executors that share their slots; checked before anything is trained.
 
     Raises:
         ValueError: the run cannot fit.
         RuntimeError: the self-check found a difference.
     """
-    knobs = choose_knobs(config, device)
     choose_kernels(config.engine.kernels, device)
-    slots = [Slot() for _ in range(knobs.slots)]
-    with ExitStack() as stack:
-        for expert, backbone in backbones.items():
-            executor = stack.enter_context(backbone.engine(knobs, slots))
+    installed = Engines(config, backbones, device, decoder=decoder, latent_reward=latent_reward)
+    try:
+        for expert, executor in installed.open().items():
             if config.engine.self_check and expert in config.trained_experts:
                 self_check(executor, dtype, {"optimized_attention_override": attention})
-        if latent_reward is not None:
-            streams = any(0 <= knobs.resident_blocks < len(backbone.model.blocks) for backbone in backbones.values())
-            stack.enter_context(latent_reward.engine(knobs, device, slots, streams=streams))
-        yield
+        yield installed
+    finally:
+        installed.close()

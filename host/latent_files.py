@@ -1,8 +1,9 @@
 """`lab.py score-latent`: latents from a safetensors file through a PAVRM.
 
-One case: tensors `latent` [B, 16, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B]. Several: the same names behind `NAME.`; a timestep without a
-name serves all. Image-to-video trunks also read `image_embeds` (or `img_clip`) and `condition` (or `f1_black`, `y`). `feature_layers` behind
-`NAME.VARIANT.` asks for other tapped blocks on the same latent. Without a timestep, `--sigma` says how much noise the clean latent gets.
+One case: tensors `latent` [B, 16, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B] or one for all. Several: the same names behind `NAME.`; what has
+no name of a case before it serves all. Image-to-video trunks also read `image_embeds` (or `img_clip`) and `condition` (or `f1_black`, `y`).
+`feature_layers` behind `NAME.VARIANT.` asks for other tapped blocks on the same latent. Without a timestep, `--sigma` says how much noise the clean
+latent gets.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import pavrm, pavrm_lora
+from . import pavrm, pavrm_lora, score_files
 from .training_mode import training_mode
 
 _LATENTS = ("latent", "noisy_latent", "next_latent", "latents", "samples")
-_IMAGE = ("image_embeds", "img_clip", "clip_fea", "clip")
-_CONDITION = ("condition", "f1_black", "y")
+_IMAGE = ("image_embeds", "img_clip", "clip_fea", "imgclip", "clip")
+_CONDITION = ("condition", "f1_black", "latents_condition", "y")
+# Of Wan's VAEs: a tensor that begins with one of them is a single latent.
+_CHANNELS = (16, 48)
+_TEXT = ("text", "text_embeds", "textshort", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A batch to score at one noise level."""
+    """A batch to score, each latent at its own noise level."""
 
     name: str
     latent_BCFHW: torch.Tensor
-    timestep: int
-    sigma: float
+    timesteps: tuple[int, ...]
+    sigmas: tuple[float, ...]
     texts_PD: list[torch.Tensor]
     image: pavrm.ImageCondition
     taps: tuple[int, ...] | None = None
@@ -54,25 +58,32 @@ def score(options: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[s
         tensors = load_file(options["input"])
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{options['input']} cannot be read as safetensors ({error}); it is missing, damaged or something else.") from error
-    cases = list(read_cases(tensors, _numbers(options.get("sigma"), float, "--sigma"), int(options.get("seed") or 0)))
+    sigmas = _numbers(options.get("sigma"), float, "--sigma")
+    if not all(0 <= sigma <= 1 for sigma in sigmas):
+        raise ValueError(f"--sigma is {options['sigma']!r}; every number must be from 0 (clean) to 1 (noise).")
+    cases = list(read_cases(tensors, sigmas, int(options.get("seed") or 0)))
     layers = _numbers(options.get("layers"), int, "--layers")
     loaders: dict[tuple[int, ...] | None, pavrm.Pavrm] = {}
     videos, out = [], {} if options.get("tensors") else None
-    for case in cases:
-        taps = case.taps or (tuple(layers) if layers else None)
-        if taps not in loaders:
-            loaders[taps] = _load(options, taps, device, dtype)
-        videos += _score_case(loaders[taps], case, out)
+    with score_files.collected_warnings() as warnings:
+        for case in cases:
+            taps = case.taps or (tuple(layers) if layers else None)
+            if taps not in loaders:
+                loaders[taps] = _load(options, taps, device, dtype)
+            videos += _score_case(loaders[taps], case, out)
     if out is not None:
         save_file({name: value.cpu().contiguous() for name, value in out.items()}, options["tensors"])
     first = next(iter(loaders.values()))
     settings = {"layers": list(first.taps), "dtype": str(dtype).removeprefix("torch."), "model_type": first.model.model_type}
-    return {"kind": "pavrm", "trunk": options["trunk"], "options": settings, "range": "probability 0 to 1, higher is better", "videos": videos, "warnings": []}
+    document = {"kind": "pavrm", "trunk": options["trunk"], "options": settings, "range": "probability 0 to 1, higher is better"}
+    return {**document, "videos": videos, "warnings": list(dict.fromkeys(warnings))}
 
 
 def _load(options: Mapping[str, Any], taps: tuple[int, ...] | None, device: str, dtype: torch.dtype) -> pavrm.Pavrm:
     if options.get("generator"):
-        return pavrm_lora.load(options["trunk"], options["generator"], device=device, dtype=dtype, use_folded=not options.get("exact_pooling"))
+        return pavrm_lora.load(
+            options["trunk"], options["generator"], taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype
+        )
     return pavrm.load(
         options["trunk"], options.get("query"), options.get("head"), taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype
     )
@@ -80,7 +91,7 @@ def _load(options: Mapping[str, Any], taps: tuple[int, ...] | None, device: str,
 
 def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | None) -> list[dict[str, Any]]:
     latent = case.latent_BCFHW.float().to(model.device)
-    timestep_B = torch.full((len(latent),), case.timestep, device=model.device)
+    timestep_B = torch.tensor(case.timesteps, device=model.device)
     with training_mode(), torch.set_grad_enabled(out is not None):
         leaf = latent.clone().requires_grad_(out is not None)
         features = model.features(leaf, timestep_B, case.texts_PD, case.image)
@@ -93,7 +104,8 @@ def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | N
     for index, (logit, probability) in enumerate(zip(output.logit.tolist(), output.probability.tolist(), strict=True)):
         name = case.name if len(latent) == 1 else f"{case.name}[{index}]"
         numbers = {"logit": logit, "probability": probability, "reward": probability, "per_video": probability, "parts": {"logit": {"per_video": logit}}}
-        rows.append({"name": name or "latent", "timestep": case.timestep, "sigma": case.sigma, "layers": list(model.taps), **numbers})
+        level = {"timestep": case.timesteps[index], "sigma": case.sigmas[index]}
+        rows.append({"name": name or "latent", **level, "layers": list(model.taps), **numbers})
     return rows
 
 
@@ -109,22 +121,26 @@ def read_cases(tensors: Mapping[str, torch.Tensor], sigmas: list[float], seed: i
         raise ValueError(f"The file holds no latent (it has {shown or 'nothing'}); name it latent, or NAME.latent, beside text and timestep.")
     for prefix in prefixes:
         latent = _find(tensors, prefix, _LATENTS)
-        name = prefix.removesuffix(".")
-        if latent.ndim == 4:
+        if latent.ndim == 4 and len(latent) in _CHANNELS:
             latent = latent[None]
-        image = pavrm.ImageCondition(clip_BPD=_find(tensors, prefix, _IMAGE), latent_BCFHW=_find(tensors, prefix, _CONDITION))
+        name = prefix.removesuffix(".")
+        clip, condition = _find(tensors, prefix, _IMAGE), _find(tensors, prefix, _CONDITION)
+        image = pavrm.ImageCondition(clip_BPD=_with_batch(clip, 3), latent_BCFHW=_with_batch(condition, 5))
         common = {"texts_PD": _texts(tensors, prefix, len(latent)), "image": image}
-        levels = list(_levels(tensors, prefix, sigmas))
-        for timestep, sigma, is_noisy in levels:
-            noisy = latent if is_noisy else _noised(latent, sigma, seed)
-            shown = name if len(levels) == 1 else f"{name}@{sigma:g}".removeprefix("@")
-            yield Case(name=shown, latent_BCFHW=noisy, timestep=timestep, sigma=sigma, **common)
-            if len(levels) > 1:
-                continue
-            for key in sorted(tensors):
-                if key.startswith(prefix) and key.endswith(".feature_layers"):
-                    taps = tuple(int(tap) for tap in tensors[key].flatten().tolist())
-                    yield Case(name=key.removesuffix(".feature_layers"), latent_BCFHW=noisy, timestep=timestep, sigma=sigma, taps=taps, **common)
+        if sigmas:
+            for sigma in sigmas:
+                shown = name if len(sigmas) == 1 else f"{name}@{sigma:g}".removeprefix("@")
+                levels = {"timesteps": (int(sigma * pavrm.TIMESTEPS),) * len(latent), "sigmas": (sigma,) * len(latent)}
+                yield Case(name=shown, latent_BCFHW=_noised(latent, sigma, seed), **levels, **common)
+            continue
+        values = _timesteps(tensors, prefix, len(latent))
+        # Upstream feeds whole numbers; a fraction is cut, as its schedules do.
+        levels = {"timesteps": tuple(map(int, values)), "sigmas": tuple(value / pavrm.TIMESTEPS for value in values)}
+        yield Case(name=name, latent_BCFHW=latent, **levels, **common)
+        for key in sorted(tensors):
+            if key.startswith(prefix) and key.endswith(".feature_layers"):
+                taps = tuple(int(tap) for tap in tensors[key].flatten().tolist())
+                yield Case(name=key.removesuffix(".feature_layers"), latent_BCFHW=latent, taps=taps, **levels, **common)
 
 
 def _find(tensors: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ...]) -> torch.Tensor | None:
@@ -140,7 +156,7 @@ def _find(tensors: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ..
 
 
 def _texts(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list[torch.Tensor]:
-    text = _find(tensors, prefix, ("text", "text_embeds", "context"))
+    text = _find(tensors, prefix, _TEXT)
     if text is None:
         raise ValueError(f"The case {prefix.removesuffix('.') or 'of this file'} has no text; give the text encoder's output as {prefix}text.")
     rows = list(text if text.ndim == 3 else text[None])
@@ -149,23 +165,20 @@ def _texts(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list
     return rows * (count if len(rows) == 1 else 1)
 
 
-def _levels(tensors: Mapping[str, torch.Tensor], prefix: str, sigmas: list[float]) -> Iterator[tuple[int, float, bool]]:
-    """Timestep, sigma, and whether the latent is noisy already."""
-    if sigmas:
-        for sigma in sigmas:
-            if not 0 <= sigma <= 1:
-                raise ValueError(f"--sigma has {sigma}; it must be from 0 (clean) to 1 (noise).")
-            yield int(sigma * pavrm.TIMESTEPS), sigma, False
-        return
+def _timesteps(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list[float]:
+    """The timestep of every latent, which is noisy already."""
     timestep = _find(tensors, prefix, ("timestep", "timesteps"))
     if timestep is None:
         raise ValueError(f"The case {prefix.removesuffix('.') or 'of this file'} has no timestep; give {prefix}timestep, or --sigma for clean latents.")
-    values = {float(value) for value in timestep.flatten().tolist()}
-    if len(values) != 1 or not all(0 <= value <= pavrm.TIMESTEPS for value in values):
-        raise ValueError(f"{prefix}timestep holds {sorted(values)}; one number from 0 to {pavrm.TIMESTEPS} is needed for a case.")
-    (value,) = values
-    # Upstream feeds whole numbers; a fraction is cut, as its schedules do.
-    yield int(value), value / pavrm.TIMESTEPS, True
+    values = [float(value) for value in timestep.flatten().tolist()]
+    if len(values) not in (1, count) or not all(0 <= value <= pavrm.TIMESTEPS for value in values):
+        shown = ", ".join(f"{value:g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
+        raise ValueError(f"{prefix}timestep holds {shown}; one number from 0 to {pavrm.TIMESTEPS} is needed, or one for each of {count} latents.")
+    return values * (count if len(values) == 1 else 1)
+
+
+def _with_batch(tensor: torch.Tensor | None, ndim: int) -> torch.Tensor | None:
+    return tensor[None] if tensor is not None and tensor.ndim == ndim - 1 else tensor
 
 
 def _noised(latent_BCFHW: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.executor import WEIGHTS_IN_USE, BlockExecutor
 from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.store import Slot, place
 from ..lora_train.protocols import LatentScores
@@ -47,10 +47,13 @@ class PavrmReward:
     @contextmanager
     def engine(self, knobs: Knobs, device: torch.device, slots: list[Slot], *, streams: bool) -> Iterator[None]:
         """Run the trunk's blocks as the generator's: kept inputs instead of a graph, and weights through the same slots where those stream. The first blocks
-        of a generator that serve as trunk put their weights in place themselves, so they are left alone."""
+        of a generator that serve as trunk ask its executor for their weights (`pavrm_lora.py`), so they are left alone."""
         model, head = self._model.model, self._model.head
         head.to(device)
         if self._model.is_adapted:
+            if not all(WEIGHTS_IN_USE in block.__dict__ for block in model.blocks):
+                # A generator of its own, which no executor has.
+                model.to(device)
             yield
             return
         place(model, device, "blocks.")
@@ -74,6 +77,10 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     options = spec.options
     generator = options.get("generator")
     if generator:
-        shared = next((backbone.model for expert, backbone in backbones.items() if files[expert] == generator), generator)
-        return PavrmReward(pavrm_lora.load(spec.path, shared, device=device, dtype=dtype))
+        shared = next((backbone for expert, backbone in backbones.items() if files[expert] == generator), None)
+        if shared is not None and shared.quantised:
+            raise ValueError(
+                f"the PAVRM {spec.path} is a LoRA over {generator}, which is quantised; give the PAVRM's whole file, or the expert's bf16 file"
+            )
+        return PavrmReward(pavrm_lora.load(spec.path, generator if shared is None else shared.model, device=device, dtype=dtype))
     return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device=device, dtype=dtype))

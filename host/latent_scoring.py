@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import comfy.model_patcher
 import torch
 
 from ..reward_models.spec import RewardModelSpec
-from . import pavrm, pavrm_lora
+from . import pavrm, pavrm_lora, score_files
 from .training_mode import training_mode
 
 _models: OrderedDict[str, Any] = OrderedDict()
@@ -24,29 +25,48 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class LatentScore:
-    """Scores of one latent over noise levels."""
+    """Scores of latents over noise levels.
+
+    Attributes:
+        sigmas: noise levels.
+        logits, probabilities: by latent, then by noise level.
+        warnings: what was done to the input.
+    """
 
     sigmas: tuple[float, ...]
-    logits: tuple[float, ...]
-    probabilities: tuple[float, ...]
+    logits: tuple[tuple[float, ...], ...]
+    probabilities: tuple[tuple[float, ...], ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def probability(self) -> float:
-        """Mean over the noise levels."""
-        return sum(self.probabilities) / len(self.probabilities)
+        """Mean over latents and noise levels."""
+        return _mean([_mean(row) for row in self.probabilities])
 
     def to_json(self) -> str:
-        """Return everything as JSON."""
-        rows = [
-            {"sigma": sigma, "timestep": int(sigma * pavrm.TIMESTEPS), "logit": logit, "probability": probability}
-            for sigma, logit, probability in zip(self.sigmas, self.logits, self.probabilities, strict=True)
+        """Return everything as JSON: `levels` of the first latent, `videos` with the levels of each."""
+        videos = [
+            {"probability": _mean(probabilities), "levels": self._levels(logits, probabilities)}
+            for logits, probabilities in zip(self.logits, self.probabilities, strict=True)
         ]
-        return json.dumps({"probability": self.probability, "levels": rows})
+        return json.dumps({"probability": self.probability, "levels": videos[0]["levels"], "videos": videos, "warnings": list(self.warnings)})
+
+    def _levels(self, logits: tuple[float, ...], probabilities: tuple[float, ...]) -> list[dict[str, float]]:
+        rows = zip(self.sigmas, logits, probabilities, strict=True)
+        return [{"sigma": sigma, "timestep": int(sigma * pavrm.TIMESTEPS), "logit": logit, "probability": value} for sigma, logit, value in rows]
 
     def summary(self) -> str:
-        """Return one line for the node."""
-        rows = ", ".join(f"{sigma:g}: {value:.3f}" for sigma, value in zip(self.sigmas, self.probabilities, strict=True))
-        return f"PAVRM probability {self.probability:.4f} (by sigma {rows})"
+        """Return a line per latent, and one for every warning."""
+        lines = []
+        for number, row in enumerate(self.probabilities, 1):
+            levels = ", ".join(f"{sigma:g}: {value:.3f}" for sigma, value in zip(self.sigmas, row, strict=True))
+            name = f"latent {number}: " if len(self.probabilities) > 1 else ""
+            lines.append(f"{name}PAVRM probability {_mean(row):.4f} (by sigma {levels})")
+        return "\n".join([*lines, *self.warnings])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def parse_sigmas(text: str) -> list[float]:
@@ -68,7 +88,7 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
     """Score a LATENT.
 
     Args:
-        latent: The host's LATENT; its samples are a finished video (no noise).
+        latent: The host's LATENT; its samples are finished videos (no noise).
         conditioning: The host's CONDITIONING of the prompt; image-to-video conditioning brings the first frame along.
         spec: A PAVRM.
         sigmas_text: Noise levels; the latent gets so much noise before it is scored.
@@ -88,26 +108,37 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
     device = comfy.model_management.get_torch_device()
     model = _loaded(spec, device)
     logits, probabilities = [], []
-    with training_mode(), torch.no_grad():
+    with training_mode(), torch.no_grad(), score_files.collected_warnings() as warnings:
         model.check_latent(samples)
         # The workflow's latents are the VAE's own; the transformer sees them shifted and scaled channel by channel.
-        clean = comfy.latent_formats.Wan21().process_in(samples[:1].clone().float())
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-        text_PD, image = conditioning[0][0][0].clone(), _image(conditioning[0][1])
-        for sigma in sigmas:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            noisy = (1 - sigma) * clean + sigma * noise
-            output = model.score(noisy, torch.tensor([int(sigma * pavrm.TIMESTEPS)]), [text_PD], image)
-            logits.append(float(output.logit))
-            probabilities.append(float(output.probability))
-    return LatentScore(sigmas=tuple(sigmas), logits=tuple(logits), probabilities=tuple(probabilities))
+        clean_BCFHW = comfy.latent_formats.Wan21().process_in(samples.clone().float())
+        noise = torch.randn(clean_BCFHW[:1].shape, generator=torch.Generator().manual_seed(seed))
+        texts_BPD, extras = conditioning[0][0].clone(), conditioning[0][1]
+        for index, clean in enumerate(clean_BCFHW):
+            # One at a time: memory does not grow with the batch.
+            text_PD, image = texts_BPD[min(index, len(texts_BPD) - 1)], _image(extras, index)
+            outputs = []
+            for sigma in sigmas:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                noisy = (1 - sigma) * clean[None] + sigma * noise
+                outputs.append(model.score(noisy, torch.tensor([int(sigma * pavrm.TIMESTEPS)]), [text_PD], image))
+            logits.append(tuple(float(output.logit) for output in outputs))
+            probabilities.append(tuple(float(output.probability) for output in outputs))
+    told = tuple(dict.fromkeys(warnings))
+    return LatentScore(sigmas=tuple(sigmas), logits=tuple(logits), probabilities=tuple(probabilities), warnings=told)
 
 
-def _image(extras: dict[str, Any]) -> pavrm.ImageCondition:
-    """What the host's image-to-video conditioning carries."""
+def _image(extras: dict[str, Any], index: int = 0) -> pavrm.ImageCondition:
+    """What the host's image-to-video conditioning carries for a latent of the batch."""
     vision, first = extras.get("clip_vision_output"), extras.get("concat_latent_image")
-    clip = None if vision is None else vision.penultimate_hidden_states.clone()
-    return pavrm.ImageCondition(clip_BPD=clip, latent_BCFHW=None if first is None else comfy.latent_formats.Wan21().process_in(first.clone().float()))
+    clip_BPD = None if vision is None else _row(vision.penultimate_hidden_states, index).clone()
+    first_BCFHW = None if first is None else comfy.latent_formats.Wan21().process_in(_row(first, index).clone().float())
+    return pavrm.ImageCondition(clip_BPD=clip_BPD, latent_BCFHW=first_BCFHW)
+
+
+def _row(batch: torch.Tensor, index: int) -> torch.Tensor:
+    """The entry of a latent, or the last one where there are fewer, as the host repeats conditioning."""
+    return batch[min(index, len(batch) - 1)][None]
 
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> pavrm.Pavrm:

@@ -6,7 +6,7 @@ Not for pictures: no sampling, no VAE. Everything is computed in fp32, whatever 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..lora_train.safetensors_file import read_header
+from ..lora_train.safetensors_file import Header, read_header
 from .experts import guess_expert
 from .lora_convert import check_target, save_whole
+from .lora_file import read_lora_header
 from .lora_patch import RowReport, apply_rows
 from .lora_rows import MAX_STRENGTH, LoraRow
+from .lora_slots import base_warnings
 
 MODES = {"merge": "merged", "bypass": "bypass"}
 INPUTS = ("latent", "timestep", "context", "concat")
@@ -29,15 +31,34 @@ BARE_NAME = "velocity"  # of the output when the inputs have no group name in fr
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedForward:
-    """What became of it: the file, the names of the outputs in it, the rows, and the report as text."""
+    """What became of it: the file, the expert whose strengths counted, the names of the outputs in it, the rows, and the report as text."""
 
     path: Path
+    expert: str
     outputs: tuple[str, ...]
     rows: tuple[RowReport, ...]
     report: str
 
 
-def parse_row(text: str, expert: str) -> LoraRow:
+def expert_to_take(base: str, metadata: Mapping[str, str], rows: Sequence[LoraRow]) -> str:
+    """Tell which expert a model is, on whose side the rows of a command line act.
+
+    Args:
+        base: Name of the model.
+        metadata: Of the model.
+        rows: The rows.
+
+    Returns:
+        What the model says; where it is silent, what the first LoRA that says anything was made for; else `low`.
+    """
+    known = guess_expert(base, metadata).expert
+    for path in (Path(row.file) for row in rows):
+        if known is None and path.is_file():
+            known = guess_expert(path.name, read_lora_header(path).metadata).expert
+    return known or "low"
+
+
+def parse_row(text: str, expert: str = "low") -> LoraRow:
     """Read `FILE:STRENGTH` or `FILE:STRENGTH:merge|bypass`.
 
     Args:
@@ -79,41 +100,45 @@ def apply_and_run(base: Path, rows: Sequence[str], inputs: Path, out: Path, *, o
         ValueError: A file cannot be used, a row does not fit, or the inputs do not fit the model.
     """
     check_target(out, overwrite=overwrite)
-    expert = guess_expert(base.name).expert or "low"
+    header = _header_of(base)
+    expert = expert_to_take(base.name, header.metadata, [parse_row(row) for row in rows])
     parsed = [parse_row(row, expert) for row in rows]
     groups = _groups(inputs)
     model = _load(base)
-    applied = apply_rows(model if expert == "high" else None, model if expert == "low" else None, parsed, "merged", locate=_locate)
+    models = {"high": None, "low": None, expert: model}
+    applied = apply_rows(models["high"], models["low"], parsed, "merged", locate=_locate, check_slot=lambda lora, _strengths: base_warnings(lora, expert))
     changed = applied.model_high if expert == "high" else applied.model_low
     comfy.model_management.load_models_gpu([changed, *changed.get_nested_additional_models()], force_full_load=True)
     outputs = {name: _forward(changed, name, tensors) for name, tensors in groups.items()}
     save_whole(outputs, out, {"base": base.name, "rows": " ".join(Path(row).name for row in rows)})
-    return AppliedForward(path=out, outputs=tuple(outputs), rows=tuple(applied.rows), report=applied.report)
+    return AppliedForward(path=out, expert=expert, outputs=tuple(outputs), rows=tuple(applied.rows), report=applied.report)
+
+
+def _header_of(base: Path) -> Header:
+    """Read the header of a model. Raises ValueError when it is no safetensors file."""
+    if not base.is_file():
+        raise ValueError(f"{base} is {'a folder' if base.is_dir() else 'not there'}. Give a diffusion model file.")
+    return read_header(base)
 
 
 def _load(base: Path) -> Any:
     """Load a diffusion model in fp32."""
-    if not base.is_file():
-        raise ValueError(f"{base} is not there. Give a diffusion model file.")
-    read_header(base)
     try:
         return comfy.sd.load_diffusion_model(str(base), model_options={"dtype": torch.float32})
     except RuntimeError as error:
-        raise ValueError(f"{base.name} is no diffusion model that ComfyUI knows ({error}).") from error
+        raise ValueError(f"{base.name} is no diffusion model that ComfyUI knows ({str(error).strip()}).") from error
 
 
 def _locate(file: str) -> Path:
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"{file} is not there.")
+        raise ValueError(f"The LoRA {file} is {'a folder' if path.is_dir() else 'not there'}. Check the path.")
     return path
 
 
 def _groups(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Read the inputs, by group."""
-    if path.suffix.lower() not in (".safetensors", ".sft") or not path.is_file():
-        raise ValueError(f"{path} is no safetensors file with inputs.")
-    read_header(path, "LoRA")
+    read_header(path, "file of inputs")
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in comfy.utils.load_torch_file(str(path), safe_load=True).items():
         name, _, part = key.rpartition(".")

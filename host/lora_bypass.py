@@ -28,7 +28,7 @@ from .sigma_curve import SigmaCurve
 
 KEY = "reward_lab_unmerged"
 FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-GGUF_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+GGUF_PLAIN = ("F32", "F16")  # what ComfyUI-GGUF stores as numbers; all others, BF16 too, are packed bytes
 MODEL = "diffusion_model"
 
 
@@ -182,12 +182,16 @@ def _quantised_kind(network: nn.Module) -> str:
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            if hasattr(parameter, "tensor_type"):  # of ComfyUI-GGUF: its dtype is that of the packed bytes
-                if getattr(parameter.tensor_type, "name", "F32") not in GGUF_FULL_PRECISION:
-                    return "GGUF"
-            elif isinstance(parameter, QuantizedTensor) or parameter.dtype not in FULL_PRECISION:
+            if is_packed(parameter):
+                return "GGUF"
+            if isinstance(parameter, QuantizedTensor) or parameter.dtype not in FULL_PRECISION:
                 return "fp8" if "float8" in str(parameter.dtype) else str(parameter.dtype).removeprefix("torch.")
     return ""
+
+
+def is_packed(weight: Any) -> bool:
+    """Tell whether a weight is one of ComfyUI-GGUF's whose dtype and size are those of packed bytes."""
+    return getattr(getattr(weight, "tensor_type", None), "name", GGUF_PLAIN[0]) not in GGUF_PLAIN
 
 
 def weight_shapes(model: Any) -> Mapping[str, tuple[int, ...]]:

@@ -155,15 +155,14 @@ def _change(key: str, patch: object, shape: tuple[int, ...], base: torch.Tensor 
         if mid is None and dora_scale is None and reshape is None:
             scale = 1.0 if alpha is None else alpha / down.shape[0]
             return _Change(up=up.flatten(1).double() * scale, down=down.flatten(1).double())
-    needs_base = isinstance(patch, WeightAdapterBase) and _dora_scale(patch) is not None
-    if needs_base and base is None:
+    if needs_base(patch) and base is None:
         return None
-    start = base.clone() if needs_base else torch.zeros(shape)
+    start = base.clone() if needs_base(patch) else torch.zeros(shape)
     changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], start.clone(), key)
     return _Change(dense=(changed - start).double().reshape(shape[0], -1) if shape else (changed - start).double().reshape(1, 1))
 
 
-def _dora_scale(patch: WeightAdapterBase) -> torch.Tensor | None:
-    """Return the DoRA scale of an adapter of the host, which each keeps in another place."""
-    place = {"lora": 4, "loha": 7, "lokr": 8}.get(patch.name)
-    return patch.weights[place] if place is not None else None
+def needs_base(patch: object) -> bool:
+    """Tell whether what a patch changes depends on the base weight: whether it is an adapter with a DoRA scale, which each kind keeps in another place."""
+    place = {"lora": 4, "loha": 7, "lokr": 8}.get(patch.name) if isinstance(patch, WeightAdapterBase) else None
+    return place is not None and patch.weights[place] is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+from PIL import Image
 
-from .experts import guess_expert
-from .lora_apply import apply_and_run, parse_row
+from .lora_apply import apply_and_run, expert_to_take, parse_row
 from .lora_base import base_from_file
 from .lora_convert import convert
 from .lora_download import download
@@ -27,6 +28,7 @@ from .lora_merge import MergeSettings, merge
 from .merge_plan import DTYPES as MERGE_DTYPES
 from .official_loras import OFFICIAL, STRENGTH_NOTE, official_named
 from .rounding import ROUNDINGS
+from .weight_source import open_source
 
 REFUSED = 2
 
@@ -40,14 +42,21 @@ class Answer:
     is_refused: bool = False
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are refusals like any other, so that a program that reads JSON gets them too."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{self.prog}: {message}. See {self.prog} --help.")
+
+
 def main(argv: list[str]) -> int:
     """Run one verb and return the exit status."""
-    options = _parse(argv)
     try:
+        options = _parse(argv)
         answer = VERBS[options.verb][1](options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         answer = Answer(text=f"Error: {error}", data={"verdict": "refused", "reason": str(error)}, is_refused=True)
-    if options.json:
+    if "--json" in argv:
         print(json.dumps(answer.data, allow_nan=False))
     else:
         print(answer.text, file=sys.stderr if answer.is_refused else sys.stdout)
@@ -56,6 +65,8 @@ def main(argv: list[str]) -> int:
 
 def run_inspect(options: argparse.Namespace) -> Answer:
     """Say what is in a LoRA file and what a model would take of it; with a second file, how the two differ."""
+    if options.image:
+        _check_image(Path(options.image))
     bases = [base_from_file(Path(options.base))] if options.base else []
     found = inspect_files([Path(file) for file in options.files], bases)
     if options.image:
@@ -67,7 +78,8 @@ def run_inspect(options: argparse.Namespace) -> Answer:
 def run_apply(options: argparse.Namespace) -> Answer:
     """Run one fp32 forward of a model with LoRA rows on given inputs, and write what it predicts."""
     done = apply_and_run(Path(options.base), options.row, Path(options.inputs), Path(options.out), overwrite=options.force)
-    data = {"verdict": "ok", "file": str(done.path), "outputs": list(done.outputs), "rows": [row.to_dict() for row in done.rows], "report": done.report}
+    rows = [row.to_dict() for row in done.rows]
+    data = {"verdict": "ok", "file": str(done.path), "expert": done.expert, "outputs": list(done.outputs), "rows": rows, "report": done.report}
     return Answer(text=f"{done.report}\n{done.path}: {', '.join(done.outputs)}", data=data)
 
 
@@ -90,15 +102,20 @@ def run_convert(options: argparse.Namespace) -> Answer:
 
 def run_merge(options: argparse.Namespace) -> Answer:
     """Merge LoRA rows into a model file, which is written anew; an interrupted run is taken up where it stopped."""
-    base = Path(options.base)
-    expert = guess_expert(base.name).expert or "low"
+    if not 0.0 <= options.shard_gb < math.inf:
+        raise ValueError(f"--shard-gb is {options.shard_gb:g}; it must be a size in GB, or 0 for one file.")
     settings = MergeSettings(
         dtype=options.dtype, rounding=options.rounding, seed=options.seed, shard_bytes=int(options.shard_gb * 1e9), overwrite=options.force
     )
+    base, parsed = Path(options.base), [parse_row(row) for row in options.row]
+    for text, row in zip(options.row, parsed, strict=True):
+        if row.application == "bypass":
+            raise ValueError(f"{text!r} asks for bypass, but a file can only have merged rows. Write FILE:STRENGTH.")
+    expert = expert_to_take(base.name, open_source(base).metadata, parsed)
     rows = [replace(parse_row(row, expert), blocks=options.blocks) for row in options.row]
     device = comfy.model_management.get_torch_device()
     done = merge(base, rows, Path(options.out), settings, expert=expert, device=device, progress=_progress)
-    return Answer(text=done.text(), data={"verdict": "ok", **done.to_dict()})
+    return Answer(text=done.text(), data={"verdict": "ok", "expert": expert, **done.to_dict()})
 
 
 def run_extract(options: argparse.Namespace) -> Answer:
@@ -203,7 +220,7 @@ VERBS: dict[str, Verb] = {
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the arguments."""
-    parser = argparse.ArgumentParser(prog="lab.py lora", description=__doc__.split("\n\n")[0])
+    parser = _Parser(prog="lab.py lora", description=__doc__.split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (add_arguments, run) in VERBS.items():
         sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -213,6 +230,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.verb == "inspect" and len(options.files) > 2:
         parser.error("inspect takes one file, or two to compare")
     return options
+
+
+def _check_image(path: Path) -> None:
+    """Refuse a picture that could not be written, before the files are read."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path.name} must end in .png, .jpg or another kind of picture.")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ValueError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder does not exist'}.")
 
 
 def _progress(done: int, of: int) -> None:

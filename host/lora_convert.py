@@ -85,6 +85,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a target that cannot or must not be written, before long work."""
     if target.suffix.lower() != ".safetensors":
         raise ValueError(f"{target.name} must end in .safetensors.")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder. Choose another name.")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already. Choose another name, or ask to overwrite it.")
     if not target.absolute().parent.is_dir():

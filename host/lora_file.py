@@ -45,7 +45,7 @@ class LoraFile:
         metadata: Of the file.
         guess: The expert it was made for.
         layout: Name of its key layout; `mixed` when no single one describes it.
-        path: Where it lies; None for tensors that came from elsewhere.
+        path, header: Where it lies, and what its header says; None for tensors that came from elsewhere.
     """
 
     name: str
@@ -54,6 +54,7 @@ class LoraFile:
     guess: ExpertGuess
     layout: str = "mixed"
     path: Path | None = None
+    header: Header | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def read_lora(path: Path) -> LoraFile:
         if key in _cache:  # a new strength must not take the time of reading the header
             _cache.move_to_end(key)
             return _cache[key]
-    header = _read_header(path)
+    header = read_lora_header(path)
     _check_header(path.name, header)
     try:
         tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
@@ -140,11 +141,11 @@ def scan_lora(path: Path) -> LoraFile:
     Raises:
         ValueError: As `read_lora`.
     """
-    header = _read_header(path)
+    header = read_lora_header(path)
     _check_header(path.name, header)
     tensors = {}
     for key in header.shapes:
-        tensor = read_tensor(path, key)
+        tensor = read_tensor(path, header, key)
         _check_finite(path, key, tensor)
         tensors[key] = tensor.clone() if key.endswith("alpha") else tensor.to("meta")
     return _lora_file(path, tensors, header)
@@ -165,7 +166,7 @@ def patch_of(lora: LoraFile, fitted: FittedLora, weight_key: str) -> object:
         ValueError: The file cannot be read any more.
     """
     names = fitted.parts[weight_key]
-    real = replace(lora, tensors={key: read_tensor(lora.path, key) for key in names.values()})
+    real = replace(lora, tensors={key: read_tensor(lora.path, lora.header, key) for key in names.values()})
     return _layer_patches(_parts(real, names), weight_key)[weight_key]
 
 
@@ -207,7 +208,7 @@ def fit(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> FittedL
             alphas.add(float(parts["alpha"]))
     if not patches:
         reason = nothing_fits(tuple(lora.tensors), keys.text_encoder, keys.image_branch, tuple(misfits.values()))
-        raise ValueError(f"{lora.name}: 0 of {len(lora.tensors)} keys fit this model. {reason}")
+        raise ValueError(f"{lora.name}: 0 of {len(lora.tensors)} keys can be applied. {reason}")
     kinds = [patch[0] if isinstance(patch, tuple) else patch.name for patch in patches.values()]
     return FittedLora(
         patches=patches,
@@ -234,7 +235,8 @@ def _lora_file(path: Path, tensors: Mapping[str, torch.Tensor], header: Header) 
     """Say what the names and the metadata tell."""
     layout = detect_layout(normalise(tensors, wan_layers()))
     guess = guess_expert(path.name, header.metadata)
-    return LoraFile(name=path.name, tensors=tensors, metadata=header.metadata, guess=guess, layout=layout.name if layout else "mixed", path=path)
+    name = layout.name if layout else "mixed"
+    return LoraFile(name=path.name, tensors=tensors, metadata=header.metadata, guess=guess, layout=name, path=path, header=header)
 
 
 def _check_finite(path: Path, key: str, tensor: torch.Tensor) -> None:
@@ -243,9 +245,9 @@ def _check_finite(path: Path, key: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{path.name}: {key[:200]} holds NaN or infinity. The training of this LoRA failed; choose another file or an earlier checkpoint.")
 
 
-def _read_header(path: Path) -> Header:
-    """Read the header of a LoRA file; other formats are refused unread."""
-    if path.suffix.lower() not in (".safetensors", ".sft"):
+def read_lora_header(path: Path) -> Header:
+    """Read the header of a LoRA file; other formats are refused unread. Raises ValueError."""
+    if path.suffix.lower() not in (".safetensors", ".sft") and path.is_file():
         raise ValueError(
             f"{path.name} is not a safetensors file. Convert it, or ask for the safetensors version: other formats can run code when they are read."
         )

@@ -17,6 +17,7 @@ PREFIXES = (
     "base_model.model.",
     "base_model.",
     "model.diffusion_model.",
+    "model.",
     "diffusion_model.",
     "transformer.",
     "transformer_2.",
@@ -58,6 +59,8 @@ PARTS = {
     ".magnitude_vector": "dora_scale",
     ".diff": "diff",
     ".diff_b": "diff_b",
+    ".w_norm": "diff",  # LyCORIS' names for the changes of a norm
+    ".b_norm": "diff_b",
     ".hada_w1_a": "hada_w1_a",
     ".hada_w1_b": "hada_w1_b",
     ".hada_w2_a": "hada_w2_a",
@@ -72,6 +75,9 @@ PARTS = {
     ".lokr_w2_b": "lokr_w2_b",
     ".lokr_t2": "lokr_t2",
 }
+# Names that compiling and sharding put into the path of a module, and PEFT's name of the adapter (`lora_A.default.weight`).
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$)[^.]+(?=\.weight$|$)")
 _PARTS_LONGEST_FIRST = tuple(sorted(PARTS.items(), key=lambda item: -len(item[0])))
 
 # Diffusers' Wan names, flattened -> native, in order. Source: diffusers' convert_wan_to_diffusers.py (Apache-2.0), read backwards.
@@ -228,7 +234,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     Returns:
         For example `("blocks_0_self_attn_q", "lora_down.weight")`; None when the key's end is not known.
     """
-    plain = key.replace(".default.", ".").removesuffix(".default")
+    plain = _ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", key.replace(".default.", ".").removesuffix(".default")))
     if plain.endswith(".diff_m"):  # lightx2v's name for the change of a block's modulation
         plain = plain.removesuffix(".diff_m") + ".modulation.diff"
     for suffix, part in _PARTS_LONGEST_FIRST:

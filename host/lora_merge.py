@@ -26,7 +26,7 @@ from .experts import EXPERTS, guess_expert
 from .lora_convert import check_target
 from .lora_file import MODEL_PREFIX, fit, scan_lora
 from .lora_rows import LoraRow
-from .lora_slots import repeat_warnings, slot_warnings
+from .lora_slots import base_warnings, repeat_warnings
 from .merge_plan import DTYPES, plan_metadata, plan_units, split_units
 from .merge_write import RECIPE, MergeJob, MergeRow, check_targets, write_files
 from .rounding import ROUNDINGS
@@ -278,8 +278,8 @@ def _warnings(source: WeightSource, rows: Sequence[LoraRow], fitted: Sequence[Me
     guess = guess_expert(source.name, source.metadata)
     if guess.expert not in (None, expert):
         warnings.append(f"the base is the {guess.expert}-noise expert by its {guess.source}, but the strengths for {expert} noise were taken")
-    for row, of in zip(rows, fitted, strict=True):
-        warnings += [f"{of.lora.name}: {text}" for text in (*slot_warnings(of.lora, {expert: row.strength(expert)}), *of.fitted.notes)]
+    for of in fitted:
+        warnings += [f"{of.lora.name}: {text}" for text in (*base_warnings(of.lora, expert), *of.fitted.notes)]
     warnings += repeat_warnings([(row.file, {expert: row.strength(expert)}) for row in rows])
     if lost is not None and lost > LARGE_LOSS:
         advice = "by chance it is kept on average" if rounding == "stochastic" else "stochastic rounding keeps it on average"

@@ -114,7 +114,13 @@ class _Plan:
 
 
 def apply_rows(
-    model_high: Any, model_low: Any, rows: Sequence[LoraRow], application: str = "auto", *, locate: Callable[[str], Path] | None = None
+    model_high: Any,
+    model_low: Any,
+    rows: Sequence[LoraRow],
+    application: str = "auto",
+    *,
+    locate: Callable[[str], Path] | None = None,
+    check_slot: Callable[[LoraFile, Mapping[str, float]], list[str]] = slot_warnings,
 ) -> AppliedRows:
     """Apply rows to clones of both models.
 
@@ -124,6 +130,7 @@ def apply_rows(
         rows: The rows; those switched off, and strengths of 0, change nothing.
         application: `merged`, `bypass`, or `auto`: merged, but beside the weights where these are quantised or the strength follows sigma.
         locate: Returns the path of a row's file; without it, the file is one of the host's LoRA folder.
+        check_slot: Returns warnings about a file with its strengths by expert.
 
     Returns:
         Both clones and the report.
@@ -144,7 +151,7 @@ def apply_rows(
     clones = {expert: model.clone() for expert, model in models.items()}
     for expert, clone in clones.items():
         _apply(clone, [plan[expert] for plan in plans if expert in plan])
-    reports = [_report(row, lora, fits, plan) for row, lora, fits, plan in zip(rows, loras, fitted, plans, strict=True)]
+    reports = [_report(row, lora, fits, plan, check_slot) for row, lora, fits, plan in zip(rows, loras, fitted, plans, strict=True)]
     general = _general_warnings(models, rows)
     general_notes = [f"{expert} noise: {kind} weights" for expert, kind in quantised.items() if kind]
     lines = [report.text() for report in reports] + general_notes + [f"warning: {warning}" for warning in general]
@@ -223,12 +230,12 @@ def _fit_once(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> FittedLo
     return known[signature]
 
 
-def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora], plans: Mapping[str, _Plan]) -> RowReport:
+def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora], plans: Mapping[str, _Plan], check_slot: Callable) -> RowReport:
     """Say what became of one row."""
     if lora is None:
         return RowReport(file=row.file, applied_high=None, applied_low=None, total=0, detail="off")
     counts = {expert: fits[expert].applied_keys if expert in fits else None for expert in EXPERTS}
-    warnings = slot_warnings(lora, {"high": row.high, "low": row.low})
+    warnings = check_slot(lora, {"high": row.high, "low": row.low})
     fitting = next(iter(fits.values()), None)
     for found in (*fits.values(), *plans.values()):
         warnings.extend(note for note in found.notes if note not in warnings)

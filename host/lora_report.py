@@ -13,7 +13,7 @@ from .lora_change import WeightChange, WeightDifference, compare, measure, relat
 from .lora_file import MODEL_PREFIX, FittedLora, LoraFile, fit, read_lora
 from .lora_keys import LAYOUTS, split_key
 from .lora_reasons import width_name
-from .lora_slots import identity_warnings
+from .lora_slots import base_warnings
 from .official_loras import find_official
 
 KIND_WORDS = {
@@ -126,11 +126,12 @@ def inspect(path: Path, base: BaseWeights | None = None) -> LoraReport:
         path: The file.
         base: The model to compare it with; None judges the file by itself.
     """
+    lora = None
     try:
         lora = read_lora(path)
         fitted, changes = fit_and_measure(lora, base)
     except ValueError as error:
-        return LoraReport(file=path.name, base=base.name if base else "", verdict="refused", reason=str(error), warnings=_warnings_for_name(path.name))
+        return _refusal(path, lora, base, str(error))
     against = base or base_of_itself(lora)
     return LoraReport(
         file=lora.name,
@@ -140,7 +141,7 @@ def inspect(path: Path, base: BaseWeights | None = None) -> LoraReport:
         ranks=fitted.ranks,
         alphas=fitted.alphas,
         modules_applied=fitted.layers,
-        modules_total=len({(split_key(key) or (key, ""))[0] for key in lora.tensors}),
+        modules_total=_module_count(lora),
         keys_applied=fitted.applied_keys,
         keys_total=fitted.total_keys,
         left_out=fitted.left_out,
@@ -203,10 +204,7 @@ def spread(values: Sequence[float]) -> str:
 
 def _warnings(lora: LoraFile, fitted: FittedLora, changes: Sequence[WeightChange], base: BaseWeights | None) -> tuple[str, ...]:
     """Collect what the user should look at."""
-    warnings = list(fitted.notes)
-    if base and base.expert and lora.guess.expert and base.expert != lora.guess.expert:
-        warnings.append(f"its {lora.guess.source} says {lora.guess.expert} noise, but the base is the {base.expert}-noise expert")
-    warnings += identity_warnings(lora)
+    warnings = [*fitted.notes, *base_warnings(lora, base.expert if base else None)]
     width = _width(lora)
     if base is None and width in SMALL_WIDTHS:
         warnings.append(f"its width is {width_name(width)}; the experts of Wan2.2 14B have width {width_name(5120)} and will refuse it")
@@ -220,9 +218,31 @@ def _warnings(lora: LoraFile, fitted: FittedLora, changes: Sequence[WeightChange
     return tuple(dict.fromkeys(warnings))
 
 
-def _warnings_for_name(name: str) -> tuple[str, ...]:
-    official = find_official(name)
-    return (f"it has the name of an official file; download it again with: lab.py lora download {official.name}",) if official else ()
+def _refusal(path: Path, lora: LoraFile | None, base: BaseWeights | None, reason: str) -> LoraReport:
+    """Report a file that cannot be applied, with what is known of it where it could be read."""
+    said = {"file": path.name, "base": base.name if base else "", "verdict": "refused", "reason": reason}
+    if lora is None:
+        official = find_official(path.name)
+        again = f"it has the name of an official file; download it again with: lab.py lora download {official.name} --to FOLDER" if official else ""
+        return LoraReport(**said, warnings=(again,) if again else ())
+    parts = [(split_key(key) or ("", ""), tensor) for key, tensor in lora.tensors.items()]
+    return LoraReport(
+        **said,
+        layout=lora.layout,
+        expert=lora.guess.expert,
+        expert_source=lora.guess.source,
+        ranks=tuple(sorted({tensor.shape[0] for (_, part), tensor in parts if part == "lora_down.weight" and tensor.ndim})),
+        alphas=tuple(sorted({float(tensor) for (_, part), tensor in parts if part == "alpha" and tensor.numel() == 1})),
+        modules_total=_module_count(lora),
+        keys_total=len(lora.tensors),
+        metadata=lora.metadata,
+        warnings=tuple(base_warnings(lora, base.expert if base else None)),
+    )
+
+
+def _module_count(lora: LoraFile) -> int:
+    """Count the layers that a file names, of whatever model."""
+    return len({(split_key(key) or (key, ""))[0] for key in lora.tensors})
 
 
 def _width(lora: LoraFile) -> int | None:

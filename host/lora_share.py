@@ -19,10 +19,10 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoKrAdapter
 from torch import nn
 
-from .lora_bypass import FULL_PRECISION, original_weight
-from .lora_change import measure
+from .lora_bypass import FULL_PRECISION, is_packed, original_weight
+from .lora_change import measure, needs_base
 from .lora_file import FittedLora
-from .patch_rows import patch_rows
+from .patch_rows import kronecker_factors, patch_rows
 
 WHOLE_NUMBERS = 1 << 18  # weights up to this size are measured in full
 SAMPLED_ROWS = 16
@@ -90,24 +90,20 @@ def _change_square(key: str, patch: Any, shape: tuple[int, ...], device: torch.d
     if prod(shape) <= WHOLE_NUMBERS:
         change = measure({key: patch}, {key: shape})[0].change
         return None if change is None else change**2
+    if isinstance(patch, LoKrAdapter):
+        return _kronecker_square(patch)
     rows = sampled_rows(shape)
-    part = patch_rows(patch, rows)
-    if part is not None:
-        change = comfy.lora.calculate_weight([(1.0, part, 1.0, None, None)], torch.zeros((len(rows), *shape[1:]), device=device), key)
-        return float(torch.linalg.vector_norm(change)) ** 2 * shape[0] / len(rows)
-    return _kronecker_square(patch) if isinstance(patch, LoKrAdapter) else None
+    part = None if needs_base(patch) else patch_rows(patch, rows)
+    if part is None:
+        return None
+    change = comfy.lora.calculate_weight([(1.0, part, 1.0, None, None)], torch.zeros((len(rows), *shape[1:]), device=device), key)
+    return float(torch.linalg.vector_norm(change)) ** 2 * shape[0] / len(rows)
 
 
 def _kronecker_square(patch: LoKrAdapter) -> float | None:
     """Measure a LoKr: the norm of a Kronecker product is the product of the norms."""
-    first, second, alpha, first_a, first_b, second_a, second_b, core, dora_scale = patch.weights
-    if core is not None or dora_scale is not None:
-        return None
-    rank = next((low.shape[0] for low in (second_b, first_b) if low is not None), None)
-    scale = alpha / rank if alpha is not None and rank is not None else 1.0
-    pairs = ((first, first_a, first_b), (second, second_a, second_b))
-    factors = [whole.float() if whole is not None else low_a.float() @ low_b.float() for whole, low_a, low_b in pairs]
-    return (scale * math.prod(float(factor.norm()) for factor in factors)) ** 2
+    factors = kronecker_factors(patch)
+    return None if factors is None else (factors[2] * float(factors[0].norm()) * float(factors[1].norm())) ** 2
 
 
 def _base_squares(model: Any, keys: tuple[str, ...]) -> Squares:
@@ -124,7 +120,7 @@ def _base_square(weight: torch.Tensor) -> float | None:
         if stored.dtype not in FP8_DTYPES or scale is None or scale.numel() != 1:
             return None
         return _stored_square(stored) * float(scale) ** 2
-    if hasattr(weight, "tensor_type") or weight.is_meta or weight.dtype not in (*FULL_PRECISION, *FP8_DTYPES):
+    if is_packed(weight) or weight.is_meta or weight.dtype not in (*FULL_PRECISION, *FP8_DTYPES):
         return None
     return _stored_square(weight)
 

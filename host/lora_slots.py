@@ -38,6 +38,20 @@ def slot_warnings(lora: LoraFile, strengths: Mapping[str, float]) -> list[str]:
     return warnings + identity_warnings(lora)
 
 
+def base_warnings(lora: LoraFile, expert: str | None) -> list[str]:
+    """Warn about one LoRA for one model, where there is one strength only.
+
+    Args:
+        lora: The file.
+        expert: Which expert the model is; None when nothing says it.
+    """
+    warnings = identity_warnings(lora)
+    if None in (expert, lora.guess.expert) or expert == lora.guess.expert:
+        return warnings
+    told = f"its {lora.guess.source} says {lora.guess.expert} noise, but the base is the {expert}-noise expert"
+    return [f"{told}; take the {expert}-noise file, or the other base", *warnings]
+
+
 def identity_warnings(lora: LoraFile) -> list[str]:
     """Warn when a file is not what its name says: the reward LoRAs of Wan2.1 and Wan2.2 are confused on the authors' own pages.
 

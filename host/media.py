@@ -126,17 +126,22 @@ def _stack(frames: list[np.ndarray], path: Path) -> torch.Tensor:
 
 def _picture(path: Path) -> list[np.ndarray]:
     """Frames of a picture (more than one in animated ones) as 8-bit RGB; transparency is dropped with a warning, grey is repeated."""
-    frames = []
+    frames, is_seen_through = [], False
     try:
         with Image.open(path) as picture:
             for frame in ImageSequence.Iterator(picture):
                 if frame.mode in ("I", "F") or frame.mode.startswith("I;"):
                     raise ValueError(f"{path} has {frame.mode} pixels (more than 8 bits); save it with 8 bits a channel.")
                 if "A" in frame.getbands() or "transparency" in frame.info:
-                    logger.warning("%s has transparency, which is dropped: the colours under it are scored.", path)
+                    # Animated WEBP files have an alpha channel always; mostly it is opaque.
+                    is_seen_through = is_seen_through or frame.convert("RGBA").getextrema()[3][0] < 255
                 frames.append(np.array(frame.convert("RGB")))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large a picture ({error}); an 8K frame has 33 million pixels. Score a smaller copy.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}); it is damaged or something else.") from error
+    if is_seen_through:
+        logger.warning("%s has transparency, which is dropped: the colours under it are scored.", path)
     return frames
 
 
@@ -167,7 +172,7 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
     if path.suffix.lower() == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, EOFError, TypeError) as error:
+        except (ValueError, OSError, EOFError, TypeError, MemoryError) as error:
             raise ValueError(f"{path} cannot be read as an array ({error}); it is damaged or something else.") from error
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key)

@@ -174,7 +174,7 @@ def _is_full_precision(source: WeightSource) -> bool:
     old = [key for key in places if key.endswith(OLD_MARKER)]
     if old:
         return prod(source.headers[places[old[0]]].shapes[old[0]]) == 2
-    layers = [json.loads(bytes(read_tensor(file, key).tolist())) for key, file in places.items()]
+    layers = [json.loads(bytes(read_tensor(file, source.headers[file], key).tolist())) for key, file in places.items()]
     if METADATA_MARKER in source.metadata:
         layers += list(json.loads(source.metadata[METADATA_MARKER]).get("layers", {}).values())
     return not layers or any(layer.get("full_precision_matrix_mult", False) for layer in layers)

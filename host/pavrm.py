@@ -12,6 +12,7 @@ Shape letters: B samples, C F H W latent, P prompt tokens, D width, L video toke
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,9 +27,12 @@ from ..reward_models.weights import load_into
 from . import pavrm_files
 from .training_mode import attention
 
+logger = logging.getLogger("reward_lab")
+
 LATENT_CHANNELS = 16
 TIMESTEPS = 1000
 _MASK_CHANNELS = 4
+_CLIP_WIDTH = 1280
 # Channels of other VAEs, so that the message can say whose latent it is.
 _FOREIGN = {4: "an SD or SDXL VAE", 3: "pixels, not latents", 48: "the Wan2.2 5B VAE", 128: "an LTX VAE", 1: "a mask"}
 
@@ -69,14 +73,14 @@ class Pavrm:
             raise ValueError(f"The trunk is {model.dim} wide, the head {width}; they belong to different PAVRMs.")
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether the trunk is a generator's."""
+        return self._adapted is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.patch_embedding.weight.device
-
-    @property
-    def is_adapted(self) -> bool:
-        """Whether the trunk is a generator's first blocks."""
-        return self._adapted is not None
 
     def to(self, device: torch.device | str) -> Pavrm:
         """Move trunk and head; returns itself."""
@@ -93,11 +97,11 @@ class Pavrm:
         Args:
             latent_BCFHW: as the transformer sees it (model space), noise included.
             timestep_B: whole numbers 0 to 1000; upstream trains on truncated ones.
-            texts_PD: text encoder output per sample, any length up to the model's; zeros are added.
+            texts_PD: text encoder output per sample; zeros are added up to the model's length, what is beyond it is cut off with a warning.
             image: for image-to-video trunks.
 
         Raises:
-            ValueError: a mask or the latent of another VAE, text of another width or too long, a sample without text, a missing image condition.
+            ValueError: a mask or the latent of another VAE, text of another width, a sample without text, an image condition that is missing or does not fit.
         """
         return self.head(self.features(latent_BCFHW, timestep_B, texts_PD, image))
 
@@ -136,14 +140,20 @@ class Pavrm:
 
     def _padded(self, text_PD: torch.Tensor) -> torch.Tensor:
         width, length = self.model.text_embedding[0].weight.shape[1], self.model.text_len
-        if text_PD.ndim != 2 or text_PD.shape[1] != width or not 1 <= len(text_PD) <= length:
+        if text_PD.ndim != 2 or text_PD.shape[1] != width or not len(text_PD):
             raise ValueError(f"The text has shape {tuple(text_PD.shape)}; this PAVRM reads 1 to {length} tokens of width {width}: use its text encoder.")
+        if not text_PD.isfinite().all():
+            raise ValueError(f"The text of shape {tuple(text_PD.shape)} holds NaN or infinity; the text encoder before it failed.")
+        if len(text_PD) > length:
+            logger.warning("The text has %d tokens, the PAVRM reads %d: the last %d are cut off.", len(text_PD), length, len(text_PD) - length)
+            text_PD = text_PD[:length]
         # Upstream pads with zeros before the text embedding and does not mask them; the host leaves that to the caller.
         return torch.nn.functional.pad(text_PD.to(self.device, self.dtype), (0, 0, 0, length - len(text_PD)))
 
     def _with_image(self, x_BCFHW: torch.Tensor, image: ImageCondition | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         image = image or ImageCondition()
-        extra = {} if image.clip_BPD is None else {"clip_fea": image.clip_BPD.to(self.device, self.dtype)}
+        count = len(x_BCFHW)
+        extra = {} if image.clip_BPD is None else {"clip_fea": self._clip_tokens(image.clip_BPD, count)}
         if getattr(self.model, "img_emb", None) is not None and not extra:
             raise ValueError("This PAVRM is an image-to-video one and needs the CLIP vision tokens of the first frame (image_embeds, [B, 257, 1280]).")
         wanted = self.model.in_dim - LATENT_CHANNELS
@@ -152,17 +162,36 @@ class Pavrm:
         condition = image.latent_BCFHW
         if condition is None:
             raise ValueError(f"This PAVRM reads {wanted} further channels: give the latents of the first frame followed by zeros (condition).")
+        channels = (wanted - _MASK_CHANNELS, wanted)
+        is_fit = condition.ndim == 5 and condition.shape[1] in channels and condition.shape[2:] == x_BCFHW.shape[2:] and len(condition) in (1, count)
+        if not is_fit:
+            raise ValueError(
+                f"The condition has shape {tuple(condition.shape)}, the latent {tuple(x_BCFHW.shape)}; {channels[0]} or {channels[1]} channels of the "
+                "same frames, height and width are needed, for each latent or one for all."
+            )
         condition = condition.to(self.device, self.dtype)
-        if condition.shape[1] == wanted - _MASK_CHANNELS:
+        if condition.shape[1] != wanted:
             mask = condition.new_zeros(len(condition), _MASK_CHANNELS, *condition.shape[2:])
             mask[:, :, 0] = 1
             condition = torch.cat([mask, condition], dim=1)
-        if condition.shape[1] != wanted or condition.shape[2:] != x_BCFHW.shape[2:]:
-            raise ValueError(
-                f"The condition has shape {tuple(condition.shape)}, the latent {tuple(x_BCFHW.shape)}; {wanted - _MASK_CHANNELS} or {wanted} channels of the "
-                "same frames, height and width are needed."
-            )
-        return torch.cat([x_BCFHW, condition.expand(len(x_BCFHW), -1, -1, -1, -1)], dim=1), extra
+        return torch.cat([x_BCFHW, condition.expand(count, -1, -1, -1, -1)], dim=1), extra
+
+    def _clip_tokens(self, clip_BPD: torch.Tensor, count: int) -> torch.Tensor:
+        shape, embedding = tuple(clip_BPD.shape), getattr(self.model, "img_emb", None)
+        width = _CLIP_WIDTH if embedding is None else embedding.proj[0].normalized_shape[0]
+        if clip_BPD.ndim != 3 or shape[2] != width or shape[0] not in (1, count):
+            raise ValueError(f"The CLIP vision tokens have shape {shape}; [{count}, 257, {width}] is needed (or [1, 257, {width}] for all latents).")
+        return clip_BPD.to(self.device, self.dtype).expand(count, -1, -1)
+
+
+def check_output(output: PavrmOutput) -> None:
+    """Refuse scores that are no numbers.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    if not output.logit.isfinite().all():
+        raise ValueError(f"The PAVRM's logits are {output.logit.tolist()}: its numbers overflow. Check that the latent is in model space, or the weights.")
 
 
 @contextmanager
@@ -208,8 +237,7 @@ def load(
         ValueError: see `pavrm_files.read_trunk` and `reward_models.pavrm.load_head`; keys are missing (named); trunk and head do not fit.
     """
     read = pavrm_files.read_trunk(trunk, taps=taps)
-    if query is None and head is not None:
-        raise ValueError(f"{head} is a score head without its query attention; give query_attention_step_N.ckpt as well.")
+    query, head = pavrm_files.find_heads(trunk, query, head)
     scorer = head_module.load_head(query or trunk, head, use_folded=use_folded)
     with torch.inference_mode(False):
         model = build_trunk(read, str(trunk))

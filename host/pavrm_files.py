@@ -22,6 +22,8 @@ UPSTREAM_BLOCKS = 8
 _TEXT_LEN = 512
 _HEAD_WIDTH = 128
 _WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "_fsdp_wrapped_module.", "_orig_mod.")
+_QUERY, _MLP = "query_attention", "mlp"
+_STEP = re.compile(r"-(\d+)$")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _SIZES = ("model_type", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim", "num_heads", "eps", "patch_size")
 
@@ -47,7 +49,7 @@ def read_trunk(path: str | Path, *, taps: tuple[int, ...] | None = None) -> Trun
     Raises:
         ValueError: nothing there, a part is missing or damaged, it is not a Wan model, sizes cannot be told, or a tapped block is missing.
     """
-    path = Path(path)
+    path = _checkpoint_in(Path(path))
     state, config = _read_folder(path) if path.is_dir() else _read_file(path)
     if "patch_embedding.weight" not in state or not any(_BLOCK.match(key) for key in state):
         keys = ", ".join(sorted(state)[:4])
@@ -56,17 +58,60 @@ def read_trunk(path: str | Path, *, taps: tuple[int, ...] | None = None) -> Trun
     if blocks != list(range(len(blocks))):
         raise ValueError(f"{path} holds blocks {blocks}; they must be 0 to {blocks[-1]} without gaps, so a part of the checkpoint is missing.")
     given = tuple(config.get("feature_layers") or ())
-    # An uncut base model has all its blocks; a saved PAVRM ends with the one that is tapped.
-    taps = taps or given or ((len(blocks),) if len(blocks) <= 2 * UPSTREAM_BLOCKS else (UPSTREAM_BLOCKS,))
+    taps = taps or given or (UPSTREAM_BLOCKS if _is_uncut(state, len(blocks)) else len(blocks),)
     if not all(1 <= tap <= len(blocks) for tap in taps):
         raise ValueError(f"Tapped blocks are {list(taps)}, counted from 1, but {path} has {len(blocks)} blocks; choose among 1 to {len(blocks)}.")
     kept = {key: value for key, value in state.items() if not key.startswith("head.") and not _is_above(key, max(taps))}
     return Trunk(state=kept, sizes=_sizes(path, kept, config.get("transformer", config), max(taps)), taps=tuple(taps))
 
 
+def find_heads(trunk: str | Path, query: str | Path | None, head: str | Path | None) -> tuple[Path | None, Path | None]:
+    """The two head files: as given, found in a given folder, or where HY-Video-PRFL writes those of a checkpoint folder (`../../mlp`, the same step).
+
+    Returns:
+        Query attention and score head; both None for a trunk that brings its own.
+
+    Raises:
+        ValueError: a folder holds none or several of a kind; the query attention is missing.
+    """
+    trunk = _checkpoint_in(Path(trunk))
+    folder, step = trunk.parent.parent / "mlp", _STEP.search(trunk.name)
+    if query is None and head is None and trunk.is_dir() and step:
+        beside = [folder / f"{stem}_step_{step.group(1)}.ckpt" for stem in (_QUERY, _MLP)]
+        if all(path.is_file() for path in beside):
+            return beside[0], beside[1]
+    if query is None and (head is not None or trunk.is_dir()):
+        raise ValueError(f"{trunk} needs both heads: give the query attention ({_QUERY}_step_N.ckpt) and the score head ({_MLP}_step_N.ckpt).")
+    return tuple(None if path is None else _only(Path(path), stem) for path, stem in ((query, _QUERY), (head, _MLP)))
+
+
+def _only(path: Path, stem: str) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"{stem}_step_*.ckpt"))
+    if len(found) != 1:
+        raise ValueError(f"{path} holds {len(found)} files {stem}_step_N.ckpt; name the one that belongs to the trunk.")
+    return found[0]
+
+
+def _is_uncut(state: Mapping[str, torch.Tensor], blocks: int) -> bool:
+    """Whether this is a whole generator, of which upstream keeps 8 blocks. A saved PAVRM ends with the block that is tapped and has no output head, or one of
+    zeros where it was made to be opened by the host."""
+    head = state.get("head.head.weight")
+    return blocks > 2 * UPSTREAM_BLOCKS and head is not None and bool(head.count_nonzero())
+
+
 def _is_above(key: str, count: int) -> bool:
     match = _BLOCK.match(key)
     return match is not None and int(match.group(1)) >= count
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """The folder itself, or the one checkpoint in it where it is the folder of all of them."""
+    inner = sorted(path.glob("checkpoint-*")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    if len(inner) > 1:
+        raise ValueError(f"{path} holds {len(inner)} checkpoints ({', '.join(folder.name for folder in inner[:5])}); name one of them.")
+    return inner[0] if inner else path
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -16,13 +16,15 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..lora_train.offload.executor import WEIGHTS_IN_USE
 from ..reward_models import pavrm as head_module
 from ..reward_models.weights import load_into, read_weights
 from . import pavrm_files
@@ -97,12 +99,22 @@ def tensors_of(delta: Delta, head: Mapping[str, torch.Tensor]) -> dict[str, torc
         delta: from `extract`.
         head: state dict of the PAVRM's head.
     """
-    tensors = dict(head)
-    for path, (down, up) in delta.lora.items():
-        tensors[f"lora.{path}.lora_down.weight"] = down
-        tensors[f"lora.{path}.lora_up.weight"] = up
-    tensors.update({f"diff.{name}": value for name, value in delta.diff.items()})
+    tensors = {**head, **named_matrices(delta), **{f"diff.{name}": value for name, value in delta.diff.items()}}
     return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def named_matrices(delta: Delta) -> dict[str, torch.Tensor]:
+    """The low-rank matrices by their names in the file."""
+    named = {}
+    for path, (down, up) in delta.lora.items():
+        named |= {f"lora.{path}.lora_down.weight": down, f"lora.{path}.lora_up.weight": up}
+    return named
+
+
+def file_config(head: head_module.PavrmHead, taps: tuple[int, ...], *, rank: int, relative_error: float, generator: str | Path) -> dict[str, Any]:
+    """What the metadata of a file in this form tell."""
+    heads = head.query_attention.multihead_attn.num_heads
+    return {"feature_layers": list(taps), "num_heads": heads, "rank": rank, "relative_error": relative_error, "generator": Path(generator).name}
 
 
 class Adapted:
@@ -158,7 +170,8 @@ class Adapted:
 
     def _forward(self, block: torch.nn.Module, part: _Part):
         def run(*args, **kwargs):
-            with self._in_place(part):
+            # Within a block executor (`lora_train/offload`) a block's weights are on the device only while they are asked for.
+            with block.__dict__.get(WEIGHTS_IN_USE, nullcontext)(), self._in_place(part):
                 return type(block).forward(block, *args, **kwargs)
 
         def forward(*args, transformer_options: Mapping = {}, **kwargs):  # noqa: B006 (the host's signature; never written to)
@@ -221,13 +234,20 @@ def _restore(module: torch.nn.Module, before) -> None:
 
 
 def load(
-    path: str | Path, generator: str | Path | torch.nn.Module, *, use_folded: bool = True, device: torch.device | str = "cpu", dtype=torch.float32
+    path: str | Path,
+    generator: str | Path | torch.nn.Module,
+    *,
+    taps: tuple[int, ...] | None = None,
+    use_folded: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Pavrm:
     """Load a PAVRM in LoRA form.
 
     Args:
         path: the file.
         generator: the Wan file it was made for, or its WanModel where one is loaded anyway (with fresh, frozen parameters).
+        taps: tapped blocks counted from 1, up to the last that the file changes; None takes the file's own.
         use_folded: see `reward_models.pavrm.PavrmHead`.
         device: where to put it.
         dtype: of the generator when it is read from a file.
@@ -239,16 +259,20 @@ def load(
     if content.kind != "pavrm_lora":
         raise ValueError(f"{path} is not a PAVRM in LoRA form; give a file that `lab.py pavrm-lora` made, or leave --generator out.")
     config = json.loads(content.metadata.get("config", "{}"))
-    taps = tuple(config.get("feature_layers") or ())
-    if not taps:
+    taps_of_file = tuple(config.get("feature_layers") or ())
+    if not taps_of_file:
         raise ValueError(f"{path} does not tell its tapped blocks: its metadata config lacks feature_layers.")
+    last = max(taps_of_file)
+    taps = tuple(taps or taps_of_file)
+    if not all(1 <= tap <= last for tap in taps):
+        raise ValueError(f"Tapped blocks are {list(taps)}, counted from 1, but {path} was made for {last} blocks; choose among 1 to {last}.")
     state = {key.removeprefix("lora."): value for key, value in content.state.items() if key.startswith("lora.")}
     paths = sorted({key.removesuffix(".lora_down.weight") for key in state if key.endswith(".lora_down.weight")})
     lora = {name: (state[f"{name}.lora_down.weight"].float(), state[f"{name}.lora_up.weight"].float()) for name in paths}
     diff = {key.removeprefix("diff."): value.float() for key, value in content.state.items() if key.startswith("diff.")}
     with torch.inference_mode(False):
         model = generator if isinstance(generator, torch.nn.Module) else _generator(generator, device, dtype)
-        adapted = Adapted(model, Delta(lora=lora, diff=diff, relative_error=0.0), max(taps))
+        adapted = Adapted(model, Delta(lora=lora, diff=diff, relative_error=0.0), last)
         head = _head(content.state, int(config.get("num_heads", head_module.HEADS)), str(path))
         head.use_folded = use_folded
         own = model.patch_embedding.weight.device
@@ -259,7 +283,10 @@ def load(
 def _generator(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
     from .wan import load_backbone
 
-    return load_backbone(path, dtype=dtype, device=torch.device(device), role="generator").model
+    backbone = load_backbone(path, dtype=dtype, device=torch.device(device), role="generator")
+    if backbone.quantised:
+        raise ValueError(f"The generator {path} is quantised; a PAVRM in LoRA form needs the bf16, fp16 or fp32 file.")
+    return backbone.model
 
 
 def _head(state: Mapping[str, torch.Tensor], num_heads: int, what: str) -> head_module.PavrmHead:
@@ -292,10 +319,10 @@ def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank:
     read = pavrm_files.read_trunk(source)
     base = pavrm_files.read_trunk(generator, taps=(max(read.taps),))
     delta = extract(read.state, base.state, rank)
+    query, head = pavrm_files.find_heads(source, query, head)
     scorer = head_module.load_head(query or source, head)
     if scorer.query_attention is None:
         raise ValueError(f"{source} pools by {scorer.pooling}; the LoRA form knows query attention only. Use the file as it is.")
-    heads = scorer.query_attention.multihead_attn.num_heads
-    config = {"feature_layers": list(read.taps), "num_heads": heads, "rank": rank, "relative_error": delta.relative_error, "generator": Path(generator).name}
+    config = file_config(scorer, read.taps, rank=rank, relative_error=delta.relative_error, generator=generator)
     save_file(tensors_of(delta, scorer.state_dict()), str(out), metadata={"format": "pt", "config": json.dumps(config)})
     return {**config, "bytes": Path(out).stat().st_size, "matrices": len(delta.lora), "whole": len(delta.diff)}

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -23,9 +23,12 @@ from ..lora_train.prompts import derived_seed
 from ..reward_models import pavrm as head_module
 from . import pavrm, pavrm_files
 
+if TYPE_CHECKING:
+    from .pavrm_lora_training import LoraPavrm
+
 logger = logging.getLogger("reward_lab")
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_BYTES = 5 * 10**9
 
 
@@ -113,7 +116,7 @@ class TrainablePavrm:
         heads = head.query_attention.multihead_attn.num_heads if head.query_attention is not None else 0
         sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in self.sizes.items()}
         config = {"transformer": sizes, "feature_layers": list(self.scorer.taps), "num_heads": heads, "pooling": head.pooling}
-        tensors = {key: value.detach().cpu().to(_DTYPES[dtype]) for key, value in self.weights().items()}
+        tensors = {key: value.detach().cpu().to(DTYPES[dtype]) for key, value in self.weights().items()}
         safetensors_file.write(path, tensors, {"format": "pt", "config": json.dumps(config), "steps": str(step), **(metadata or {})})
         return [path, *(write_upstream(self, folder / f"{name}-hy", step) if with_upstream else [])]
 
@@ -159,7 +162,7 @@ def write_upstream(model: TrainablePavrm, folder: Path, step: int, part_bytes: i
     return files
 
 
-def load(config: PavrmConfig, *, device: torch.device, autocast: torch.dtype) -> TrainablePavrm:
+def load(config: PavrmConfig, *, device: torch.device, autocast: torch.dtype) -> TrainablePavrm | LoraPavrm:
     """Build the network that a config names, with fp32 weights.
 
     Raises:
@@ -172,10 +175,16 @@ def load(config: PavrmConfig, *, device: torch.device, autocast: torch.dtype) ->
         trunk = pavrm.cast_trunk(pavrm.build_trunk(read, models.trunk), torch.float32)
         head = _head(config, read.sizes["dim"])
         scorer = pavrm.Pavrm(trunk, head, read.taps).to(device)
-        if config.gradient_checkpointing:
+        # A LoRA's blocks run again in backward anyhow (pavrm_lora.py).
+        if config.gradient_checkpointing and not shape.lora_rank:
             for block in trunk.blocks:
                 block.forward = _checkpointed(type(block).forward, block)
-        model = TrainablePavrm(scorer, read.sizes, train_blocks=shape.train_blocks, autocast=autocast)
+        if shape.lora_rank:
+            from .pavrm_lora_training import LoraPavrm
+
+            model = LoraPavrm(scorer, read.sizes, config, autocast)
+        else:
+            model = TrainablePavrm(scorer, read.sizes, train_blocks=shape.train_blocks, autocast=autocast)
     counts = {name: sum(parameter.numel() for parameter in group.values()) for name, group in model.groups().items()}
     logger.info("trunk of %d blocks, taps %s; trained parameters: %s", len(trunk.blocks), list(read.taps), counts)
     return model

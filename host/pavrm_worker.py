@@ -53,7 +53,7 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
                 target, step, name=config.name, dtype=config.save_dtype, with_upstream=config.save_upstream, metadata=_metadata(config)
             ),
             draw=score_pictures.draw_validation,
-            pause=lambda: lease.wait_until_free(folder.parent, stop) if device.type != "cpu" else None,
+            pause=lambda: lease.wait_until_free(folder.parent, stop),
         )
         run_training(config, parts, folder, resume=resume)
 

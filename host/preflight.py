@@ -1,4 +1,4 @@
-"""Checks everything that can be checked about a run before work starts: files, experts, widths, disk. Reads headers only; no torch, no ComfyUI."""
+"""Checks everything that can be checked about a run before work starts: files, experts, widths, memory, disk. Reads headers only; no torch, no ComfyUI."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..lora_train import needs
 from ..lora_train.config import TrainConfig
-from ..lora_train.plan import check_disk
+from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
+from ..lora_train.weight_formats import quantised_weights
 from ..reward_models.spec import RewardModelSpec
 from .experts import guess_expert
 
@@ -25,8 +26,8 @@ def check(config: TrainConfig, folder: Path) -> None:
         folder: where checkpoints will be written.
 
     Raises:
-        ValueError: a missing or truncated file; an expert in the wrong slot; experts or text encoder of widths that do not fit; not
-            enough disk.
+        ValueError: a missing or truncated file; an expert in the wrong slot, or quantised in a way that cannot be trained through; experts or text
+            encoder of widths that do not fit; not enough disk or memory.
     """
     roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
@@ -34,9 +35,11 @@ def check(config: TrainConfig, folder: Path) -> None:
     _check_images(config, headers)
     for slot in needs.experts(config):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
+        quantised_weights(getattr(config.models, slot), headers[slot], ROLES[slot])
     _check_widths(config, headers)
     if needs.real_latents(config) and not Path(config.real.path).exists():
         raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
+    check_memory(config)
     check_disk(config, folder)
 
 
@@ -69,7 +72,7 @@ def _check_reward(config: TrainConfig) -> None:
 
 
 def _header(path: str, role: str) -> Header | None:
-    if path.endswith(".safetensors"):
+    if path.endswith((".safetensors", ".gguf")):
         return read_header(path, role)
     if not Path(path).exists():
         raise ValueError(f"the {role} {path} does not exist; check the path or download the file")
@@ -78,7 +81,7 @@ def _header(path: str, role: str) -> Header | None:
 
 def _check_slot(slot: str, path: str, header: Header | None) -> None:
     if header is None:
-        raise ValueError(f"the {ROLES[slot]} {path} is not a .safetensors file; training needs that format")
+        raise ValueError(f"the {ROLES[slot]} {path} is neither a .safetensors nor a .gguf file; training needs one of these")
     guess = guess_expert(path, header.metadata)
     if guess.expert not in (None, slot):
         raise ValueError(

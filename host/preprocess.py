@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..lora_train.labels import QUALITIES
 from ..testlab import cells
 from . import media, video_prompts
 from .datasets import INDEX, VERSION
-from .video_clips import ClipSettings, read_clip
+from .video_clips import ClipSettings, ClipStream
 
 logger = logging.getLogger("reward_lab")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,11 +50,11 @@ class Source:
 class Encoders:
     """What encodes; models are loaded when the first uncached item needs them.
 
-    text: prompts -> contexts [P, D]. video: frames [B, T, 3, H, W] in [0, 1] -> latents [B, 16, F, h, w] in model space.
+    text: prompts -> contexts [P, D]. video: pieces [B, T, 3, H, W] in [0, 1] of one frame, then two at a time -> latents [B, 16, F, h, w] in model space.
     """
 
     text: Callable[[Sequence[str]], list[torch.Tensor]]
-    video: Callable[[torch.Tensor], torch.Tensor]
+    video: Callable[[Iterable[torch.Tensor]], torch.Tensor]
     text_sha256: str
     vae_sha256: str
 
@@ -229,16 +229,18 @@ def _encoded(source, video_id, sha256, folder, encoders, settings, dtype) -> tup
     preview = f"previews/{key}.mp4"
     is_new = not (path.is_file() and note.is_file() and (folder / preview).is_file())
     if is_new:
-        clip = read_clip(source.path, settings)
-        frames_FHWC = (clip.frames_FCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        latent = encoders.video(clip.frames_FCHW[None])[0].to(DTYPES[dtype]).cpu()
+        # Once for the latent, once for the preview: the source is decoded twice, and no more than a few frames are in memory.
+        clip = ClipStream(source.path, settings)
+        latent = encoders.video(piece[None] for block in clip for piece in block.split(2))[0].to(DTYPES[dtype]).cpu()
         if not latent.isfinite().all():
             raise ValueError(f"the VAE made NaN or infinity of {source.path.name} in {dtype}; use another --dtype, or look at the video")
         safetensors_file.write(path, {"latent": latent}, {"source_sha256": sha256})
-        scale = max(1, -(-cells.MIN_VIDEO_PX // min(frames_FHWC.shape[1:3])))
-        cells.write_video(folder / preview, (cells.enlarge(frame, scale) for frame in frames_FHWC.numpy()), Fraction(clip.frame_rate).limit_denominator(1001))
-        values = {"latent_shape": list(latent.shape), "frames": len(frames_FHWC), "frame_rate": clip.frame_rate,
-                  "width_px": frames_FHWC.shape[2], "height_px": frames_FHWC.shape[1], "source_px": list(clip.source_px)}  # fmt: skip
+        width_px, height_px = settings.size(*clip.source_px)
+        scale = max(1, -(-cells.MIN_VIDEO_PX // min(width_px, height_px)))
+        frames = ((frame_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for block in clip for frame_CHW in block)
+        cells.write_video(folder / preview, (cells.enlarge(frame, scale) for frame in frames), Fraction(settings.frame_rate).limit_denominator(1001))
+        values = {"latent_shape": list(latent.shape), "frames": clip.frames, "frame_rate": settings.frame_rate,
+                  "width_px": width_px, "height_px": height_px, "source_px": list(clip.source_px)}  # fmt: skip
         note.write_text(json.dumps(values), encoding="utf-8")
     entry = {
         "id": video_id,

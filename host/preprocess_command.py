@@ -7,15 +7,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import preprocess, prfl_layout
 from .video_clips import ClipSettings
+
+if TYPE_CHECKING:
+    from .vae import WanDecoder
 
 logger = logging.getLogger("reward_lab")
 
@@ -60,7 +63,9 @@ def run(options: Mapping[str, Any], device: torch.device, progress: Callable[[in
     made = preprocess.make(
         sources,
         folder,
-        preprocess.Encoders(text=encoders.text, video=encoders.video, text_sha256=encoders.sha256("text", folder), vae_sha256=encoders.sha256("vae", folder)),
+        preprocess.Encoders(
+            text=encoders.text, video=encoders.video_pieces, text_sha256=encoders.sha256("text", folder), vae_sha256=encoders.sha256("vae", folder)
+        ),
         settings,
         dtype=options.get("dtype") or "bf16",
         progress=progress,
@@ -99,9 +104,15 @@ class _Encoders:
             comfy.model_management.soft_empty_cache()
 
     def video(self, frames_BTCHW: torch.Tensor) -> torch.Tensor:
+        return self._vae().encode(frames_BTCHW)
+
+    def video_pieces(self, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+        return self._vae().encode_pieces(pieces)
+
+    def _vae(self) -> WanDecoder:
         from .vae import load_decoder
 
         if self._decoder is None:
             dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
             self._decoder = load_decoder(self._paths["vae"], dtype=dtype, device=self._device)
-        return self._decoder.encode(frames_BTCHW)
+        return self._decoder

@@ -1,4 +1,7 @@
-"""`lab.py score`, `score-latent` and `pavrm-lora`: options as JSON in, one JSON document or a table out. Entry of a process started by launch.py."""
+"""`lab.py score`, `score-latent` and `pavrm-lora`: options as JSON in, one JSON document or a table out. Entry of a process started by launch.py.
+
+Exit status 0, or 2 when the input is refused; with `--json` the document then has `"verdict": "refused"` and the sentence as `reason`.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,45 @@ from typing import Any
 
 from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
 
+REFUSED = 2
+
 
 def main(argv: list[str]) -> int:
-    """Run `score`, `score-latent` or `pavrm-lora` (first argument) with the options in the second, a JSON object; returns the exit status.
-
-    Failures that are foreseen end with one sentence on standard error and status 1.
-    """
+    """Run `score`, `score-latent` or `pavrm-lora` (first argument) with the options in the second, a JSON object; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     options = json.loads(argv[1])
     try:
+        _check_outputs(options)
         document = {"score": _score, "score-latent": _score_latent, "pavrm-lora": _pavrm_lora}[argv[0]](options)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 1
+        if options.get("json"):
+            print(json.dumps({"verdict": "refused", "reason": str(error)}))
+        return REFUSED
     if options.get("json") or "videos" not in document:
-        print(json.dumps(document))
+        print(json.dumps({"verdict": "ok", **document}, allow_nan=False))
     else:
         print(_table(document))
     return 0
+
+
+def _check_outputs(options: dict[str, Any]) -> None:
+    """Make the folders of files that are written at the end, so that a place that cannot be written to costs no finished scores.
+
+    Raises:
+        ValueError: such a place.
+    """
+    for name in ("csv", "gradients", "results", "baseline", "tensors", "out"):
+        path = Path(options.get(name) or "")
+        if not options.get(name):
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ValueError(f"--{name} {path} cannot be written: it is a folder, or its folder cannot be made or written to; choose another place.")
 
 
 def _device() -> str:

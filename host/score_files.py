@@ -73,7 +73,7 @@ def score(
     for done, (clip, prompt) in enumerate(zip(job.clips, job.prompts, strict=True)):
         if on_progress:
             on_progress(done, len(job.clips), clip.name)
-        batch = sorted(set(job.prompts)) if job.spec.options.get("normalise") == "batch" else []
+        batch = sorted(set(job.prompts)) if _is_batched(job.spec) else []
         files = [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in job.spec.files() if Path(file).is_file()]
         key = key_of(_VERSION, clip.stamp(), prompt, job.spec.to_dict(), files, batch, str(job.dtype))
         known = store.get(key) if gradients is None else None
@@ -88,6 +88,11 @@ def score(
     if on_progress:
         on_progress(len(job.clips), len(job.clips), "")
     return results
+
+
+def _is_batched(spec: RewardModelSpec) -> bool:
+    rows = [RewardModelSpec.from_dict(row["reward"]) for row in spec.options.get("rows", ())]
+    return spec.options.get("normalise") == "batch" or any(map(_is_batched, rows))
 
 
 def _in_batch(model: Any, job: Job) -> RewardModel:
@@ -109,9 +114,23 @@ def _score_clip(model: RewardModel, clip: media.Clip, prompt: str, device: str, 
             wide = frames_BFCHW.float() / 255 if frames_BFCHW.dtype == torch.uint8 else frames_BFCHW.float()
             output, gradient = reward_and_frame_gradient(model, wide, [prompt], count)
             gradients[clip.name] = gradient[0].cpu().contiguous()
+        check_finite(output)
     except ValueError as error:
         raise ValueError(f"{clip.name}: {error}") from error
     return {"prompt": prompt, "frames": frames_BFCHW.shape[1], "size_px": [width, height], **as_numbers(output, 0)}
+
+
+def check_finite(output: RewardOutput) -> None:
+    """Refuse rewards that are no numbers: a table with NaN in it helps nobody.
+
+    Raises:
+        ValueError: names the first frame.
+    """
+    is_finite = output.per_frame.isfinite()
+    if not is_finite.all():
+        video, frame = (~is_finite).nonzero()[0].tolist()
+        value = float(output.per_frame[video, frame])
+        raise ValueError(f"The reward of frame {frame} is {value}: the model's numbers overflow. Score with --dtype fp32, or check the weights.")
 
 
 def as_numbers(output: RewardOutput, video: int) -> dict[str, Any]:

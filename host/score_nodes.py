@@ -68,12 +68,22 @@ def score_latent(latent: dict, conditioning: list, spec: RewardModelSpec, sigmas
     return Shown(reward=score.probability, plot=plot, json=score.to_json(), text=score.summary())
 
 
-def mix(values: dict[str, Any], measure: bool, folder: str, prompts_file: str) -> tuple[RewardModelSpec, str]:
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """A mix, its report, and what was measured: row, centre and scale of each reward, for the node's widgets."""
+
+    spec: RewardModelSpec
+    report: str
+    measured: tuple[dict[str, float], ...] = ()
+
+
+def mix(values: dict[str, Any], measure: bool, folder: str, prompts_file: str) -> Mixed:
     """Make a mix of the node's rows (`reward_N`, `weight_N`, `centre_N`, `scale_N`), measured on base videos when asked.
 
     Raises:
         ValueError: See `mixing.mix_spec` and `mixing.measured`.
     """
+    numbers = [number for number in range(1, ROWS + 1) if values.get(f"reward_{number}") is not None]
     rows = [
         mixing.Row(
             spec=values[f"reward_{number}"],
@@ -81,11 +91,12 @@ def mix(values: dict[str, Any], measure: bool, folder: str, prompts_file: str) -
             centre=float(values.get(f"centre_{number}", 0.0)),
             scale=float(values.get(f"scale_{number}", 1.0)),
         )
-        for number in range(1, ROWS + 1)
-        if values.get(f"reward_{number}") is not None
+        for number in numbers
     ]
-    lines = ""
-    if measure:
-        rows, lines = mixing.measured(rows, folder, "", prompts_file)
+    if not measure:
+        spec, report = mixing.mix_spec(rows)
+        return Mixed(spec=spec, report=report)
+    rows, lines = mixing.measured(rows, folder, "", prompts_file)
     spec, report = mixing.mix_spec(rows)
-    return spec, f"{report}\n{lines}".strip()
+    measured = tuple({"row": number, "centre": row.centre, "scale": row.scale} for number, row in zip(numbers, rows, strict=True))
+    return Mixed(spec=spec, report=f"{report}\n{lines}", measured=measured)

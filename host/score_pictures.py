@@ -57,15 +57,17 @@ def plot_videos(scores: Sequence[VideoScore]) -> torch.Tensor:
     return paths.image_tensor(line_chart([curve], title=f"{scores[0].model_name}, {len(scores)} videos", subtitle=subtitle, x_label="rank", first_x=1))
 
 
-def plot_sigmas(sigmas: Sequence[float], probabilities: Sequence[float], title: str) -> torch.Tensor:
-    """Draw a PAVRM's probability over the noise level.
+def plot_sigmas(sigmas: Sequence[float], probabilities: Sequence[Sequence[float]], title: str) -> torch.Tensor:
+    """Draw a PAVRM's probability over the noise level, a curve per latent.
 
     Returns:
         IMAGE [1, H, W, 3].
     """
-    subtitle = "sigma " + ", ".join(f"{sigma:g}" for sigma in sigmas)
-    curve = Curve(label="probability", values=tuple(probabilities))
-    return paths.image_tensor(line_chart([curve], title=title, subtitle=subtitle, x_label="noise level (number in the list)", first_x=1, mark_extremes=True))
+    is_one = len(probabilities) == 1
+    curves = [Curve(label="probability" if is_one else f"latent {number}", values=tuple(row)) for number, row in enumerate(probabilities, 1)]
+    subtitle = f"the first {_CURVES} of {len(curves)} latents" if len(curves) > _CURVES else ""
+    names = [f"{sigma:g}" for sigma in sigmas]
+    return paths.image_tensor(line_chart(curves[:_CURVES], title=title, subtitle=subtitle, x_label="sigma", x_names=names, mark_extremes=is_one))
 
 
 def plot_run(steps: Sequence[Mapping[str, Any]], title: str) -> torch.Tensor:
@@ -95,12 +97,12 @@ def _number(step: Mapping[str, Any], name: str) -> float:
 def draw_validation(report: dict[str, Any], path: Path) -> None:
     """Draw a PAVRM's validation report (see lora_train/pavrm_validation.py): accuracy by noise level, and the calibration curve; write it as PNG."""
     rows = [row for row in (report["buckets"] if report["all"].get("count") else report["pairs"]) if row["count"]]
-    levels = ", ".join(f"{row['sigma'][0]:g}-{row['sigma'][1]:g}" for row in rows)
+    levels = [f"{row['sigma'][0]:g}-{row['sigma'][1]:g}" for row in rows]
     curves = [Curve(label="accuracy", values=tuple(row["accuracy"] for row in rows))]
     if rows and rows[0].get("auc") is not None:
         curves.append(Curve(label="area under ROC", values=tuple(row["auc"] if row["auc"] is not None else math.nan for row in rows)))
     title = f"accuracy {report['accuracy']:.3f} ± {report['standard_error']:.3f} after step {report['step']} ({report['loss'].upper()}, {report['quality']})"
-    charts = [line_chart(curves, title=title, subtitle=f"sigma {levels}", x_label="noise level (number in the list)", first_x=1)]
+    charts = [line_chart(curves, title=title, x_label="sigma", x_names=levels)]
     curve = report["calibration"]
     if curve:
         ideal = Curve(label="said probability", values=tuple(entry["probability"] for entry in curve))

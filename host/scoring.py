@@ -31,6 +31,9 @@ RESIZE_MODES = ("default", "letterbox", "crop", "squash")
 CACHED_MODELS = 2
 NO_FILE = "(none)"
 
+# What sharpening and enlarging filters may make of [0,1]; anything further is another value range. Less than a grey level does not show.
+_OVERSHOOT, _SHOWN = 0.25, 1 / 255
+
 _models: OrderedDict[str, Any] = OrderedDict()
 _models_lock = threading.Lock()
 
@@ -45,6 +48,7 @@ class VideoScore:
     per_frame: tuple[float, ...]
     name: str = ""
     parts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def best_frame(self) -> int:
@@ -57,11 +61,12 @@ class VideoScore:
         return min(range(len(self.per_frame)), key=self.per_frame.__getitem__)
 
     def summary(self) -> str:
-        """Return one line for the node."""
+        """Return a line for the node, and one for every warning."""
         best, worst = self.best_frame, self.worst_frame
         return (
             f"{self.name + ': ' if self.name else ''}{self.model_name}: {self.reward:.4f} over {len(self.per_frame)} frames; "
             f"best frame {best} ({self.per_frame[best]:.4f}), worst frame {worst} ({self.per_frame[worst]:.4f})"
+            + "".join(f"\n{message}" for message in self.warnings)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +80,7 @@ class VideoScore:
             "best_frame": self.best_frame,
             "worst_frame": self.worst_frame,
             "parts": self.parts,
+            "warnings": list(self.warnings),
         }
 
     def to_json(self) -> str:
@@ -126,7 +132,8 @@ def score_images(images_FHWC: torch.Tensor, spec: RewardModelSpec, prompt: str) 
     """Score the frames of one video.
 
     Args:
-        images_FHWC: IMAGE batch, float, 0 to 1; an alpha channel is dropped.
+        images_FHWC: IMAGE batch, float, 0 to 1; an alpha channel is dropped, and what filters make of a value range (a quarter beyond it) is clipped as on
+            saving; both are told.
         spec: Which reward model.
         prompt: What the video should show.
 
@@ -134,19 +141,45 @@ def score_images(images_FHWC: torch.Tensor, spec: RewardModelSpec, prompt: str) 
         The scores.
 
     Raises:
-        ValueError: No frames, or an empty prompt.
+        ValueError: No frames, not RGB, another value range, an empty prompt, or rewards that are no numbers.
     """
-    if images_FHWC.ndim != 4 or images_FHWC.shape[0] == 0:
-        raise ValueError(f"The video has no frames (shape {tuple(images_FHWC.shape)}). Connect the decoded frames of one video.")
     require_text(spec, prompt)
+    images_FHWC, warnings = _checked(images_FHWC)
     device = comfy.model_management.get_torch_device()
     model = _loaded(spec, device)
     height, width = images_FHWC.shape[1:3]
     # Weights that were made inside the host's inference mode could never be trained through, so the mode is left for all of it.
     with torch.inference_mode(False), torch.no_grad():
-        frames_BFCHW = images_FHWC[..., :3].movedim(-1, 1)[None].to(device=device, dtype=torch.float32).clone().clamp_(0.0, 1.0)
+        frames_BFCHW = images_FHWC.movedim(-1, 1)[None].to(device=device, dtype=torch.float32).clone().clamp_(0.0, 1.0)
         output = score_in_chunks(model, frames_BFCHW, [prompt], reward_loading.frames_per_chunk(height, width))
-    return _video_score(model.name, "", prompt, score_files.as_numbers(output, 0))
+    score_files.check_finite(output)
+    return _video_score(model.name, "", prompt, {**score_files.as_numbers(output, 0), "warnings": [*warnings, *_about_text(model, prompt)]})
+
+
+def _checked(images_FHWC: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """RGB frames of an IMAGE, and what was done to make them so."""
+    shape = tuple(images_FHWC.shape)
+    if images_FHWC.ndim == 3:
+        raise ValueError(f"The images have shape {shape}, as a MASK has; frames [F, H, W, 3] are needed. Convert Mask to Image makes grey frames of a mask.")
+    if images_FHWC.ndim != 4 or 0 in shape:
+        raise ValueError(f"The video has no frames (shape {shape}). Connect the decoded frames of one video.")
+    if shape[-1] not in (3, 4):
+        hint = "repeat the grey channel three times" if shape[-1] == 1 else "give RGB"
+        raise ValueError(f"The images have shape {shape}, that is {shape[-1]} channels; 3 (RGB) are needed; {hint}.")
+    warnings = ["The frames have transparency, which is dropped: the colours under it are scored."] if shape[-1] == 4 else []
+    images_FHWC = images_FHWC[..., :3]
+    low, high = (float(value) for value in torch.aminmax(images_FHWC))
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+        found = "hold NaN; the decoder or sampler before this node failed" if low != low or high != high else f"range from {low:.4g} to {high:.4g}"
+        raise ValueError(f"The frames {found}. Frames are numbers from 0 to 1: rescale (x + 1) / 2 for [-1,1], x / 255 for 8-bit, or clamp.")
+    if low < -_SHOWN or high > 1 + _SHOWN:
+        warnings.append(f"The frames range from {low:.3g} to {high:.3g}; values outside [0,1] are clipped, as on saving.")
+    return images_FHWC, warnings
+
+
+def _about_text(model: Any, prompt: str) -> list[str]:
+    """Asked for at every score: the text is encoded once only."""
+    return getattr(model, "prompt_warnings", lambda _: [])([prompt])
 
 
 def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str = "") -> list[VideoScore]:
@@ -182,6 +215,19 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
 
 
+def files_stamp(path: str, prompts_file: str = "") -> str:
+    """A text that changes when the files that a node reads do; what cannot be read is told when the node runs."""
+    stamps: list[Any] = []
+    for name in filter(str.strip, (path, prompts_file)):
+        try:
+            found = paths.input_path(name)
+            is_text = name is prompts_file
+            stamps += [found.stat().st_mtime_ns, found.stat().st_size] if is_text else [clip.stamp() for clip in media.find_clips([found])]
+        except (ValueError, OSError) as error:
+            stamps.append(str(error))
+    return key_of(stamps) if stamps else ""
+
+
 def save_table(scores: Sequence[VideoScore], name: str) -> Path:
     """Write scores as CSV to the output folder; returns the path."""
     rows = [{**score.to_dict(), "per_video": score.reward, "name": score.name or name} for score in scores]
@@ -198,6 +244,7 @@ def _video_score(model_name: str, name: str, prompt: str, numbers: dict[str, Any
         reward=numbers["per_video"],
         per_frame=tuple(numbers["per_frame"]),
         parts=numbers["parts"],
+        warnings=tuple(numbers.get("warnings", ())),
     )
 
 

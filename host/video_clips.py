@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -19,6 +20,8 @@ from torch.nn import functional
 
 VAE_MULTIPLE_PX = 16  # 8 of the VAE times 2 of the transformer's patches
 LEAST_FRAMES = 5
+# A latent's worth of frames, after the first one
+FRAMES_PER_BLOCK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,47 @@ class ClipSettings:
         return (long_px, self.short_px) if width_px >= height_px else (self.short_px, long_px)
 
 
+class ClipStream:
+    """A video's frames as the settings want them, in blocks [T, 3, H, W], float32 in [0, 1]: one frame, then four at a time. Can be walked through again.
+
+    Attributes:
+        source_px: width and height of the source; known from the first block on.
+        frames: how many were given out; known at the end.
+    """
+
+    def __init__(self, path: Path, settings: ClipSettings) -> None:
+        self._path, self._settings = path, settings
+        self.source_px = (0, 0)
+        self.frames = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Walk through the video.
+
+        Raises:
+            ValueError: damaged, no video stream, or too short; the last shows at the end only.
+        """
+        group: list[torch.Tensor] = []
+        self.frames, read = 0, 0
+        try:
+            with av.open(str(self._path)) as container:
+                if not container.streams.video:
+                    raise ValueError(f"{self._path.name} has no video stream")
+                for pixels_HWC in islice(_at_rate(container, self._settings), self._settings.frames):
+                    self.source_px = (pixels_HWC.shape[1], pixels_HWC.shape[0])
+                    group.append(_fitted(pixels_HWC, self._settings))
+                    read += 1
+                    # 1, 5, 9, ... frames: what is left over at the end is cut off.
+                    if read % FRAMES_PER_BLOCK == 1:
+                        self.frames += len(group)
+                        yield torch.stack(group)
+                        group = []
+        except (av.FFmpegError, OSError) as error:
+            raise ValueError(f"{self._path.name} cannot be decoded ({error}); it is damaged or no video") from error
+        least = min(LEAST_FRAMES, self._settings.frames)
+        if self.frames < least:
+            raise ValueError(f"{self._path.name} has {read} frames at {self._settings.frame_rate:g} a second; at least {least} are needed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoClip:
     """`frames_FCHW`: float32 in [0, 1]. `source_px`: width and height of the source."""
@@ -71,28 +115,14 @@ class VideoClip:
 
 
 def read_clip(path: Path, settings: ClipSettings) -> VideoClip:
-    """Decode a video.
+    """Decode a video, all of it at once.
 
     Raises:
         ValueError: damaged, no video stream, or too short.
     """
-    frames: list[torch.Tensor] = []
-    source_px = (0, 0)
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path.name} has no video stream")
-            for pixels_HWC in _at_rate(container, settings):
-                source_px = (pixels_HWC.shape[1], pixels_HWC.shape[0])
-                frames.append(_fitted(pixels_HWC, settings))
-                if len(frames) == settings.frames:
-                    break
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{path.name} cannot be decoded ({error}); it is damaged or no video") from error
-    count = (len(frames) - 1) // 4 * 4 + 1 if frames else 0
-    if count < min(LEAST_FRAMES, settings.frames):
-        raise ValueError(f"{path.name} has {len(frames)} frames at {settings.frame_rate:g} a second; at least {min(LEAST_FRAMES, settings.frames)} are needed")
-    return VideoClip(frames_FCHW=torch.stack(frames[:count]), source_px=source_px, frame_rate=settings.frame_rate)
+    stream = ClipStream(path, settings)
+    frames = torch.cat(list(stream))
+    return VideoClip(frames_FCHW=frames, source_px=stream.source_px, frame_rate=settings.frame_rate)
 
 
 def _at_rate(container, settings: ClipSettings) -> Iterator[np.ndarray]:

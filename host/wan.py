@@ -1,7 +1,7 @@
 """One Wan expert as a frozen, differentiable backbone: loaded privately by the host's own loader, reached without its sampling stack.
 
 It covers text-to-video models of the Wan2.1/2.2 family with 16 latent channels; models with more input channels (I2V, InP) get zeros there,
-which is how the official reward LoRAs were trained. It does not cover quantised files, streaming of weights, or image conditioning.
+which is how the official reward LoRAs were trained. Of quantised files (`quantised_file.py`) the blocks' weights stay stored and run through the engine only.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from pathlib import Path
 import comfy.sd
 import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
+from torch.utils.checkpoint import checkpoint
 
-from ..lora_train.kernels.lora_linear import QuantisedWeight
 from ..lora_train.lora.linears import MASTERS_PLACE
 from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.store import Slot, place
 from ..lora_train.safetensors_file import read_header
+from ..lora_train.weight_formats import quantised_weights
+from . import quantised_file
 from .training_mode import attention
 
 _TIMESTEPS = 1000.0
@@ -30,12 +32,13 @@ class WanBackbone:
 
     latent_channels = 16
 
-    def __init__(self, model: torch.nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, *, dtype: torch.dtype, device: torch.device, quantised: quantised_file.Quantised | None = None) -> None:
         """Args:
         model: the host's WanModel; its parameters are replaced by frozen ones of the same values.
+        quantised: weights of its blocks that are stored small; the model runs within `engine` only then.
         """
         self.model = model
-        self.quantised: dict[int, dict[str, QuantisedWeight]] = {}
+        self.quantised = quantised or {}
         self.dtype = dtype
         self.device = device
         freeze(model)
@@ -81,14 +84,36 @@ class WanBackbone:
         wrong gradients without a word. `slots` may be shared by both experts, which never run at the same time."""
         place(self.model, self.device, "blocks.")
         linears = self.linears().values()
+        made = BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, quantised=self.quantised, slots=slots)
         try:
             for linear in linears if knobs.optimiser_place == "host" else ():
-                linear.__dict__[MASTERS_PLACE] = torch.device("cpu")
-            with BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, self.quantised, slots).installed() as executor:
+                linear.__dict__[MASTERS_PLACE] = made.pinned
+            with _head_runs_again(self.model.head, keep_on_host=knobs.keep_place == "host"), made.installed() as executor:
                 yield executor
         finally:
             for linear in linears:
                 linear.__dict__.pop(MASTERS_PLACE, None)
+
+
+@contextmanager
+def _head_runs_again(head: torch.nn.Module, *, keep_on_host: bool) -> Iterator[None]:
+    """Within, a pass with gradient keeps the output head's input alone, where the plan wants it. Else the head would hold three tensors of the stream's size
+    while a reward is computed; its own work is next to nothing."""
+    own = head.forward
+
+    def from_place(x: torch.Tensor, e: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return own(x.to(device), e)
+
+    def forward(x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return own(x, e)
+        return checkpoint(from_place, x.to("cpu") if keep_on_host else x, e, x.device, use_reentrant=False, preserve_rng_state=False)
+
+    try:
+        head.forward = forward
+        yield
+    finally:
+        del head.__dict__["forward"]
 
 
 def is_plain_block(block: torch.nn.Module) -> bool:
@@ -109,21 +134,20 @@ def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device,
     """Load an expert file for training.
 
     Args:
-        path: safetensors file in Wan's key layout, as ComfyUI takes it.
+        path: safetensors or GGUF file in Wan's key layout, as ComfyUI takes it; floats, scaled fp8, or GGUF's blocks.
         dtype: fp32 or bf16; weights and matmuls.
         role: for messages, such as "high-noise expert".
-        on_host: leave the weights on the host; `engine` brings what is needed to `device`.
+        on_host: leave the weights on the host; `engine` brings what is needed to `device`. Quantised weights are always left there.
 
     Raises:
-        ValueError: missing or truncated file, not a Wan text-to-video model, a quantised file, or another latent width.
+        ValueError: missing or truncated file, not a Wan text-to-video model, a format that cannot be trained through, or another latent width.
     """
     header = read_header(path, role)
-    if any(name.startswith(("F8", "I8", "U8")) for name in header.dtypes.values()):
-        raise ValueError(f"the {role} {path} is quantised (8 bit); this version trains through fp32, fp16 or bf16 weights: use that version of the file")
-    with torch.inference_mode(False):
-        options = {"dtype": dtype, "load_device": torch.device("cpu") if on_host else device}
-        patcher = comfy.sd.load_diffusion_model(str(path), model_options=options, disable_dynamic=True)
-    model = patcher.model.diffusion_model
+    stored = quantised_weights(path, header, role)
+    if stored:
+        model, quantised = quantised_file.load(Path(path), header, stored, dtype=dtype, what=role)
+    else:
+        model, quantised = _load_plain(path, dtype, torch.device("cpu") if on_host else device), {}
     if not hasattr(model, "blocks") or not hasattr(model, "text_embedding"):
         raise ValueError(f"the {role} {path} is a {type(model).__name__}, not a Wan model; pick a Wan2.2 text-to-video expert")
     if model.out_dim != WanBackbone.latent_channels or model.model_type != "t2v":
@@ -131,4 +155,10 @@ def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device,
             f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains 16-channel models with "
             "plain text conditioning (Wan2.2 T2V, I2V and Fun-InP 14B)"
         )
-    return WanBackbone(model if on_host else model.to(device), dtype=dtype, device=device)
+    return WanBackbone(model if on_host or quantised else model.to(device), dtype=dtype, device=device, quantised=quantised)
+
+
+def _load_plain(path: str | Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    with torch.inference_mode(False):
+        patcher = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype, "load_device": device}, disable_dynamic=True)
+    return patcher.model.diffusion_model

@@ -13,7 +13,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..lora_train.safetensors_file import Header, read_header
 from .lora_keys import flat_name, wan_layers
@@ -22,6 +21,18 @@ INDEX_END = ".safetensors.index.json"
 SCALE_ENDS = (".scale_weight", ".weight_scale")  # of ComfyUI's two ways to store scaled fp8
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 READABLE_DTYPES = (*FLOAT_DTYPES, "F8_E4M3", "F8_E5M2")
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +65,13 @@ class WeightSource:
         """
         if weight in self.unreadable:
             raise ValueError(f"{self.name}: {weight} is quantised in a format that is not read here. Use the fp16, bf16 or fp8 file of the model.")
-        tensor = read_tensor(*self.places[weight], rows).float()
+        file, key = self.places[weight]
+        tensor = read_tensor(file, self.headers[file], key, rows).float()
         if weight not in self.scales:
             return tensor
         file, key = self.scales[weight]
         is_per_row = prod(self.headers[file].shapes[key]) > 1
-        return tensor.mul_(read_tensor(file, key, rows if is_per_row else None).float())
+        return tensor.mul_(read_tensor(file, self.headers[file], key, rows if is_per_row else None).float())
 
 
 def open_source(path: Path) -> WeightSource:
@@ -112,6 +124,8 @@ def _files(path: Path) -> list[Path]:
         if len(indexes) != 1 and len(files) != 1:
             raise ValueError(f"{path} holds {len(indexes)} indexes and {len(files)} safetensors files. Name the file or the index itself.")
         path = indexes[0] if len(indexes) == 1 else files[0]
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; check the path of the model.")
     if not path.name.endswith(INDEX_END):
         if path.suffix.lower() not in (".safetensors", ".sft"):
             raise ValueError(f"{path.name} is not a safetensors file. Models in GGUF or pickle formats are not read here; use the safetensors file.")
@@ -140,10 +154,37 @@ def _is_one_scale(shape: tuple[int, ...], headers: Mapping[Path, Header], place:
     return headers[file].dtypes[key] in FLOAT_DTYPES and (prod(scale) == 1 or scale == (shape[0], 1))
 
 
-def read_tensor(file: Path, key: str, rows: slice | None = None) -> torch.Tensor:
-    """Read one tensor, or some rows of it, as it is stored. Raises ValueError when the file changed or cannot be read."""
+def read_tensor(file: Path, header: Header, key: str, rows: slice | None = None) -> torch.Tensor:
+    """Read one tensor, or some rows of it, as it is stored.
+
+    Not through the safetensors library: it maps the whole file into memory for each tensor, which Linux refuses where the file is larger than
+    the machine's memory (28 GB on a machine with 24, safetensors 0.8).
+
+    Args:
+        file: The file.
+        header: Of the file.
+        key: The tensor.
+        rows: Along the first axis, in steps of 1.
+
+    Raises:
+        ValueError: The type is not read here, or the file changed or cannot be read.
+    """
+    dtype, shape, begin, size = header.dtypes[key], header.shapes[key], header.begin_of[key], header.bytes_of[key]
+    if dtype not in TORCH_DTYPES:
+        raise ValueError(f"{file.name}: {key[:200]} is stored as {dtype}, which is not read here.")
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        row_bytes = size // shape[0]
+        begin, size, shape = begin + first * row_bytes, (last - first) * row_bytes, (last - first, *shape[1:])
+    if size == 0:
+        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    data = torch.empty(size, dtype=torch.uint8)
     try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file.name}: {key} cannot be read ({error}). Download or copy the file again.") from error
+        with file.open("rb") as opened:
+            opened.seek(begin)
+            read = opened.readinto(memoryview(data.numpy()))
+    except OSError as error:
+        raise ValueError(f"{file.name}: {key[:200]} cannot be read ({error}). Download or copy the file again.") from error
+    if read != size:
+        raise ValueError(f"{file.name}: {key[:200]} cannot be read: the file became shorter. Download or copy the file again.")
+    return data.view(TORCH_DTYPES[dtype]).reshape(shape)

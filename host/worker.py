@@ -76,14 +76,11 @@ def run(folder: Path, *, resume: bool = False) -> int:
             _train(folder, stop, resume)
         except Exception as error:  # the process ends here; whatever it was must reach the page
             logger.exception("the run failed")
-            append_event(folder, events.Failed(time=time.time(), error=_message(error), log_tail=log_tail(folder)))
+            from ..lora_train.recovery import explain
+
+            append_event(folder, events.Failed(time=time.time(), error=explain(error), log_tail=log_tail(folder)))
             return 2
     return 0
-
-
-def _message(error: Exception) -> str:
-    plain = isinstance(error, ValueError) or type(error).__name__ == "NonFiniteError"
-    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 class _StopSignal:
@@ -148,7 +145,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from ..lora_train.run import Parts, train
     from ..runs import lease
     from ..runs.store import append_event
-    from . import start_images
+    from . import memory_meter, start_images
     from .engine import engines
     from .samples import SampleFiles
     from .training_mode import training_mode
@@ -167,7 +164,10 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        stack.enter_context(engines(config, backbones, device, dtype, scorers["latent_reward"]))
+        meter = memory_meter.meter_of(config, device, lambda: engine.knobs)
+        engine = stack.enter_context(engines(config, backbones, device, dtype, decoder=scorers["decoder"], latent_reward=scorers["latent_reward"]))
+        if meter is not None:
+            stack.enter_context(meter)
 
         def sink(event) -> None:
             append_event(folder, event)
@@ -179,8 +179,10 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),
-            pause=lambda: lease.wait_until_free(folder.parent, stop) if device.type != "cpu" else None,
+            pause=lambda: lease.wait_until_free(folder.parent, stop),
+            meter=meter,
             base_sha256=lambda expert: hashes[expert].result(),
+            shrink=engine.shrink,
             device=device,
             real=real,
             **scorers,
@@ -273,7 +275,7 @@ def _forget_after_checkpoint(folder: Path) -> None:
 
     (folder / "stop").unlink(missing_ok=True)
     step = latest_step(folder)
-    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed") and event.get("step", 0) <= step]
+    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed", "memory") and event.get("step", 0) <= step]
     kept = past if step else []
     partial = folder / f"{METRICS}.partial"
     partial.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in kept), encoding="utf-8")

@@ -229,9 +229,10 @@ class Engine:
 
     resident_blocks, ffn_chunk_tokens, row_chunk_tokens, head_groups, slots, keep_place, keep_attention, keep_feed_forward: see `offload/knobs.py`.
     optimiser_place: where masters and optimiser live, `device` or `host`.
-    attention, kernels: see `kernels/attention.py` and `kernels/lora_linear/kernels.py`.
+    attention, rollout_attention, kernels: see `kernels/attention.py` and `kernels/lora_linear/kernels.py`.
     card_gb, ram_gb: plan for a card and a host of this size; 0 takes those of the machine.
     self_check: compare one block with the plain path before the first step.
+    rehearse: run the largest step once before training and compare what it takes with the plan: `yes`, `no`, or `auto`: on a card.
     """
 
     resident_blocks: int = -1
@@ -244,10 +245,12 @@ class Engine:
     keep_feed_forward: str = "auto"
     optimiser_place: str = "auto"
     attention: str = "auto"
+    rollout_attention: str = "same"
     kernels: str = "auto"
     card_gb: float = 0.0
     ram_gb: float = 0.0
     self_check: bool = True
+    rehearse: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("resident_blocks", "slots", "ffn_chunk_tokens", "row_chunk_tokens", "head_groups"):
@@ -258,7 +261,9 @@ class Engine:
         for name in ("keep_attention", "keep_feed_forward"):
             _choice(f"engine.{name}", getattr(self, name), ("auto", "yes", "no"))
         _choice("engine.optimiser_place", self.optimiser_place, ("auto", "device", "host"))
-        _choice("engine.attention", self.attention, ("auto", "cudnn", "flash", "cpu", "plain"))
+        _choice("engine.rehearse", self.rehearse, ("auto", "yes", "no"))
+        _choice("engine.attention", self.attention, ("auto", "fa3", "cudnn", "flash", "cpu", "plain"))
+        _choice("engine.rollout_attention", self.rollout_attention, ("same", "sage"))
         _choice("engine.kernels", self.kernels, ("auto", "torch", "triton"))
         for name in ("card_gb", "ram_gb"):
             _number(f"engine.{name}", getattr(self, name), least=0)

@@ -52,7 +52,8 @@ def evaluate(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee])
     rewards = _latent_rewards(config, parts, trainees, items) if config.method == "prfl" else []
     motion, judged = [], []
     if looks_at_videos(config):
-        for prompts, frames_BFCHW in _videos(config, parts, trainees, items, config.held_out.latents):
+        for prompts, latent in _finished(config, parts, trainees, items):
+            frames_BFCHW = parts.decoder.decode(latent, range(min(config.held_out.latents or latent.shape[2], latent.shape[2])))
             for model, values in ((parts.reward, rewards), (parts.motion, motion), (parts.judge, judged)):
                 values += score_in_chunks(model, frames_BFCHW, prompts, FRAMES_PER_CHUNK).per_video.tolist() if model is not None else []
     parts.experts.count.total = spent  # looking is not training
@@ -85,10 +86,13 @@ def show_samples(config: TrainConfig, parts: Parts, trainees: Mapping[str, Train
         return
     prompts = sample_prompts(config)
     spent = parts.experts.count.total
-    videos = [frames for _, frames in _videos(config, parts, trainees, [(prompt, 0) for prompt in prompts])]
+    videos = []
+    for _, latent in _finished(config, parts, trainees, [(prompt, 0) for prompt in prompts]):
+        # To bytes on the host as they come: a whole video in fp32 has no place on a small card.
+        pieces = [piece.mul(255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu() for piece in parts.decoder.stream(latent)]
+        videos.append(torch.cat(pieces, dim=1))
     parts.experts.count.total = spent
-    videos_BTHWC = torch.cat(videos).mul(255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu()
-    files = parts.writer.write(videos_BTHWC, prompts, step)
+    files = parts.writer.write(torch.cat(videos), prompts, step)
     parts.sink(events.Sample(time=parts.clock(), step=step, files=files, prompts=prompts))
 
 
@@ -104,12 +108,12 @@ def all_prompts(config: TrainConfig) -> list[str]:
 
 
 @torch.no_grad()
-def _videos(
-    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]], latents: int = 0
+def _finished(
+    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Prompts and sampled latents of every batch."""
     for prompts, start, context in _starts(config, parts, trainees, items):
-        latent = parts.experts.roll(start, config.sampling.sigmas(), context)
-        yield prompts, parts.decoder.decode(latent, range(min(latents or latent.shape[2], latent.shape[2])))
+        yield prompts, parts.experts.roll(start, config.sampling.sigmas(), context)
 
 
 def _starts(

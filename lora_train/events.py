@@ -78,6 +78,33 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replanned:
+    """The card's memory ended in `step`, which runs once more with a smaller plan. `detail`: what changed, in a sentence."""
+
+    name: ClassVar[str] = "replanned"
+    time: float
+    step: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a step took and what was planned, in bytes: of tensors on a card; on the CPU, how far the process grew.
+
+    when: `rehearsal`, of the largest step before training; `run`, the peak of all updates. error: measured over predicted, less 1.
+    """
+
+    name: ClassVar[str] = "memory"
+    time: float
+    when: str
+    predicted_bytes: int
+    measured_bytes: int
+    limit_bytes: int
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The run ended well. `files` are absolute paths of the LoRAs.
 
@@ -103,8 +130,8 @@ class Failed:
     log_tail: list[str] = field(default_factory=list)
 
 
-Event = Started | Step | Sample | Checkpoint | Finished | Failed
-EVENTS: dict[str, type] = {kind.name: kind for kind in (Started, Step, Sample, Checkpoint, Finished, Failed)}
+Event = Started | Step | Sample | Checkpoint | Memory | Replanned | Finished | Failed
+EVENTS: dict[str, type] = {kind.name: kind for kind in (Started, Step, Sample, Checkpoint, Memory, Replanned, Finished, Failed)}
 
 
 def _finite(value: Any) -> Any:

@@ -148,12 +148,14 @@ class Shape:
 
     blocks: kept blocks of the trunk; 0 keeps what the file says (8 of an uncut 14B model). taps: pooled blocks counted from 1; empty: the last.
     train_blocks: how many of the last kept blocks are trained; -1 all, 0 none (a probe: only the head learns).
+    lora_rank: 0 trains whole blocks; above, a LoRA of this rank on each of their Linears, saved as a PAVRM in LoRA form that needs no trunk of its own.
     head: `file` goes on with the head of models.trunk or of models.query and models.head; `fresh` begins a new one.
     """
 
     blocks: int = 0
     taps: tuple[int, ...] = ()
     train_blocks: int = -1
+    lora_rank: int = 0
     pooling: str = "query"
     num_heads: int = 8
     head: str = "fresh"
@@ -161,9 +163,14 @@ class Shape:
     def __post_init__(self) -> None:
         _whole("shape.blocks", self.blocks, 0)
         _whole("shape.train_blocks", self.train_blocks, -1)
+        _whole("shape.lora_rank", self.lora_rank, 0)
         _whole("shape.num_heads", self.num_heads, 1)
         _choice("shape.pooling", self.pooling, POOLINGS)
         _choice("shape.head", self.head, HEADS)
+        _require(
+            not self.lora_rank or (self.train_blocks != 0 and self.pooling == "query"),
+            f"shape.lora_rank is {self.lora_rank}, so blocks must be trained (train_blocks {self.train_blocks}) and pooled by query (pooling {self.pooling!r})",
+        )
         _require(all(tap >= 1 for tap in self.taps), f"shape.taps is {list(self.taps)}, but blocks are counted from 1")
         _require(not self.blocks or all(tap <= self.blocks for tap in self.taps), f"shape.taps {list(self.taps)} lie above shape.blocks {self.blocks}")
 
@@ -233,6 +240,10 @@ class PavrmConfig:
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but it must be from 0 to 2^63 - 1")
         has_pairs = bool(self.data.pairs or self.data.losers)
         _require(self.loss != "ce" or not has_pairs, "data.pairs and data.losers need loss 'bt' (or 'both'): 'ce' learns from labels")
+        _require(
+            not (self.save_upstream and self.shape.lora_rank),
+            f"save_upstream goes with whole blocks, not with shape.lora_rank {self.shape.lora_rank}: HY-Video-PRFL's files hold whole trunks",
+        )
         _require(
             not (self.save_upstream and self.shape.pooling != "query"),
             f"save_upstream needs pooling 'query', not {self.shape.pooling!r}: HY-Video-PRFL's files have no other",

@@ -18,8 +18,10 @@ from typing import Any
 from . import needs
 from .config import TrainConfig
 from .lora.targets import select_targets
-from .planning.memory_plan import memory_plan
-from .planning.shapes import ModelShape, header_shape, shape_of
+from .planning import table
+from .planning.job import guidance_of, latent_shape
+from .planning.memory_plan import least_host, memory_plan, refusal, remedies
+from .planning.shapes import NAMES, ModelShape, header_shape, shape_of
 from .planning.speed import CARDS, GIB, Card
 from .safetensors_file import Header, read_header
 
@@ -27,6 +29,8 @@ _SAVED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # fp32 master and AdamW's two moments
 _STATE_BYTES = 12
+# Larger than any, where only the host's memory is in question
+_ANY_CARD = 10**15
 
 
 def linear_shapes(header: Header) -> dict[str, tuple[int, int]]:
@@ -52,8 +56,7 @@ def passes_per_update(config: TrainConfig, expert: str) -> dict[str, float]:
 
     For steps that are drawn: the mean (a shortened rollout is reckoned at the mean step).
     """
-    own_guidance = {"prfl": config.prfl.guidance, "reward_flow": config.reward_flow.guidance or config.sampling.guidance}
-    guidance = own_guidance.get(config.method, config.sampling.guidance)
+    guidance = guidance_of(config)
     first, last, selected = _gradient_span(config, expert)
     is_chain = config.method == "reward_backprop" and config.objective.mode == "chain"
     end = config.sampling.steps - 1 if is_chain else last
@@ -122,7 +125,9 @@ def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | N
             "lora_parameters": parameters,
             "passes_per_update_and_video": passes_per_update(config, expert) if is_trained else None,
         }
-    _, _, frames, height, width = config.video.latent_shape(1)
+    first = config.trained_experts[0]
+    shape = shape or header_shape(read_header(getattr(config.models, first)), Path(getattr(config.models, first)).name)
+    _, _, frames, height, width = latent_shape(config, shape)
     copies = 2 if config.output_folder else 1
     found = {
         "experts": experts,
@@ -134,8 +139,6 @@ def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | N
         "videos": config.steps * config.batch * config.optimiser.accumulate,
     }
     if card is not None:
-        first = config.trained_experts[0]
-        shape = shape or header_shape(read_header(getattr(config.models, first)), Path(getattr(config.models, first)).name)
         found |= memory_plan(config, shape, card, host_free_bytes, passes_per_update(config, first))
     return found
 
@@ -156,6 +159,24 @@ def check_disk(config: TrainConfig, folder: Path) -> None:
         )
 
 
+def check_memory(config: TrainConfig) -> None:
+    """Refuse a run that this machine's memory cannot hold, however much of it a card takes.
+
+    Raises:
+        ValueError: says how much is needed at least, for what, and what would fit.
+    """
+    first = config.trained_experts[0]
+    shape = header_shape(read_header(getattr(config.models, first)), Path(getattr(config.models, first)).name)
+    free_bytes = int(config.engine.ram_gb * 1e9) or free_memory_bytes()
+    needed, part = least_host(config, shape)
+    if needed > free_bytes:
+        words = "; ".join(remedies(config, shape, _ANY_CARD, free_bytes)) or "use smaller models, or a machine with more memory"
+        raise ValueError(
+            f"this run needs at least {needed / 1e9:.2f} GB of memory, most of it for {part}, but {free_bytes / 1e9:.2f} GB are free; close other programs. "
+            f"Would fit: {words}"
+        )
+
+
 def _count(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:
@@ -164,30 +185,47 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan of a config file as JSON; `lab.py plan CONFIG` calls this."""
-    parser = argparse.ArgumentParser(prog="lab.py plan", description="Print what a training run would need; needs no weights with --shape, and no GPU.")
+    """Print the plan of a config file; `lab.py plan CONFIG` calls this."""
+    parser = argparse.ArgumentParser(prog="lab.py plan", description="What a training run would need; needs no weights with --shape, and no GPU.")
     parser.add_argument("config", help="training config, a JSON file")
-    parser.add_argument("--json", action="store_true", help="JSON, which is also the default")
-    parser.add_argument("--shape", help="size of the experts without their files: wan-14b, wan-14b-i2v, wan-5b, wan-1.3b, or a safetensors file")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--shape", help=f"size of the experts without their files: {', '.join(NAMES)}, or a safetensors file")
+    parser.add_argument("--base", choices=["bf16", "fp8"], help="how the experts' weights are stored, with a named --shape (default: bf16)")
     parser.add_argument("--card", default="rtx 4090", help=f"device to plan for: {', '.join(CARDS)} (default: rtx 4090)")
-    parser.add_argument("--card-gb", type=float, default=0.0, help="use only so much of its memory")
-    parser.add_argument("--ram-gb", type=float, default=0.0, help="host memory for the run (default: what this machine has free)")
+    parser.add_argument("--card-gb", type=float, default=0.0, help="use only so much of its memory, in GiB")
+    parser.add_argument("--ram-gb", type=float, default=0.0, help="host memory for the run, in GB (default: what this machine has free)")
     options = parser.parse_args(argv)
     try:
-        values = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
-        config = TrainConfig.from_dict(values)
-        if options.card.lower() not in CARDS:
-            raise ValueError(f"--card is {options.card!r}; it must be one of {', '.join(CARDS)}; use --card-gb for another size")
-        card = CARDS[options.card.lower()]
-        host_bytes = int(options.ram_gb * 1e9) or free_memory_bytes()
-        if options.card_gb or not card.memory_bytes:
-            card = replace(card, memory_bytes=int(options.card_gb * GIB) or host_bytes)
-        found = plan(config, shape=shape_of(options.shape) if options.shape else None, card=card, host_free_bytes=host_bytes)
-        print(json.dumps(found, indent=2))
+        config = TrainConfig.from_dict(json.loads(Path(options.config).read_text(encoding="utf-8-sig")))
+        found = plan(config, shape=_shape(options), **_machine(options))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(json.dumps(found, indent=2) if options.json else table.text(config, found, "" if found["fits"] else refusal(found)))
     return 0
+
+
+def _shape(options: argparse.Namespace) -> ModelShape | None:
+    if options.base and options.shape not in NAMES:
+        raise ValueError(f"--base {options.base} goes with a named --shape ({', '.join(NAMES)}); a file tells how its weights are stored")
+    if not options.shape:
+        return None
+    shape = shape_of(options.shape)
+    return replace(shape, weight_bytes=1) if options.base == "fp8" else shape
+
+
+def _machine(options: argparse.Namespace) -> dict[str, Any]:
+    if options.card.lower() not in CARDS:
+        raise ValueError(f"--card is {options.card!r}; it must be one of {', '.join(CARDS)}; use --card-gb for another size")
+    for name in ("card_gb", "ram_gb"):
+        value = getattr(options, name)
+        if not 0 <= value < 1e6:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; give a size above 0, or leave it out")
+    host_bytes = int(options.ram_gb * 1e9) or free_memory_bytes()
+    card = CARDS[options.card.lower()]
+    if options.card_gb or not card.memory_bytes:
+        card = replace(card, memory_bytes=int(options.card_gb * GIB) or host_bytes)
+    return {"card": card, "host_free_bytes": host_bytes}
 
 
 def free_memory_bytes() -> int:
@@ -196,7 +234,17 @@ def free_memory_bytes() -> int:
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, _container_bytes())
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 64 * 10**9
+
+
+def _container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves; caches of files, which it gives up when asked, count as free. Without a limit: more than there is."""
+    try:
+        limit, used = ((folder / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        caches = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return _ANY_CARD
+    return _ANY_CARD if limit == "max" else max(0, int(limit) - int(used) + int(caches.get("inactive_file", 0)))

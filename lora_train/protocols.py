@@ -5,7 +5,7 @@ Shapes: B batch, C channels, F latent frames, T pixel frames, H W height and wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +35,9 @@ class Decoder(Protocol):
 
     def decode(self, latent_BCFHW: torch.Tensor, selection: range | None = None) -> torch.Tensor:
         """Pixels [B, T, 3, H, W], fp32 in [0, 1], of the latent frames in `selection` (consecutive; None: all)."""
+
+    def stream(self, latent_BCFHW: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Those of all latent frames in pieces, without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,14 @@ class Objective(Protocol):
 
     def use(self, measured: dict[str, float]) -> None:
         """Take what `measure` gave, now or before the run was resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """What a smaller plan changed, for the log, and where the LoRA's masters live now."""
+
+    changes: str
+    masters_on: torch.device
 
 
 EventSink = Callable[[Event], None]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import RewardModel
-from . import checkpoint, events, guards
+from . import checkpoint, events, guards, recovery, rehearsal
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate, show_samples
 from .flow import steps_of_expert
@@ -25,8 +25,9 @@ from .lora.adapter import new_adapter
 from .lora.linears import install
 from .lora.targets import select_targets
 from .prompts import derived_seed
-from .protocols import Decoder, EventSink, LatentReward, Objective, SampleWriter, StopRequested
+from .protocols import Decoder, EventSink, LatentReward, Objective, Outcome, SampleWriter, Shrunk, StopRequested
 from .real import RealLatents, RealSamples
+from .rehearsal import MemoryMeter
 from .rollout import ContextCache, Experts
 from .trainee import Trainee, new_trainee
 
@@ -37,7 +38,8 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else.
+    """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else. `shrink` goes to the next smaller
+    plan and says what changed, or None where there is none. With a `meter` the largest step is rehearsed before the first one.
 
     None is what the config has no use for: decoder and reward without videos, latent_reward without PRFL, motion and judge without their guards.
     """
@@ -54,6 +56,8 @@ class Parts:
     real: RealLatents | RealSamples | None = None
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
+    shrink: Callable[[], Shrunk | None] | None = None
+    meter: MemoryMeter | None = None
     base_sha256: Callable[[str], str] = lambda expert: ""
     clock: Callable[[], float] = time.time
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -74,17 +78,19 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
 
     Raises:
         NonFiniteError: the loss or gradient became NaN or infinite; names step, sigma and the last three rewards.
+        CardFullError: the card's memory ended twice in one step; a checkpoint was written.
     """
     with ExitStack() as installed:
         trainees = {expert: _new_trainee(config, parts, expert, installed) for expert in config.trained_experts}
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
         parts.experts.count.total = progress.forwards
         parts.sink(_started(config, parts, trainees, progress))
+        rehearsal.rehearse(config, parts, objective, trainees)
         if progress.step == 0:
             progress = _look_at_base(config, parts, objective, trainees, progress)
         objective.use(progress.measured)
 
-        ended = Stop(reason="completed", detail="")
+        ended, begun_run = Stop(reason="completed", detail=""), time.perf_counter()
         saved_at = progress.step
         for step in range(progress.step + 1, config.steps + 1):
             parts.pause()
@@ -95,12 +101,13 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
             expert = config.trained_experts[(step - 1) % len(trainees)]
             trainee = trainees[expert]
 
-            outcomes = []
-            for micro in range(config.optimiser.accumulate):
-                with ExitStack() as merged:
-                    for other in trainees.values():
-                        merged.enter_context(other.switch.merged())
-                    outcomes.append(objective.add_gradient(trainee, step, micro))
+            try:
+                outcomes = recovery.twice(lambda: _add_gradients(config, objective, trainees, expert, step), parts, trainees.values(), step)  # noqa: B023
+            except recovery.CardFullError:
+                # What is in memory is the last update; half-made gradients are gone.
+                if saved_at != progress.step:
+                    _save(config, parts, folder, trainees, progress)
+                raise
             count = len(outcomes)
             reward, loss, kl, sigma = (sum(getattr(outcome, name) for outcome in outcomes) / count for name in ("reward", "loss", "kl", "sigma"))
 
@@ -117,7 +124,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
             is_last = step == config.steps or stop is not None
             held_out = None
             if config.held_out.every and (step % config.held_out.every == 0 or is_last):
-                held_out = evaluate(config, parts, trainees)
+                held_out = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), step)
                 # Only looks that a longer run would take as well may count, or resuming would not give the same.
                 if step % config.held_out.every == 0:
                     progress, stop = _after_look(config, trainees, progress, held_out, stop)
@@ -143,7 +150,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
                 )
             )
             if config.sample_every and (step % config.sample_every == 0 or is_last):
-                show_samples(config, parts, trainees, step)
+                recovery.twice(lambda: show_samples(config, parts, trainees, step), parts, trainees.values(), step)  # noqa: B023
             if config.checkpoint_every and step % config.checkpoint_every == 0:
                 _save(config, parts, folder, trainees, progress)
                 saved_at = step
@@ -153,6 +160,8 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
 
         if saved_at != progress.step or not checkpoint.states(folder):
             _save(config, parts, folder, trainees, progress)
+        if parts.meter is not None:
+            rehearsal.report(parts, "run", parts.meter.peak_bytes(), time.perf_counter() - begun_run)
         finished = _finish(config, parts, folder, trainees, progress, ended)
     parts.sink(finished)
     return finished
@@ -166,18 +175,29 @@ def _new_trainee(config: TrainConfig, parts: Parts, expert: str, installed: Exit
     return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser, config.steps)
 
 
+def _add_gradients(config: TrainConfig, objective: Objective, trainees: Mapping[str, Trainee], expert: str, step: int) -> list[Outcome]:
+    """The gradient of update `step`, by micro-batches."""
+    outcomes = []
+    for micro in range(config.optimiser.accumulate):
+        with ExitStack() as merged:
+            for other in trainees.values():
+                merged.enter_context(other.switch.merged())
+            outcomes.append(objective.add_gradient(trainees[expert], step, micro))
+    return outcomes
+
+
 def _look_at_base(
     config: TrainConfig, parts: Parts, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress
 ) -> checkpoint.Progress:
     """Measure and show the base model, before the first update."""
-    progress = replace(progress, measured=objective.measure())
+    progress = replace(progress, measured=recovery.twice(objective.measure, parts, trainees.values(), 0))
     if config.held_out.every:
-        base = evaluate(config, parts, trainees)
+        base = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), 0)
         progress = replace(progress, held_out_base=base.mean, watch=guards.first_look(progress.watch, base))
         for trainee in trainees.values() if config.guards.needs_looks else ():
             trainee.remember()
     if config.sample_every:
-        show_samples(config, parts, trainees, 0)
+        recovery.twice(lambda: show_samples(config, parts, trainees, 0), parts, trainees.values(), 0)
     return progress
 
 

@@ -59,7 +59,7 @@ class TensorSpec:
 
 
 def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int = _HEADER_LIMIT_BYTES) -> Header:
-    """Read and check the header of a safetensors file; no tensor is read.
+    """Read and check the header of a safetensors file, or of a GGUF file by its name; no tensor is read.
 
     Args:
         what: name of the file's role, for messages.
@@ -67,9 +67,15 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
 
     Raises:
         ValueError: missing, empty, not safetensors, a header that is too long or names a key twice, an entry whose type, shape and offsets do not
-            fit each other, or a file shorter than its header promises.
+            fit each other, numbers that overlap or leave holes, metadata that are no texts, or a file shorter than its header promises.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"the {what} {path} is a folder; name a file in it")
+    if path.suffix.lower() == ".gguf":
+        from .gguf_file import read_gguf_header
+
+        return read_gguf_header(path, what)
     if not path.is_file():
         raise ValueError(f"the {what} {path} does not exist; check the path or download the file")
     size_bytes = path.stat().st_size
@@ -89,10 +95,14 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
         raise ValueError(f"the {what} {path} has an unreadable safetensors header ({str(error)[:200]}); download it again") from error
     if not isinstance(entries, dict):
         raise ValueError(f"the {what} {path} has an unreadable safetensors header (a {type(entries).__name__}, not an object); download it again")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"the {what} {path} has metadata that are no texts under names, as the format asks for; download it again")
     for key, entry in entries.items():
         if not _is_entry(entry):
             raise ValueError(f"the {what} {path} is damaged: the header's entry of {key[:200]!r} has no valid type, shape and offsets; download it again")
+    _check_order(path, what, entries)
     wanted_bytes = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size_bytes < wanted_bytes:
         raise ValueError(f"the {what} {path} is truncated: it should have {wanted_bytes} bytes, it has {size_bytes}; download it again")
@@ -100,9 +110,20 @@ def read_header(path: str | Path, what: str = "model file", *, limit_bytes: int 
         shapes={key: tuple(entry["shape"]) for key, entry in entries.items()},
         dtypes={key: entry["dtype"] for key, entry in entries.items()},
         bytes_of={key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in entries.items()},
-        metadata={str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {},
+        metadata=metadata,
         begin_of={key: 8 + length + entry["data_offsets"][0] for key, entry in entries.items()},
     )
+
+
+def _check_order(path: Path, what: str, entries: dict[str, Any]) -> None:
+    """Refuse numbers that overlap or leave holes between them, as the format asks for."""
+    end = 0
+    for key in sorted(entries, key=lambda key: entries[key]["data_offsets"]):
+        begin, next_end = entries[key]["data_offsets"]
+        if begin != end:
+            told = "overlap those before them" if begin < end else f"leave a hole of {begin - end} bytes before them"
+            raise ValueError(f"the {what} {path} is damaged: the numbers of {key[:200]!r} {told}; download it again")
+        end = next_end
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -42,11 +42,30 @@ class Trainee:
         if math.isfinite(grad_norm):
             for group in self.optimiser.param_groups:
                 group["lr"] = self.learning_rate(step)
-            self.optimiser.step()
-            for name, tensor in self.adapter.tensors().items() if self.average else ():
-                self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
+            try:
+                self.optimiser.step()
+                # Not every optimiser says that it wrote; copies beside streamed blocks are renewed by this number.
+                for parameter in parameters:
+                    torch.autograd.graph.increment_version(parameter)
+                for name, tensor in self.adapter.tensors().items() if self.average else ():
+                    self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(
+                    f"step {step}: the card's memory ended while the LoRA was being changed, which is now neither the old nor the new one. The last "
+                    f"checkpoint is good; resume from it with engine.optimiser_place 'host' ({error})"
+                ) from error
         self.optimiser.zero_grad(set_to_none=True)
         return grad_norm
+
+    def to(self, device: torch.device) -> None:
+        """Move masters, optimiser and averages; nothing happens where they are there already."""
+        for parameter in self.adapter.parameters():
+            parameter.data = parameter.data.to(device)
+            state = self.optimiser.state.get(parameter, {})
+            # torch keeps the step number on the CPU.
+            state.update({key: value.to(device) for key, value in state.items() if isinstance(value, torch.Tensor) and value.ndim})
+        for tensors in (self.average, self.best):
+            tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
 
     def learning_rate(self, step: int) -> float:
         """Rate of update `step`."""

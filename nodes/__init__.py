@@ -12,7 +12,7 @@ from .prompts import Prompts
 from .rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo
 from .sample import SampleWan22
 from .testlab import TestLabCell, TestLabGrid
-from .train import RunResult, TrainLoRA
+from .train import MemoryPlan, RunResult, TrainLoRA
 
 NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     WanModels,
@@ -25,6 +25,7 @@ NODE_CLASSES: tuple[type[io.ComfyNode], ...] = (
     ScoreVideo,
     ScoreLatent,
     Prompts,
+    MemoryPlan,
     TrainLoRA,
     VideoDataset,
     TrainPAVRM,

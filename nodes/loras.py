@@ -70,8 +70,7 @@ class LoadLoRAs(io.ComfyNode):
         parsed = lora_patch.parse_rows(rows)
         result = lora_patch.apply_rows(model_high, model_low, parsed, application)
         high, low = (lora_lists.lora_lists(parsed, expert, application) for expert in ("high", "low"))
-        left_out = dict.fromkeys((*high.left_out, *low.left_out))
-        report = "\n".join([result.report, *(f"{file}: its curve or block strengths cannot be carried by the lists for other packs" for file in left_out)])
+        report = "\n".join([result.report, *lora_lists.notes(result.rows, (high, low))])
         ui = {"reward_lab_rows": [row.to_dict() for row in result.rows], "text": [report]}
         return io.NodeOutput(result.model_high, result.model_low, report, high.wanvideo, low.wanvideo, high.stack, low.stack, ui=ui)
 

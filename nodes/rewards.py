@@ -136,9 +136,9 @@ class MixRewards(io.ComfyNode):
             tip = "Factor of this reward after centring and scaling; negative turns it round."
             inputs.append(io.Float.Input(f"weight_{number}", default=1.0, min=-1000.0, max=1000.0, step=0.05, optional=is_optional, tooltip=tip))
             tip = "Reward that counts as 0. Filled from base videos when measure_baseline is on."
-            inputs.append(io.Float.Input(f"centre_{number}", default=0.0, min=-1e6, max=1e6, step=0.001, optional=is_optional, tooltip=tip))
+            inputs.append(io.Float.Input(f"centre_{number}", default=0.0, min=-1e6, max=1e6, step=0.001, round=1e-6, optional=is_optional, tooltip=tip))
             tip = "Reward difference that counts as 1. Filled from base videos when measure_baseline is on."
-            inputs.append(io.Float.Input(f"scale_{number}", default=1.0, min=1e-6, max=1e6, step=0.001, optional=is_optional, tooltip=tip))
+            inputs.append(io.Float.Input(f"scale_{number}", default=1.0, min=1e-6, max=1e6, step=0.001, round=1e-6, optional=is_optional, tooltip=tip))
         measure = "Measure centre and scale: mean and standard deviation of each reward over the videos in baseline_folder, made without reward LoRA."
         return io.Schema(
             node_id="RewardLabMixRewards",
@@ -161,10 +161,15 @@ class MixRewards(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, measure_baseline: bool = False, baseline_folder: str = "", baseline_prompts: str = "", **_rows) -> str:
+        """A text that changes with the base videos, while they are measured."""
+        return scoring.files_stamp(baseline_folder, baseline_prompts) if measure_baseline else ""
+
+    @classmethod
     def execute(cls, measure_baseline: bool = False, baseline_folder: str = "", baseline_prompts: str = "", **rows) -> io.NodeOutput:
         """Return the mix. Raises ValueError for rewards that cannot be mixed or base videos that cannot be measured."""
-        spec, report = score_nodes.mix(rows, measure_baseline, baseline_folder, baseline_prompts)
-        return io.NodeOutput(spec, report, ui={"text": [report]})
+        mixed = score_nodes.mix(rows, measure_baseline, baseline_folder, baseline_prompts)
+        return io.NodeOutput(mixed.spec, mixed.report, ui={"text": [mixed.report], "reward_lab_baseline": list(mixed.measured)})
 
 
 class ScoreVideo(io.ComfyNode):
@@ -212,6 +217,11 @@ class ScoreVideo(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, path: str = "", prompts_file: str = "", **_inputs) -> str:
+        """A text that changes with the files to score."""
+        return scoring.files_stamp(path, prompts_file)
+
+    @classmethod
     def execute(cls, reward_model, prompt: str, images=None, video=None, path: str = "", prompts_file: str = "") -> io.NodeOutput:
         """Score. Raises ValueError for a video without frames, an empty prompt, or none or two sources."""
         result = score_nodes.score_video(reward_model, prompt, images=images, video=video, path=path, prompts_file=prompts_file)
@@ -235,12 +245,14 @@ class ScoreLatent(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt's conditioning; for image-to-video the one with the start image."),
                 RewardModel.Input("reward_model", tooltip="From Load Reward Model with kind pavrm."),
                 io.String.Input("sigmas", default="0.2, 0.4, 0.6, 0.8", tooltip="Noise levels from 0 to 1; the latent gets so much noise before it is scored."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Of the noise."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=io.ControlAfterGenerate.fixed, tooltip="Of the noise."
+                ),
             ],
             outputs=[
-                io.Float.Output("probability", display_name="probability", tooltip="Mean over the noise levels; higher is better."),
-                io.Image.Output("plot", display_name="plot", tooltip="Probability over sigma."),
-                io.String.Output("json", display_name="json", tooltip="Logit and probability per sigma."),
+                io.Float.Output("probability", display_name="probability", tooltip="Mean over the latents and noise levels; higher is better."),
+                io.Image.Output("plot", display_name="plot", tooltip="Probability over sigma, a curve per latent."),
+                io.String.Output("json", display_name="json", tooltip="Logit and probability per latent and sigma."),
             ],
             is_output_node=True,
         )

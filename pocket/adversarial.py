@@ -1,4 +1,4 @@
-"""Attacks frames by gradient ascent on one pocket reward and asks the others: `lab.py bench adversarial [--picture FILE]`.
+"""Attacks frames by gradient ascent on one pocket reward and asks the others: `lab.py bench adversarial [--picture FILE] [--out FILE]`.
 
 Each frame gets a caption that is wrong in one property (a blue square is called red). Ascent changes pixels by at most 24 of 255 until the attacked
 reward is as pleased as with the right caption. It is noticed when another judge disagrees: the other reward model is less pleased than with an honest
@@ -23,6 +23,7 @@ from . import oracle, quality, world
 from .stages import hps, mps
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "adversarial.json"
 STEPS = 40
 # Largest change of a pixel: 24 of 255.
 REACH = 24 / 255
@@ -53,14 +54,13 @@ def measure(weights: Path, count: int = 24, steps: int = STEPS, attacked_kind: s
     models = {kind: load_reward_model(kind, weights / name) for kind, name in {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME}.items()}
     attacked = attack(models[attacked_kind], frames, prompts, steps)
     result: dict = {"attacked": attacked_kind, "frames": count, "reach_of_255": REACH * 255, "steps": steps}
-    pleased = {}
+    pleased, scores = {}, {}
     for kind, model in models.items():
         with torch.no_grad():
             level, before, after = (model.score(x, texts).per_video for x, texts in ((frames, honest), (frames, prompts), (attacked, prompts)))
         pleased[kind] = after >= level
-        values = {"honest": level, "before": before, "after": after}
-        result[kind] = {name: float(value.mean()) for name, value in values.items()} | {"pleased": float(pleased[kind].float().mean())}
-        result.setdefault("_first", {})[kind] = {name: float(value[0]) for name, value in values.items()}
+        scores[kind] = {"honest": level, "before": before, "after": after}
+        result[kind] = {name: float(value.mean()) for name, value in scores[kind].items()} | {"pleased": float(pleased[kind].float().mean())}
     agrees = torch.tensor([_shows(frame, scene) for frame, scene in zip(attacked[:, 0], wrong, strict=True)])
     other = next(kind for kind in models if kind != attacked_kind)
     fooled = pleased[attacked_kind]
@@ -68,7 +68,11 @@ def measure(weights: Path, count: int = 24, steps: int = STEPS, attacked_kind: s
     result |= {"fooled": float(fooled.float().mean()), "oracle_agrees": float(agrees.float().mean())}
     result |= {"noticed": float(noticed.sum() / fooled.sum().clamp_min(1)), "noticed_by_other_reward": float((fooled & ~pleased[other]).sum() / fooled.sum())}
     result["psnr_db"] = float(-10 * torch.log10((attacked - frames).square().mean()))
-    result["_pictures"] = (frames[0, 0], attacked[0, 0], prompts[0], result.pop("_first"), bool(agrees[0]))
+    # For the picture: a frame on which the attack turned the attacked reward round and was noticed, where there is one.
+    turned = noticed & (scores[attacked_kind]["before"] < scores[attacked_kind]["honest"])
+    shown = int(turned.int().argmax())
+    rewards = {kind: {name: float(value[shown]) for name, value in values.items()} for kind, values in scores.items()}
+    result["_pictures"] = (frames[shown, 0], attacked[shown, 0], prompts[shown], rewards, bool(agrees[shown]))
     return result
 
 
@@ -104,10 +108,11 @@ def picture(clean_CHW: torch.Tensor, attacked_CHW: torch.Tensor, prompt: str, re
 
 
 def main(argv: list[str]) -> int:
-    """Print the measurement as JSON, and write the picture when asked."""
+    """Measure, print and write; the picture when asked."""
     parser = argparse.ArgumentParser(prog="lab.py bench adversarial", description=__doc__.split("\n")[0])
     parser.add_argument("--picture", metavar="FILE", help="write the picture of the help page")
     parser.add_argument("--count", type=int, default=24, help="frames (default: 24)")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     options = parser.parse_args(argv)
     results = []
     for kind in ("hpsv2.1", "mps"):
@@ -116,5 +121,8 @@ def main(argv: list[str]) -> int:
         results.append(measured)
         if kind == "hpsv2.1" and options.picture:
             picture(*shown).save(options.picture, optimize=True)
-    print(json.dumps(results, indent=2))
+    document = {"benchmark": "adversarial", "models": "pocket", "hardware": f"CPU, torch {torch.__version__}", "attacks": results}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=1))
     return 0

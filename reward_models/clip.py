@@ -42,6 +42,13 @@ VIT_L_14: Mapping[str, Any] = {
 
 _LOG = logging.getLogger("reward_lab")
 
+# Far above every published CLIP.
+_MOST_LAYERS, _MOST_SIZE, _MOST_RATIO = 1000, 1_000_000, 100
+_SIZES = {
+    "vision_cfg": ("image_size", "layers", "width", "head_width", "patch_size"),
+    "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers"),
+}
+
 END_ID = 49407
 CONTEXT_LENGTH = 77
 
@@ -86,10 +93,13 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"CLIP config lacks {', '.join(missing)}; give an open_clip model config like open_clip/model_configs/ViT-H-14.json.")
     unknown = sorted(set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"})
     for part, allowed in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        if not isinstance(config[part], Mapping):
+            raise ValueError(f"CLIP config: {part} is {config[part]!r}; it must be an object with sizes.")
         names = {field.name for field in fields(allowed)}
         unknown += [f"{part}.{key}" for key in config[part] if key not in names]
     if unknown:
         raise ValueError(f"CLIP config has unknown entries {', '.join(unknown)}; open_clip 3.3 does not know them.")
+    _check_numbers(config)
     vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
     if vision.timm_model_name or text.hf_model_name or not isinstance(vision.layers, int):
         raise ValueError("CLIP config names a timm, Hugging Face or ResNet tower; the scorers here are plain ViT + text transformer models.")
@@ -98,6 +108,31 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"CLIP config: width {vision.width} must be a multiple of head_width {vision.head_width}, "
             f"and text width {text.width} a multiple of heads {text.heads}."
         )
+
+
+def check_sizes(sizes: Mapping[str, Any], what: str) -> None:
+    """Sizes of a config must be whole numbers that a model can have: building one of a million layers would never end.
+
+    Raises:
+        ValueError: names the first that is not.
+    """
+    for name, value in sizes.items():
+        most = _MOST_LAYERS if "layer" in name else _MOST_SIZE
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"{what}: {name} is {value!r}; it must be a whole number from 1 to {most}.")
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    sizes = {"embed_dim": config["embed_dim"]}
+    for part, names in _SIZES.items():
+        sizes |= {f"{part}.{name}": config[part][name] for name in names if name in config[part]}
+    check_sizes(sizes, "CLIP config")
+    for part in ("vision_cfg", "text_cfg"):
+        ratio = config[part].get("mlp_ratio", 4.0)
+        if not isinstance(ratio, (int, float)) or not 0 < ratio <= _MOST_RATIO:
+            raise ValueError(f"CLIP config: {part}.mlp_ratio is {ratio!r}; it must be a number above 0 and up to {_MOST_RATIO}.")
+    if config["text_cfg"].get("context_length", CONTEXT_LENGTH) != CONTEXT_LENGTH:
+        raise ValueError(f"CLIP config: text_cfg.context_length is {config['text_cfg']['context_length']}; the scorers' prompts have {CONTEXT_LENGTH} ids.")
 
 
 def _widen_norms(module: nn.Module) -> None:
@@ -267,6 +302,8 @@ def from_hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(f"CLIP config lacks {error.args[0]!r}; give a Hugging Face CLIPConfig or an open_clip model config.") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"CLIP config: a size is no number that it can be ({error}); give a Hugging Face CLIPConfig or an open_clip one.") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -297,13 +334,20 @@ def tokenize(prompts: Sequence[str], *, is_plain: bool = False, pad_id: int = 0)
 
 
 def warn_about(prompts: Sequence[str], *, is_plain: bool = False) -> None:
-    """Log a warning for every empty prompt, and for every one that does not fit 77 ids, with the words where it is cut."""
-    tokenizer = _tokenizer(is_plain)
+    """Log what `prompt_warnings` says."""
+    for message in prompt_warnings(prompts, is_plain=is_plain):
+        _LOG.warning("%s", message)
+
+
+def prompt_warnings(prompts: Sequence[str], *, is_plain: bool = False) -> list[str]:
+    """A sentence for every empty prompt, and for every one that does not fit 77 ids, with the words where it is cut."""
+    tokenizer, room = _tokenizer(is_plain), CONTEXT_LENGTH - 2
+    messages = []
     for prompt in prompts:
         if not prompt.strip():
-            _LOG.warning("A prompt is empty: its scores compare the frames with no text at all and mean little.")
+            messages.append("A prompt is empty: its scores compare the frames with no text at all and mean little.")
         ids = tokenizer.encode(prompt)
-        room = CONTEXT_LENGTH - 2
         if len(ids) > room:
-            before, after = tokenizer.decode(ids[:room])[-40:], tokenizer.decode(ids[room:])[:40]
-            _LOG.warning("Prompt needs %d tokens, %d fit: it is cut after '...%s', before '%s...'.", len(ids), room, before.strip(), after.strip())
+            before, after = tokenizer.decode(ids[:room])[-40:].strip(), tokenizer.decode(ids[room:])[:40].strip()
+            messages.append(f"Prompt needs {len(ids)} tokens, {room} fit: it is cut after '...{before}', before '{after}...'.")
+    return messages

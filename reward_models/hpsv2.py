@@ -51,7 +51,8 @@ class HPSv2Reward:
     def __init__(self, network: CLIP, *, resize: str = DEFAULT_RESIZE, use_antialias: bool = True):
         self.prepare = Preparation(size_px=network.visual.image_size[0], resize=resize, use_antialias=use_antialias)
         self.network = network.eval().requires_grad_(False)
-        self._texts = TextCache(lambda prompts: clip.prompt_vectors(self.network, prompts))
+        # Of the network and not of this object: a circle would keep the weights until the garbage collector comes by.
+        self._texts = TextCache(lambda prompts: clip.prompt_vectors(network, prompts))
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +72,10 @@ class HPSv2Reward:
     def text_vectors(self, prompts: Sequence[str]) -> Tensor:
         """Unit prompt vectors [B, D], at least float32, cached by prompt; without gradient."""
         return self._texts(prompts)
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return clip.prompt_warnings(prompts)
 
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """HPS per frame and their mean; see `base.RewardModel.score`.

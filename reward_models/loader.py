@@ -120,6 +120,9 @@ def _mps_network(content: Weights, path: Path, config: Mapping[str, Any] | str |
         raise _wrong_model(content, path, "mps", "an MPS model")
     state = layouts.mps_to_own(content.state)
     sizes = _find_config(content, path, config, lambda: _mps_config_from_shapes(state))
+    given = sizes.get("cross_config", {})
+    if isinstance(given, Mapping):
+        sizes = {**sizes, "cross_config": {**mps.cross_sizes(state), **given}}
     return _materialise(lambda: mps.build(sizes), state, str(path))
 
 
@@ -143,8 +146,7 @@ def _aesthetic_network(content: Weights, path: Path, config: Mapping[str, Any] |
 
 def _mps_config_from_shapes(state: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     sizes = clip.config_from_shapes({key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")})
-    # With the full-size towers the cross model has the published sizes too; anything else fails the strict key check by name.
-    return None if sizes is None else {**sizes, "cross_config": dict(mps.CROSS_DEFAULTS)}
+    return sizes
 
 
 def _wrong_model(content: Weights, path: Path, kind: str, wanted: str) -> ValueError:

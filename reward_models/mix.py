@@ -74,6 +74,16 @@ class MixReward:
             component.model.to(device, dtype)
         return self
 
+    def in_batch_of(self, prompts: Sequence[str]) -> MixReward:
+        """See `mps.MPSReward.in_batch_of`."""
+        models = [c.model.in_batch_of(prompts) if getattr(c.model, "mixes_prompts", False) else c.model for c in self.components]
+        return MixReward([dataclasses.replace(c, model=model) for c, model in zip(self.components, models, strict=True)])
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`; each sentence once, although several rewards read the text."""
+        models = [component.model for component in self.components if hasattr(component.model, "prompt_warnings")]
+        return list(dict.fromkeys(message for model in models for message in model.prompt_warnings(prompts)))
+
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """See `base.RewardModel.score`; `parts` holds every component's reward under its name and its own parts under `name.part`."""
         return self._sum([component.model.score(frames_BFCHW, prompts) for component in self.components])

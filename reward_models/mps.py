@@ -157,14 +157,33 @@ def build(config: Mapping[str, Any]) -> MPS:
     """
     is_hf = "vision_config" in config
     clip_config = clip.from_hf_config(config) if is_hf else {key: value for key, value in config.items() if key != "cross_config"}
-    cross_config = {**CROSS_DEFAULTS, **config.get("cross_config", {})}
+    given = config.get("cross_config", {})
+    if not isinstance(given, Mapping):
+        raise ValueError(f"cross_config is {given!r}; it must be an object with sizes: dim, {', '.join(CROSS_DEFAULTS)}.")
+    cross_config = {**CROSS_DEFAULTS, **given}
     unknown = sorted(set(cross_config) - {"dim", *CROSS_DEFAULTS})
     if unknown:
         raise ValueError(f"cross_config has unknown entries {', '.join(unknown)}; allowed are dim, {', '.join(CROSS_DEFAULTS)}.")
+    clip.check_sizes(cross_config, "cross_config")
     dim = cross_config.pop("dim", clip_config.get("embed_dim"))
     if dim != clip_config.get("embed_dim"):
         raise ValueError(f"cross_config dim {dim} differs from the CLIP's shared width {clip_config.get('embed_dim')}; they must be equal.")
     return MPS(clip.build_clip(clip_config), CrossModel(dim, **cross_config))
+
+
+def cross_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes of the cross model, `cross_config` of `build`, read off its weights: unlike the towers' heads, all of them show.
+
+    Args:
+        state: names of `MPS` or of a published file.
+    """
+    first = "cross_model.layers.0.0.fn"
+    layers = {key.split(".")[2] for key in state if key.startswith("cross_model.layers.")}
+    to_q, to_kv, feed = (state.get(f"{first}.{name}.weight") for name in ("to_q", "to_kv", "ff.0"))
+    if any(weight is None or weight.ndim != 2 or min(weight.shape) < 1 for weight in (to_q, to_kv, feed)) or len(to_kv) < 2:
+        return {}
+    head_width = len(to_kv) // 2
+    return {"layer_num": len(layers), "dim_head": head_width, "heads": len(to_q) // head_width, "ff_mult": len(feed) // (2 * to_q.shape[1])}
 
 
 def export_state_dict(network: MPS) -> dict[str, Tensor]:
@@ -247,13 +266,13 @@ class MPSReward:
             if scale == "raw"
             else "cosine, higher is better; ordinary pictures lie around 0.09"
         )
-        self._states = TextCache(self._encode_prompts)
-        self._ends = TextCache(lambda prompts: end_positions(tokenize(prompts)).to(self.device))
+        self._states = TextCache(lambda prompts: _encoded(network, prompts))
+        self._ends = TextCache(lambda prompts: end_positions(tokenize(prompts)).to(_device(network)))
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.network.clip.logit_scale.device
+        return _device(self.network)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MPSReward:
         """Move the model; `dtype` casts its matrices (norms and positions stay wide). Returns itself."""
@@ -270,12 +289,23 @@ class MPSReward:
         return fixed
 
     def masks(self, prompts: Sequence[str], condition: str | None = None) -> Tensor:
-        """Bool [B, 77]: prompt positions that are not masked by the condition text (None: the first of the model's)."""
+        """Bool [B, 77]: prompt positions that are not masked by the condition text (None: the first of the model's).
+
+        Raises:
+            ValueError: nothing of a prompt is left, which a prompt's own maximum rules out but the batch's does not; the published code gives NaN.
+        """
         condition = self.conditions[0][1] if condition is None else condition
         others = list(self._batch or ()) if self.normalise == "batch" else []
         with torch.no_grad():
             similarity_BP = best_similarity(self._states([*prompts, *others]), self._states([condition]))
-        return condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)[: len(prompts)]
+        keep_BP = condition_mask(similarity_BP, threshold=self.threshold, normalise=self.normalise)[: len(prompts)]
+        if not (is_left := keep_BP.any(dim=1)).all():
+            prompt = prompts[is_left.int().argmin()]
+            raise ValueError(
+                f"threshold {self.threshold:g} with normalise {self.normalise!r} masks every position of the prompt {prompt[:60]!r}, which then has no score; "
+                "lower the threshold (official: 0.01 or 0.3), or normalise by sample."
+            )
+        return keep_BP
 
     def score_prepared(self, pixels_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """As `score`, for frames that are already resized and normalised."""
@@ -294,6 +324,10 @@ class MPSReward:
         reward_BF = raw_BF if self.scale == "raw" else cosine_BF
         return RewardOutput(per_frame=reward_BF, per_video=reward_BF.mean(dim=1), parts={"mps_raw": raw_BF, "mps_cosine": cosine_BF, **parts})
 
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return clip.prompt_warnings(prompts, is_plain=True)
+
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """MPS per frame and their mean; see `base.RewardModel.score`.
 
@@ -303,6 +337,11 @@ class MPSReward:
         check_frames(frames_BFCHW, prompts)
         return self.score_prepared(self.prepare(frames_BFCHW.flatten(0, 1)).unflatten(0, frames_BFCHW.shape[:2]), prompts)
 
-    def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        clip.warn_about(prompts, is_plain=True)
-        return self.network.text_states(tokenize(prompts).to(self.device))
+
+def _device(network: MPS) -> torch.device:
+    return network.clip.logit_scale.device
+
+
+def _encoded(network: MPS, prompts: Sequence[str]) -> Tensor:
+    clip.warn_about(prompts, is_plain=True)
+    return network.text_states(tokenize(prompts).to(_device(network)))

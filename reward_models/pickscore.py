@@ -48,13 +48,17 @@ class PickScoreReward:
             if scale == "raw"
             else "cosine, higher is better; ordinary pictures lie around 0.21"
         )
-        self._texts = TextCache(lambda prompts: clip.prompt_vectors(self.network, prompts, is_plain=True))
+        self._texts = TextCache(lambda prompts: clip.prompt_vectors(network, prompts, is_plain=True))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PickScoreReward:
         """Move the model; `dtype` casts its matrices (norms and positions stay wide). Returns itself."""
         clip.move(self.network, device, dtype)
         self._texts.clear()
         return self
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return clip.prompt_warnings(prompts, is_plain=True)
 
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """PickScore per frame and their mean; see `base.RewardModel.score`.

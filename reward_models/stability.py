@@ -78,6 +78,10 @@ class StabilityCheck:
         """See `mps.MPSReward.in_batch_of`."""
         return StabilityCheck(self.model.in_batch_of(prompts))
 
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """See `clip.prompt_warnings`."""
+        return getattr(self.model, "prompt_warnings", lambda _: [])(prompts)
+
     def score(self, frames_BFCHW: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """See `base.RewardModel.score`; `parts` also holds `drop_when_changed`.
 

@@ -20,6 +20,7 @@ MUTED = "#9aa2b1"
 COLOURS = ("#5eb1ff", "#ffb454", "#7bd88f", "#e57eb3")
 BEST, WORST = "#7bd88f", "#ff7b72"
 SCALE = 2  # drawn so many times larger
+_NAMED = 12  # points whose names fit beside each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ def line_chart(
     subtitle: str = "",
     x_label: str = "",
     first_x: int = 0,
+    x_names: Sequence[str] = (),
     mark_extremes: bool = False,
     size_px: tuple[int, int] = (768, 420),
 ) -> Image.Image:
@@ -82,6 +84,7 @@ def line_chart(
         subtitle: Second line, muted; shortened to fit.
         x_label: Under the horizontal axis.
         first_x: Number of the first point.
+        x_names: What stands under the points in place of numbers.
         mark_extremes: Mark the highest and the lowest point of the first curve.
         size_px: Width and height.
 
@@ -98,7 +101,7 @@ def line_chart(
         draw.text((28 * SCALE, 46 * SCALE), shorten(subtitle, 13 * SCALE, width - 56 * SCALE), font=font(13 * SCALE), fill=MUTED)
     box = (left, top, right, bottom)
     count = max((len(curve.values) for curve in curves), default=0)
-    _x_axis(draw, box, count, first_x, x_label)
+    _x_axis(draw, box, count, first_x, x_label, x_names)
     for axis in ("left", "right"):
         own = [(index, curve) for index, curve in enumerate(curves) if curve.axis == axis]
         scale = _y_scale([curve for _, curve in own])
@@ -110,7 +113,7 @@ def line_chart(
     if len(curves) > 1:
         _legend(draw, width, curves)
     if mark_extremes and curves and any(math.isfinite(value) for value in curves[0].values):
-        _extremes(draw, box, _y_scale([curves[0]]), curves[0].values, count, first_x)
+        _extremes(draw, box, _y_scale([curves[0]]), curves[0].values, x_names or [f"{first_x + index}" for index in range(count)])
     if count == 0:
         draw.text((left + 20 * SCALE, top + 20 * SCALE), "no values yet", font=font(14 * SCALE), fill=MUTED)
     return picture.resize(size_px, Image.Resampling.LANCZOS)
@@ -150,7 +153,7 @@ def _y_scale(curves: Sequence[Curve]) -> tuple[float, float, list[float]] | None
         return None
     low, high = min(values), max(values)
     room = (high - low) * 0.12 or abs(low) * 0.05 or 1.0
-    ticks = nice_ticks(low - room, high + room)
+    ticks = nice_ticks(low - room, high + room, 7)
     return low - room, high + room, ticks
 
 
@@ -162,15 +165,23 @@ def _point(box: tuple[int, int, int, int], scale: tuple[float, float, list[float
     return x, y
 
 
-def _x_axis(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], count: int, first_x: int, label: str) -> None:
+def _x_axis(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], count: int, first_x: int, label: str, names: Sequence[str]) -> None:
     left, top, right, bottom = box
     draw.line((left, bottom, right, bottom), fill=MUTED, width=SCALE)
-    ticks = [tick for tick in nice_ticks(first_x, first_x + max(1, count - 1), 8) if tick == int(tick)] if count > 1 else [first_x] if count else []
-    for tick in ticks:
-        x = left + (right - left) * ((tick - first_x) / (count - 1) if count > 1 else 0.5)
+    for index, name in _named_points(count, first_x, names):
+        x = left + (right - left) * (index / (count - 1) if count > 1 else 0.5)
         draw.line((x, bottom, x, bottom + 5 * SCALE), fill=MUTED, width=SCALE)
-        draw.text((x, bottom + 8 * SCALE), f"{int(tick)}", font=font(12 * SCALE), fill=MUTED, anchor="ma")
+        draw.text((x, bottom + 8 * SCALE), name, font=font(12 * SCALE), fill=MUTED, anchor="ma")
     draw.text(((left + right) / 2, bottom + 28 * SCALE), label, font=font(12 * SCALE), fill=MUTED, anchor="ma")
+
+
+def _named_points(count: int, first_x: int, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Points that get a tick, and what stands there: every few names, or round numbers."""
+    if names:
+        step = max(1, math.ceil(len(names) / _NAMED))
+        return [(index, names[index]) for index in range(0, len(names), step)]
+    ticks = nice_ticks(first_x, first_x + count - 1, 8) if count > 1 else [first_x] * count
+    return [(int(tick) - first_x, f"{int(tick)}") for tick in ticks if tick == int(tick)]
 
 
 def _y_axis(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], scale: tuple[float, float, list[float]], axis: str, colour: str) -> None:
@@ -223,15 +234,15 @@ def _polyline(
 
 
 def _extremes(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], scale: tuple[float, float, list[float]], values: Sequence[float], count: int, first_x: int
+    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], scale: tuple[float, float, list[float]], values: Sequence[float], names: Sequence[str]
 ) -> None:
     """Ring the best and the worst point and write their values beside them."""
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
     best, worst = max(finite, key=values.__getitem__), min(finite, key=values.__getitem__)
     for index, colour, word in ((best, BEST, "best"), (worst, WORST, "worst")):
-        x, y = _point(box, scale, index, count, values[index])
+        x, y = _point(box, scale, index, len(names), values[index])
         draw.ellipse((x - 6 * SCALE, y - 6 * SCALE, x + 6 * SCALE, y + 6 * SCALE), outline=colour, width=2 * SCALE)
-        label = f"{word} {index + first_x}: {values[index]:.4f}"
+        label = f"{word} {names[index]}: {values[index]:.4f}"
         half = text_width(label, 12 * SCALE) / 2
         x = min(max(x, box[0] + half), box[2] - half)
         y += -20 * SCALE if word == "best" else 20 * SCALE

@@ -20,7 +20,7 @@ TABLES = ("define_schema",)
 HOST_MODULES = frozenset(
     {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "node_helpers", "latent_preview"}
 )
-HOST_LIBRARIES = ("torch", "numpy", "PIL", "av", "safetensors", "aiohttp", "sentencepiece", "einops", "huggingface_hub")
+HOST_LIBRARIES = ("torch", "numpy", "PIL", "av", "safetensors", "aiohttp", "sentencepiece", "einops", "huggingface_hub", "psutil")
 # Entries of processes. The worker registers the pack under this name first, then imports itself by it, for a script cannot import
 # relatively; the launcher chooses the host's device before anything else of the host is imported.
 SCRIPT_IMPORTS = {("host/worker.py", "reward_lab.host.worker"), ("labtools/launch.py", "comfy.cli_args")}
@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "host": frozenset({"lora_train", "reward_models", "runs", "testlab", *HOST_LIBRARIES, *HOST_MODULES}),
     "runs": frozenset({"lora_train.config", "lora_train.run_config", "lora_train.events"}),
     "testlab": frozenset({"numpy", "PIL", "av"}),
-    # Optional both: one optimiser asks for bitsandbytes when it is chosen; one file, loaded where it is installed, imports triton.
-    "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops", "bitsandbytes", "triton"}),
+    # Optional all three: bitsandbytes and sageattention are asked for where the settings choose them; two files, loaded on choice, import triton.
+    "lora_train": frozenset({"reward_models.base", "torch", "safetensors", "einops", "bitsandbytes", "sageattention", "triton"}),
     "reward_models": frozenset({"torch", "open_clip", "safetensors", "einops"}),
     "labtools": frozenset({"runs", "lora_train.config", "lora_train.run_config", "lora_train.events"}),
     "lab": frozenset({"labtools"}),

@@ -33,6 +33,8 @@ export const EVENT_FIELDS = Object.freeze({
   ],
   sample: ["time", "step", "files", "prompts"],
   checkpoint: ["time", "step", "files"],
+  memory: ["time", "when", "predicted_bytes", "measured_bytes", "limit_bytes", "error", "seconds"],
+  replanned: ["time", "step", "detail"],
   finished: ["time", "step", "files", "reason", "detail"],
   failed: ["time", "error", "step", "log_tail"],
 });

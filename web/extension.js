@@ -5,9 +5,11 @@ import * as host from "./host.js";
 import { chooseOfficial, convertLayout } from "./lora_actions.js";
 import { createRowsView } from "./lora_rows.js";
 import { createRunView, createTextView } from "./node_views.js";
+import { filledValues, hiddenWidgets } from "./mix_rows.js";
 import { mount, reveal } from "./panel.js";
 import { describeChoice, widgetLabels } from "./reward_kind.js";
 import { RunStore } from "./run_store.js";
+import { wrappedLines } from "./text_lines.js";
 
 const TAB_ID = "reward-lab";
 const ROWS_NODES = ["RewardLabLoadLoRAs", "RewardLabMergeLoRA"];
@@ -15,11 +17,12 @@ const RUN_NODES = ["RewardLabTrainLoRA", "RewardLabTrainPAVRM"];
 const CELL_NODE = "RewardLabTestLabCell";
 const GRID_NODE = "RewardLabTestLabGrid";
 const REWARD_NODE = "RewardLabRewardModel";
+const MIX_NODE = "RewardLabMixRewards";
 const TEXT_NODES = [
   "RewardLabDataset",
   "RewardLabInspectLoRA",
+  "RewardLabMemoryPlan",
   "RewardLabMergeLoRA",
-  "RewardLabMixRewards",
   "RewardLabSampleWan22",
   "RewardLabScoreLatent",
   "RewardLabScoreVideo",
@@ -158,7 +161,7 @@ function addText(node) {
   widget.hidden = true;
   const show = (/** @type {string} */ text, /** @type {{ label: string, url: string } | null} */ page = null) => {
     view.show(text, page);
-    lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / Math.max(24, node.size[0] / 6.6))), 0);
+    lines = wrappedLines(text, Math.max(24, node.size[0] / 6.6 - 2));
     widget.hidden = !text;
     fit(node);
   };
@@ -177,6 +180,58 @@ function addText(node) {
 }
 
 /**
+ * @param {any} node
+ * @param {string} name of an input, or of a widget that can be one
+ * @returns {boolean}
+ */
+function isConnected(node, name) {
+  return Boolean(node.inputs?.some((/** @type {any} */ input) => (input.widget?.name ?? input.name) === name && input.link != null));
+}
+
+/**
+ * Show of Mix Rewards the numbers of connected rewards only, and fill in what a run measured on base videos.
+ *
+ * @param {any} node
+ * @returns {NodeView}
+ */
+function addMix(node) {
+  const text = addText(node);
+  const render = (/** @type {boolean} */ isSnug) => {
+    const hidden = hiddenWidgets((name) => isConnected(node, name), Boolean(widgetOf(node, "measure_baseline")?.value));
+    for (const [name, isHidden] of hidden) {
+      const widget = widgetOf(node, name);
+      if (widget) hide(widget, isHidden);
+    }
+    if (isSnug) node.setSize([node.size[0], node.computeSize()[1]]);
+    else fit(node);
+  };
+  const measure = widgetOf(node, "measure_baseline");
+  const changed = measure?.callback;
+  if (measure)
+    measure.callback = function (/** @type {unknown[]} */ ...args) {
+      changed?.apply(this, args);
+      render(true);
+    };
+  for (const name of ["onConfigure", "onConnectionsChange"]) {
+    const previous = node[name];
+    node[name] = function (/** @type {unknown[]} */ ...args) {
+      previous?.apply(this, args);
+      render(false);
+    };
+  }
+  render(true);
+  return {
+    onOutput(output) {
+      text.onOutput(output);
+      for (const [name, value] of filledValues(output.reward_lab_baseline ?? [])) {
+        const widget = widgetOf(node, name);
+        if (widget && !isConnected(node, name)) widget.value = value;
+      }
+    },
+  };
+}
+
+/**
  * Show of Load Reward Model what its kind reads; the rest is hidden, unless a link sets it.
  *
  * @param {any} node
@@ -188,7 +243,8 @@ function addRewardKind(node) {
   let catalogue = null;
   let isConfigured = false;
   const value = (/** @type {string} */ name) => widgetOf(node, name)?.value;
-  const isLinked = (/** @type {string} */ name) => node.inputs?.some((/** @type {any} */ input) => input.widget?.name === name && input.link != null);
+  /** @param {string} name */
+  const isLinked = (name) => isConnected(node, name);
   /** @param {boolean} isSnug the node gets as high as its widgets now need; else it only grows */
   const render = (isSnug) => {
     if (!catalogue) return;
@@ -316,6 +372,7 @@ host.registerExtension({
       ROWS_NODES.includes(kind) ? addRows(node) : null,
       RUN_NODES.includes(kind) ? addRun(node) : null,
       kind === REWARD_NODE ? addRewardKind(node) : null,
+      kind === MIX_NODE ? addMix(node) : null,
       TEXT_NODES.includes(kind) ? addText(node) : null,
     ].filter((view) => view !== null);
     if (!views.length) return;

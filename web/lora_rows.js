@@ -6,7 +6,7 @@
 import { curveIcon } from "./curve_editor.js";
 import { el, icon, onceAFrame, shieldFromCanvas } from "./dom.js";
 import { openFilePicker } from "./file_picker.js";
-import { changeRow, expertOf, matchReports, moveRow, newRow, parseRows, rowStatus, totals, writeRows } from "./rows_model.js";
+import { changeRow, expertOf, matchReports, moveRow, newRow, parseRows, rowStatus, tailStart, totals, writeRows } from "./rows_model.js";
 import { detailsHeight, rowDetails } from "./row_details.js";
 import { isConstant, parseCurve } from "./sigma_curve.js";
 import { strengthField } from "./strength_field.js";
@@ -241,12 +241,12 @@ function moreButton(row, isOpen, unfold) {
 }
 
 /**
- * LoRA names differ at their end: when space is short, the middle gives way.
+ * When space is short, the middle gives way.
  *
  * @param {string} name
  */
 function fileNameParts(name) {
-  const cut = Math.max(0, name.length - 18);
+  const cut = tailStart(name);
   return [
     el("span", { class: "rl-file-name", text: name.slice(0, cut) }),
     el("span", { class: "rl-file-tail", text: name.slice(cut) }),

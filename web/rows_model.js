@@ -30,6 +30,8 @@
 
 /** @typedef {{ tone: "good" | "warn" | "bad", text: string, warnings: string[] }} RowStatus */
 
+/** Letters of a name's end that stay readable, and the most where the name speaks of the expert there. */
+const TAIL_LENGTH = 18, TAIL_LONGEST = 22;
 /** The strength in the examples of the reward LoRAs' authors. It is not tuned. */
 export const EXAMPLE_STRENGTH = 0.5;
 export const STEP = 0.05;
@@ -86,6 +88,20 @@ export function expertOf(file) {
   const isHigh = /(^|[^a-z])high([^a-z]|$)/.test(name);
   const isLow = /(^|[^a-z])low([^a-z]|$)/.test(name);
   return isHigh === isLow ? null : isHigh ? "high" : "low";
+}
+
+/**
+ * Where the part of a name begins that must stay readable when space is short: LoRA names differ at their end. It begins where the name speaks of
+ * the expert, if that is near the end, else at a separator.
+ *
+ * @param {string} name
+ */
+export function tailStart(name) {
+  const expert = /[-_ .](?:high|low)(?=[^a-z]|$)/i.exec(name.slice(-TAIL_LONGEST));
+  if (expert) return Math.max(0, name.length - TAIL_LONGEST) + expert.index;
+  const cut = Math.max(0, name.length - TAIL_LENGTH);
+  const separator = name.slice(cut, cut + 6).search(/[-_ .]/);
+  return cut === 0 || separator < 0 ? cut : cut + separator;
 }
 
 /**

@@ -2,27 +2,33 @@
 
 One backend is chosen per run, by what the device can do, and named in the log. Nothing here falls back in silence.
 
-- `cudnn`: torch's cuDNN kernel (CUDA, head width a multiple of 8 up to 128), the fastest with a backward on Hopper.
+- `fa3`: FlashAttention-3 in torch's place of FlashAttention-2 (Hopper, with the package `flash_attn_3` installed).
+- `cudnn`: torch's cuDNN kernel (CUDA, head width a multiple of 8 up to 128), the fastest with a backward on Hopper without that package.
 - `flash`: torch's FlashAttention-2 (CUDA; AOTriton on ROCm).
 - `cpu`: torch's flash kernel for the CPU.
 - `plain`: products and softmax, [B, N, L, S] in memory; for devices without the others.
+
+Rollouts can use SageAttention, which multiplies in 8 bits and has no backward: only where the settings ask for it.
 
 Shapes: B batch, N heads, L queries, S keys, K head width.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 
 import torch
+import torch.nn.attention
 from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger("reward_lab.kernels")
-BACKENDS = ("auto", "cudnn", "flash", "cpu", "plain")
+BACKENDS = ("auto", "fa3", "cudnn", "flash", "cpu", "plain")
+ROLLOUT_BACKENDS = ("same", "sage")
 _aten = torch.ops.aten
 _HOPPER = (9, 0)
-_WIDEST = 256
+_WIDEST, _SAGE_WIDEST = 256, 128
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
@@ -37,6 +43,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, hea
     if requested != "auto" and requested not in able:
         raise ValueError(f"engine.attention is {requested!r}, but {device} in {dtype} with heads of {head_width} can do: {', '.join(able)}; use 'auto'")
     chosen = able[0] if requested == "auto" else requested
+    _activate_fa3(chosen == "fa3")
     logger.info("attention: %s (%s, heads of %d)", chosen, dtype, head_width)
     return chosen
 
@@ -50,17 +57,61 @@ def _able(device: torch.device, dtype: torch.dtype, head_width: int) -> list[str
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_width % 8 or head_width > _WIDEST:
         return ["plain"]
     if torch.version.hip is None and head_width <= 128 and torch.cuda.get_device_capability(device) >= _HOPPER:
-        return ["cudnn", "flash", "plain"]
+        is_hopper = torch.cuda.get_device_capability(device)[0] == _HOPPER[0]
+        return [*(["fa3"] if is_hopper and _has_fa3() else []), "cudnn", "flash", "plain"]
     cudnn = ["cudnn"] if torch.version.hip is None and head_width <= 128 else []
     return ["flash", *cudnn, "plain"]
 
 
-def forward(q_BNLK: torch.Tensor, k_BNSK: torch.Tensor, v_BNSK: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor, tuple]:
-    """Output [B, N, L, K], log-sum-exp [B, N, L] (fp32) and what the backend's backward wants besides."""
+def _has_fa3() -> bool:
+    return importlib.util.find_spec("flash_attn_interface") is not None and hasattr(torch.nn.attention, "activate_flash_attention_impl")
+
+
+def _activate_fa3(is_wanted: bool) -> None:
+    """Let torch's flash operators run FlashAttention-3, or their own kernel again; the switch is the process's."""
+    is_active = hasattr(torch.nn.attention, "current_flash_attention_impl") and torch.nn.attention.current_flash_attention_impl() == "FA3"
+    if is_wanted and not is_active:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    elif is_active and not is_wanted:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def choose_rollout_backend(requested: str, exact: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """The kernel of self-attention in rollouts; `exact` is that of passes with gradient. Says so where they differ.
+
+    Raises:
+        ValueError: unknown, or unable to run there.
+    """
+    if requested not in ROLLOUT_BACKENDS:
+        raise ValueError(f"engine.rollout_attention is {requested!r}; it must be one of {', '.join(ROLLOUT_BACKENDS)}")
+    if requested == "same":
+        return exact
+    lacks = [
+        words
+        for is_missing, words in (
+            (device.type != "cuda" or torch.version.hip is not None, "an NVIDIA card"),
+            (importlib.util.find_spec("sageattention") is None, "the package sageattention (pip install it)"),
+            (dtype not in (torch.bfloat16, torch.float16), "bf16 (dtype)"),
+            (head_width > _SAGE_WIDEST, f"heads of at most {_SAGE_WIDEST}"),
+        )
+        if is_missing
+    ]
+    if lacks:
+        raise ValueError(f"engine.rollout_attention is 'sage', which needs {' and '.join(lacks)}; or use 'same'")
+    logger.info("attention in rollouts: SageAttention in 8 bits, as asked; passes with gradient, references and the self-check use %s", exact)
+    return "sage"
+
+
+def forward(q_BNLK: torch.Tensor, k_BNSK: torch.Tensor, v_BNSK: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor | None, tuple]:
+    """Output [B, N, L, K], log-sum-exp [B, N, L] (fp32; none of `sage`) and what the backend's backward wants besides."""
     if backend == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BNLK, k_BNSK, v_BNSK)
         return out, lse, ()
-    if backend == "flash":
+    if backend == "sage":
+        from sageattention import sageattn
+
+        return sageattn(q_BNLK, k_BNSK, v_BNSK, tensor_layout="HND", is_causal=False), None, ()
+    if backend in ("flash", "fa3"):
         out, lse, *rest = _aten._scaled_dot_product_flash_attention(q_BNLK, k_BNSK, v_BNSK)
         return out, lse, tuple(rest[:-1])
     if backend == "cudnn":
@@ -106,7 +157,7 @@ def backward(
 def _backward(grad, q, k, v, out, lse, extra, backend):
     if backend == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
-    if backend == "flash":
+    if backend in ("flash", "fa3"):
         cum_q, cum_k, max_q, max_k, seed, offset = extra
         return _aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset

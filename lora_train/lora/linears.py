@@ -16,7 +16,7 @@ from torch.nn import functional
 from ..kernels.lora_linear import lora_linear, merge_into, seed_of
 from .adapter import LoraAdapter, LoraLayer
 
-# Mark on a Linear: where the masters of its LoRA go when one is installed. The kernels copy them to where the weight is.
+# Mark on a Linear: what puts the masters of its LoRA in their place when one is installed.
 MASTERS_PLACE = "place_of_lora_masters"
 _exact_depth = 0
 
@@ -80,6 +80,7 @@ class LoraForward:
         NO_COPY: name of a mark on a Linear: no merged copy of its weight is held, since it is streamed, or memory is short.
         is_merged_in_place: the weight in use now has the LoRA inside.
         buffer: see `kernels.lora_linear.lora_linear`; None outside of a weight slot.
+        near: copies of (down, up) beside the weight, where the masters are on the host and their block is in use; gradients are theirs then.
     """
 
     NO_COPY = "holds_no_merged_copy"
@@ -89,6 +90,12 @@ class LoraForward:
         self.base_forward: Callable[[torch.Tensor], torch.Tensor] = linear.forward
         self.is_merged_in_place = False
         self.buffer: torch.Tensor | None = None
+        self.near: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Down and up to compute with."""
+        return (self.layer.down_RI, self.layer.up_OR) if self.near is None else self.near
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not self.switch.is_enabled:
@@ -104,15 +111,15 @@ class LoraForward:
 
     def exact(self, x: torch.Tensor, *, has_room: bool = False) -> torch.Tensor:
         """The form with gradient; `has_room` as in `lora_linear`."""
-        layer = self.layer
+        down_RI, up_OR = self.matrices
         weight = self.linear.weight if self.linear.weight.dtype == x.dtype else self.linear.weight.to(x.dtype)
         buffer = self.buffer if self.buffer is not None and self.buffer.dtype == x.dtype else None
-        return lora_linear(x, weight, self.linear.bias, layer.down_RI, layer.up_OR, layer.factor, buffer=buffer, has_room=has_room)
+        return lora_linear(x, weight, self.linear.bias, down_RI, up_OR, self.layer.factor, buffer=buffer, has_room=has_room)
 
     def merge(self, target_OI: torch.Tensor, base=None) -> torch.Tensor:
         """Write W + delta into `target_OI`; `base` as in `merge_into`, by default the Linear's weight."""
         base = self.linear.weight.detach() if base is None else base
-        return merge_into(target_OI, base, self.layer.down_RI, self.layer.up_OR, self.layer.factor, seed_of(self.path))
+        return merge_into(target_OI, base, *self.matrices, self.layer.factor, seed_of(self.path))
 
 
 def lora_of(linear: torch.nn.Module) -> LoraForward | None:
@@ -141,13 +148,17 @@ def install(linears: Mapping[str, torch.nn.Linear], adapter: LoraAdapter) -> Ite
     try:
         for path, layer in adapter.layers.items():
             for master in (layer.down_RI, layer.up_OR):
-                master.data = master.data.to(linears[path].__dict__.get(MASTERS_PLACE, master.device))
+                master.data = linears[path].__dict__.get(MASTERS_PLACE, _as_it_is)(master.data)
             switch.forwards[path] = linears[path].forward = LoraForward(linears[path], layer, switch, path)
         yield switch
     finally:
         for forward in switch.forwards.values():
             forward.linear.__dict__.pop("forward", None)
-            forward.buffer = None
+            forward.buffer = forward.near = None
+
+
+def _as_it_is(data: torch.Tensor) -> torch.Tensor:
+    return data
 
 
 def _check(linears: Mapping[str, torch.nn.Linear], path: str, layer: LoraLayer) -> None:

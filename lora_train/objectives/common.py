@@ -13,11 +13,13 @@ import torch
 from ...reward_models.base import reward_and_frame_gradient
 from ..config import TrainConfig
 from ..draws import Draw
+from ..planning.scoring import FRAMES_ON_CARD
 from ..rollout import PromptContext
 from ..run import Parts
 from ..selection import choose_frames
 from ..trainee import Trainee
 
+# Pictures that a reward model sees at once, off a card and without gradient; with one, on a card, `FRAMES_ON_CARD`.
 FRAMES_PER_CHUNK = 64
 # 1 / (2 sigma^2) without a floor would make the KL of the last, almost noiseless steps a thousand times that of the others.
 _KL_SIGMA_FLOOR = 0.1
@@ -35,7 +37,8 @@ def reward_gradient(
     """
     leaf = latent_BCFHW.detach().requires_grad_()
     frames_BFCHW = decoded(config, parts, leaf, draw)
-    output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.prompts, FRAMES_PER_CHUNK)
+    at_once = FRAMES_PER_CHUNK if frames_BFCHW.device.type == "cpu" else FRAMES_ON_CARD
+    output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.prompts, at_once)
     share = -config.objective.reward_scale / len(draw.prompts)
     if weight is not None:
         frame_gradient = frame_gradient * weight(output.per_video).view(-1, 1, 1, 1, 1)

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
 from ..kernels import attention
 from ..kernels.lora_linear import Operands
-from ..kernels.rowwise import gated, modulated, pieces, rotated, rowwise, rowwise_backward
+from ..kernels.rowwise import Gated, Modulated, Rotated, pieces, rowwise, rowwise_backward
 from ..lora.linears import lora_of
 from .knobs import Knobs
 
@@ -51,10 +52,10 @@ class Gradients:
 
 
 class BlockArithmetic:
-    """One plain Wan block: self-attention, text cross-attention, feed-forward."""
+    """One plain Wan block: self-attention, text cross-attention, feed-forward. `own_backend` is the kernel of self-attention where it differs."""
 
-    def __init__(self, block: torch.nn.Module, knobs: Knobs, backend: str) -> None:
-        self.block, self.knobs, self.backend = block, knobs, backend
+    def __init__(self, block: torch.nn.Module, knobs: Knobs, backend: str, own_backend: str = "") -> None:
+        self.block, self.knobs, self.backend, self.own_backend = block, knobs, backend, own_backend or backend
         self.heads = block.self_attn.num_heads
 
     def modulation(self, e: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -70,17 +71,17 @@ class BlockArithmetic:
         y = _apply(self.block.self_attn.o, attended.out)
         if not keep:
             attended = None
-        x = self.cross_attention(rowwise(gated, [x, y], [gate1], chunk=self.knobs.row_chunk_tokens), context)
+        x = self.cross_attention(rowwise(Gated(), [x, y], [gate1], chunk=self.knobs.row_chunk_tokens), context)
         del y
         wide = x.new_empty((*x.shape[:2], self.block.ffn[0].out_features)) if keep_wide else None
         return self.feed_forward(x, shift2, scale2, gate2, wide), attended, wide
 
     def modulated_input(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """What q, k and v read: one tensor for the three."""
-        return rowwise(modulated(self.block.norm1), [x], [shift, scale], chunk=self.knobs.row_chunk_tokens, room=_room(self.block.self_attn.q))
+        return rowwise(Modulated(self.block.norm1), [x], [shift, scale], chunk=self.knobs.row_chunk_tokens, room=_room(self.block.self_attn.q))
 
     def turned(self, q: torch.Tensor, norm: torch.nn.Module, freqs: torch.Tensor) -> torch.Tensor:
-        return rowwise(rotated(norm, self.heads), [q, freqs], chunk=self.knobs.row_chunk_tokens)
+        return rowwise(Rotated(norm, self.heads), [q, freqs], chunk=self.knobs.row_chunk_tokens)
 
     def self_attention(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, freqs: torch.Tensor) -> SelfAttended:
         own = self.block.self_attn
@@ -89,13 +90,13 @@ class BlockArithmetic:
         k = self.turned(_apply(own.k, h, True), own.norm_k, freqs)
         v = _apply(own.v, h, True)
         del h
-        out, lse, extra = attention.forward(self._split(q), self._split(k), self._split(v), self.backend)
+        out, lse, extra = attention.forward(self._split(q), self._split(k), self._split(v), self.own_backend)
         return SelfAttended(out=_join(out), lse=lse, extra=extra)
 
     def after_attention(self, x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The stream after output projection, gate and cross-attention."""
         y = _apply(self.block.self_attn.o, out)
-        return self.cross_attention(rowwise(gated, [x, y], [gate], chunk=self.knobs.row_chunk_tokens), context)
+        return self.cross_attention(rowwise(Gated(), [x, y], [gate], chunk=self.knobs.row_chunk_tokens), context)
 
     def cross_attention(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         cross, chunk = self.block.cross_attn, self.knobs.row_chunk_tokens
@@ -124,7 +125,7 @@ class BlockArithmetic:
         return out
 
     def _feed_input(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return rowwise(modulated(self.block.norm2), [x], [shift, scale], room=_room(self.block.ffn[0]))
+        return rowwise(Modulated(self.block.norm2), [x], [shift, scale], room=_room(self.block.ffn[0]))
 
     def backward(
         self,
@@ -156,13 +157,15 @@ class BlockArithmetic:
         context_leaf = context.detach().requires_grad_(needs[2])
         with torch.enable_grad():
             middle = self.after_attention(x_leaf, out_leaf, modulation[2], context_leaf)
-        self._feed_forward_backward(grad, middle.detach(), modulation[3:], wide, found)
-        del wide
+        # Backward through part 2 asks for the graph only; its result is not needed beyond part 3.
+        edge, middle = get_gradient_edge(middle), middle.detach()
+        self._feed_forward_backward(grad, middle, modulation[3:], wide, found)
+        del middle, wide
         parameters = _parameters(self.block.self_attn.o, self.block.cross_attn)
-        grad_x, grad_out = _pull(middle, grad, [x_leaf, out_leaf], [modulation[2], context_leaf, *parameters], found)
+        grad_x, grad_out = _pull(edge, grad, [x_leaf, out_leaf], [modulation[2], context_leaf, *parameters], found)
         # Whoever called holds `grad` to the end; so it carries on what is needed, and the other copy goes.
         grad.copy_(grad_x)
-        del middle, grad_x, x_leaf, out_leaf
+        del edge, grad_x, x_leaf, out_leaf
         more = self._attention_backward(grad_out, x, modulation, freqs, attended, needs, found, memory_is_free)
         grad_e = torch.stack([_or_zero(found.of(part), part) for part in modulation], dim=2) if needs[1] else None
         return grad.add_(more) if needs[0] else None, grad_e, found.of(context_leaf), found
@@ -196,7 +199,7 @@ class BlockArithmetic:
         del q_plain, grad_q, k_plain, grad_k
         while waiting:
             plain, grad, linear, norm = waiting.pop()
-            grad = rowwise_backward(rotated(norm, self.heads), plain.detach(), freqs, grad, self.knobs.row_chunk_tokens)
+            grad = rowwise_backward(Rotated(norm, self.heads), plain.detach(), freqs, grad, self.knobs.row_chunk_tokens)
             grad_h = self._one_backward(plain, grad, h_leaf, linear, grad_h, found)
         del plain, grad
         return _pull(h, grad_h, [x_leaf], list(modulation[:2]), found)[0] if h.requires_grad else None
@@ -263,25 +266,19 @@ def _linear_backward(linear: torch.nn.Module, grad: torch.Tensor, x: torch.Tenso
     lora = lora_of(linear)
     if lora is None:
         return grad @ linear.weight.to(grad.dtype)
-    layer = lora.layer
-    operands = Operands(linear.weight.to(grad.dtype), None, layer.down_RI, layer.up_OR, layer.factor, lora.buffer)
+    matrices = lora.matrices
+    operands = Operands(linear.weight.to(grad.dtype), None, *matrices, lora.layer.factor, lora.buffer)
     hidden = x.reshape(-1, x.shape[-1]) @ operands.down.t()
-    needs = (True, layer.down_RI.requires_grad, layer.up_OR.requires_grad)
-    grad_x, grad_down, grad_up = operands.backward(grad, x, hidden, needs)
-    for master, value in ((layer.down_RI, grad_down), (layer.up_OR, grad_up)):
-        found.add(master, None if value is None else value.to(master.device, master.dtype))
+    grad_x, *grads = operands.backward(grad, x, hidden, (True, *(matrix.requires_grad for matrix in matrices)))
+    for matrix, value in zip(matrices, grads, strict=True):
+        found.add(matrix, None if value is None else value.to(matrix.device, matrix.dtype))
     return grad_x.view(x.shape)
 
 
-def _parameters(*modules: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """LoRA masters in force within the modules."""
-    found = []
-    for module in modules:
-        for linear in module.modules():
-            lora = lora_of(linear)
-            if lora is not None:
-                found += [lora.layer.down_RI, lora.layer.up_OR]
-    return found
+def _parameters(*modules: torch.nn.Module) -> list[torch.Tensor]:
+    """Matrices of the LoRAs in force within the modules."""
+    loras = (lora_of(linear) for module in modules for linear in module.modules())
+    return [matrix for lora in loras if lora is not None for matrix in lora.matrices]
 
 
 def _pull(outputs, grads, inputs: list[torch.Tensor], summed: list[torch.Tensor], found: Gradients) -> list[torch.Tensor | None]:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ from ..lora.linears import LoraForward, exact_form
 from .block import BlockArithmetic, SelfAttended
 from .keeper import Kept
 from .knobs import Knobs
+from .ownership import is_alone
 from .store import BlockStore, Slot
 from .transfers import Transfers
 
 logger = logging.getLogger("reward_lab.offload")
+# Attribute of an installed block: a context in which its weights, without a LoRA, are on the device; for who runs the block in another way.
+WEIGHTS_IN_USE = "weights_in_use"
 
 
 @dataclass(kw_only=True)
@@ -49,6 +53,7 @@ class BlockExecutor:
     Attributes:
         store: the blocks' weights, for figures of what was copied.
         kept_bytes: bytes of kept activations of the pass with gradient that was made last.
+        copied_gradients: how often a block's backward could not use the gradient's own memory, since somebody else held it.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class BlockExecutor:
         knobs: Knobs,
         device: torch.device,
         is_plain: Callable[[torch.nn.Module], bool],
-        quantised: Mapping[int, Mapping[str, QuantisedWeight]] | None = None,
+        quantised: Mapping[int, dict[str, QuantisedWeight]] | None = None,
         slots: list[Slot] | None = None,
     ) -> None:
         """Args:
@@ -75,7 +80,8 @@ class BlockExecutor:
         self._forwards: list[Callable] = []
         self._last: Call | None = None
         self._backend: str | None = None
-        self.kept_bytes = 0
+        self._rollout_backend = ""
+        self.kept_bytes = self.copied_gradients = 0
 
     @contextmanager
     def installed(self) -> Iterator[BlockExecutor]:
@@ -85,10 +91,11 @@ class BlockExecutor:
             for index, block in enumerate(self.blocks):
                 self._forwards.append(block.forward)
                 block.forward = self._forward_of(index)
+                block.__dict__[WEIGHTS_IN_USE] = partial(self.store.use, index, merge=False)
             yield self
         finally:
             for block, _ in zip(self.blocks, self._forwards, strict=False):
-                del block.__dict__["forward"]
+                del block.__dict__["forward"], block.__dict__[WEIGHTS_IN_USE]
             self._forwards = []
             self._last = None
             self.store.close()
@@ -107,20 +114,25 @@ class BlockExecutor:
             with self.store.use(index, merge=True, then=(index + 1) % len(self.blocks)):
                 if not is_plain:
                     return self._forwards[index](x, e, freqs, context, **arguments)
-                return self.arithmetic(index, x).forward(x, e, freqs, context)[0]
+                return self.arithmetic(index, x, is_rollout=not lora_is_off(self.blocks[index])).forward(x, e, freqs, context)[0]
 
         return forward
+
+    def pinned(self, data: torch.Tensor) -> torch.Tensor:
+        """`data` in host memory, pinned where that is possible."""
+        return self._transfers.pinned(data.to("cpu"))
 
     def plain_forward(self, index: int) -> Callable:
         """The block's own forward; call it while its weights are in use."""
         return self._forwards[index]
 
-    def arithmetic(self, index: int, x: torch.Tensor) -> BlockArithmetic:
+    def arithmetic(self, index: int, x: torch.Tensor, *, is_rollout: bool = False) -> BlockArithmetic:
         """The block's arithmetic with the attention that was chosen for this device."""
         if self._backend is None:
-            heads = self.blocks[index].self_attn.num_heads
-            self._backend = attention.choose_backend(self.knobs.attention, x.device, x.dtype, x.shape[-1] // heads)
-        return BlockArithmetic(self.blocks[index], self.knobs, self._backend)
+            width = x.shape[-1] // self.blocks[index].self_attn.num_heads
+            self._backend = attention.choose_backend(self.knobs.attention, x.device, x.dtype, width)
+            self._rollout_backend = attention.choose_rollout_backend(self.knobs.rollout_attention, self._backend, x.device, x.dtype, width)
+        return BlockArithmetic(self.blocks[index], self.knobs, self._backend, self._rollout_backend if is_rollout else self._backend)
 
     def _with_gradient(self, call: Call, x: torch.Tensor, e: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         if call.index == 0:
@@ -163,17 +175,20 @@ class BlockExecutor:
             attended = SelfAttended(out=rest[0], lse=rest[1], extra=call.extra) if rest else None
             del rest
             prefetch = (lambda: None) if before is None else before.kept.prefetch
+            near = lora_parameters(self.blocks[call.index], near=True)
             *grads, found = self.arithmetic(call.index, x).backward(grad, x, e, call.freqs, context, attended, wide, needs[:3], prefetch)
-        return *grads, *(found.of(parameter) if needed else None for parameter, needed in zip(parameters, needs[3:], strict=True))
+        found_near = [found.of(matrix) if needed else None for matrix, needed in zip(near, needs[3:], strict=True)]
+        return *grads, *self._transfers.home(found_near, parameters)
 
     def _whole(self, call, grad, x, e, context, parameters, needs):
         leaves = [value.detach().requires_grad_(needed) for value, needed in zip((x, e, context), needs, strict=False)]
         with torch.enable_grad():
             out = self._forwards[call.index](leaves[0], leaves[1], call.freqs, leaves[2], **call.arguments)
-        values = (*leaves, *parameters)
+        values = (*leaves, *lora_parameters(self.blocks[call.index], near=True))
         wanted = [value for value, needed in zip(values, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in needs)
+        grads = [next(found) if needed else None for needed in needs]
+        return *grads[:3], *self._transfers.home(grads[3:], parameters)
 
 
 class _Block(torch.autograd.Function):
@@ -189,14 +204,24 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         e, context, *parameters = ctx.saved_tensors
+        # The block writes over the gradient that it is given.
+        if not is_alone(grad):
+            grad = grad.clone()
+            ctx.executor.copied_gradients += 1
         return None, None, *ctx.executor.pull(ctx.call, grad, e, context, tuple(parameters), ctx.needs_input_grad[2:])
 
 
-def lora_parameters(block: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Masters of the LoRAs in force in a block, in order."""
+def lora_is_off(block: torch.nn.Module) -> bool:
+    """Whether a LoRA is installed and switched off: a pass of the base, with which passes with gradient are compared; so it is no rollout."""
+    forwards = (module.__dict__.get("forward") for module in block.modules())
+    return any(isinstance(forward, LoraForward) and not forward.switch.is_enabled for forward in forwards)
+
+
+def lora_parameters(block: torch.nn.Module, *, near: bool = False) -> list[torch.Tensor]:
+    """Masters of the LoRAs in force in a block, in order; `near`: what the block computes with while it is in use."""
     found = []
     for module in block.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, LoraForward) and forward.switch.is_enabled:
-            found += [forward.layer.down_RI, forward.layer.up_OR]
+            found += forward.matrices if near else (forward.layer.down_RI, forward.layer.up_OR)
     return found

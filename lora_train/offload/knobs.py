@@ -27,7 +27,7 @@ class Knobs:
         head_groups: parts in which attention runs backward.
         merges_resident: rollouts use merged copies of resident weights (one more copy of these); else the exact form.
         optimiser_place: where the LoRA's masters, and with them the optimiser, live.
-        attention: see `kernels.attention.BACKENDS`.
+        attention, rollout_attention: see `kernels.attention.BACKENDS` and `ROLLOUT_BACKENDS`. SageAttention in rollouts does change what they compute.
     """
 
     resident_blocks: int = -1
@@ -41,6 +41,7 @@ class Knobs:
     merges_resident: bool = True
     optimiser_place: str = "device"
     attention: str = "auto"
+    rollout_attention: str = "same"
 
     def __post_init__(self) -> None:
         for name in ("keep_place", "optimiser_place"):

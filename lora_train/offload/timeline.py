@@ -21,14 +21,16 @@ class MemoryTimeline(TorchDispatchMode):
     Attributes:
         alive_bytes, peak_bytes: by device type.
         flops: multiplications and additions of matrix products, convolutions and attention, by torch's own formulas.
-        samples: (operations so far, bytes alive on `watched`) at every change, if `watched` was given.
+        samples: by device type, (operations so far, bytes alive) at every change.
+        marks: (operations so far, words) as `mark` left them.
     """
 
     def __init__(self, watched: str | None = None) -> None:
         super().__init__()
         self.alive_bytes: dict[str, int] = defaultdict(int)
         self.peak_bytes: dict[str, int] = defaultdict(int)
-        self.samples: list[tuple[int, int]] = []
+        self.samples: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.marks: list[tuple[int, str]] = []
         self.peak_operation = ""
         self.flops = 0
         self._watched = watched
@@ -45,6 +47,10 @@ class MemoryTimeline(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.count(value, str(func))
         return result
+
+    def mark(self, words: str) -> None:
+        """Note where something begins."""
+        self.marks.append((self._operations, words))
 
     def count(self, tensor: torch.Tensor, operation: str = "") -> None:
         """Count a tensor's storage from now on, if it is not known yet."""
@@ -63,8 +69,7 @@ class MemoryTimeline(TorchDispatchMode):
             self.peak_bytes[device] = self.alive_bytes[device]
             if device == self._watched:
                 self.peak_operation = operation
-        if device == self._watched:
-            self.samples.append((self._operations, self.alive_bytes[device]))
+        self.samples[device].append((self._operations, self.alive_bytes[device]))
 
     def _drop(self, key: int, device: str, nbytes: int) -> None:
         self._known.discard(key)

@@ -7,6 +7,7 @@ load) it goes on with pageable memory: slower, said once, and otherwise the same
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -93,6 +94,19 @@ class Transfers:
         copy.record_stream(torch.cuda.current_stream(self.device))
         return copy, self.mark_in()
 
+    def home(self, values: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Gradients where their parameters live. Those that cross to the host do so together, and are waited for once: whoever adds them up reads them."""
+        found, marks = [], []
+        for value, parameter in zip(values, like, strict=True):
+            if value is not None and value.device.type != parameter.device.type:
+                value, mark = self.to_host(value.to(parameter.dtype))
+                marks.append(mark)
+            found.append(value)
+        for mark in marks[-1:]:
+            if mark is not None:
+                mark.synchronize()
+        return found
+
     def mark_in(self) -> object:
         """A mark after the copies to the device that were started so far."""
         return self._in.record_event() if self.is_async else None
@@ -112,8 +126,12 @@ class Transfers:
             self._in.wait_event(mark)
 
     def stop(self) -> None:
-        """Wait for everything under way, so that memory can be given back."""
-        if self.is_async:
+        """Wait for everything under way, so that memory can be given back. A card that failed cannot be waited for: what is put back after this must be."""
+        if not self.is_async:
+            return
+        try:
             self._in.synchronize()
             self._out.synchronize()
+        except RuntimeError as error:
+            logger.warning("the card does not answer (%s)", error)
         self._spare.clear()

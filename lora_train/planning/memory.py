@@ -6,8 +6,9 @@ real sizes and holds these figures to what it sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .scoring import Scored, decode_bytes, look_bytes, tower_bytes
 from .shapes import ModelShape
 
 # Driver and libraries of a process, and what the allocator cannot reuse (assumed; 1.5 GB in the published plan with 0.6 GB of outer weights).
@@ -19,8 +20,6 @@ _LSE_BYTES = 4
 _MERGE_BYTES = 6 * 4 << 22
 # fp32 master, gradient and AdamW's two moments
 STATE_BYTES = 16
-# Bytes of the decoder's graph per pixel with a checkpoint per residual block: the first latent, and every later one (four frames).
-_DECODE_FIRST, _DECODE_LATER = 4232, 15190
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,7 @@ class Job:
     Attributes:
         shape: of one expert.
         tokens: video tokens of one latent.
+        videos: of one micro-batch.
         rollout_batch, gradient_batch: latents in one pass; guidance doubles.
         graphs: passes with gradient that wait for one backward.
         element_bytes: of the compute type.
@@ -55,12 +55,15 @@ class Job:
         lora_parameters: of all trained experts together.
         experts: transformers in memory.
         has_average: a moving average of the masters is kept.
-        decode: (pixels of a frame, latents decoded with gradient, batch).
-        reward_bytes: weights of the reward model and the VAE.
+        scored: what is decoded and scored; None with a latent reward.
+        reward_bytes: weights of the reward model and the VAE, on the card.
+        looks: `stream`: samples are decoded piece by piece; `whole`: held-out videos are held and scored; or empty.
+        judged_blocks: blocks of a latent reward's own trunk, which go through the executor like the experts'; 0 without one.
     """
 
     shape: ModelShape
     tokens: int
+    videos: int
     rollout_batch: int
     gradient_batch: int
     graphs: int
@@ -71,8 +74,10 @@ class Job:
     lora_parameters: int
     experts: int
     has_average: bool
-    decode: tuple[int, int, int]
+    scored: Scored | None
     reward_bytes: int
+    looks: str = ""
+    judged_blocks: int = 0
 
     def stream_bytes(self, batch: int) -> int:
         """X."""
@@ -83,7 +88,7 @@ def block_bytes(job: Job) -> int:
     """A block's weights as stored."""
     shape = job.shape
     linear = sum(out * size for out, size in shape.block_linears.values())
-    return linear * min(shape.weight_bytes, job.element_bytes) + (shape.block_parameters - linear) * job.element_bytes
+    return int(linear * (shape.weight_bytes if shape.is_quantised else job.element_bytes)) + (shape.block_parameters - linear) * job.element_bytes
 
 
 def slot_bytes(job: Job) -> int:
@@ -92,7 +97,28 @@ def slot_bytes(job: Job) -> int:
     total = shape.block_parameters * job.element_bytes
     for name, (out, size) in shape.block_linears.items():
         total += (rank * (out + size) + rank * rank) * job.element_bytes if name in job.adapted else 0
-    return total + (block_bytes(job) if shape.weight_bytes < job.element_bytes else 0)
+    return total + (block_bytes(job) if shape.is_quantised else 0)
+
+
+def _master_bytes(job: Job) -> int:
+    """fp32 copies of a block's masters beside it."""
+    return sum(4 * job.rank * sum(size) for name, size in job.shape.block_linears.items() if name in job.adapted)
+
+
+def rest_bytes(job: Job, choice: Choice) -> int:
+    """Bytes on the card between two steps: weights, slots, LoRA and optimiser where they live there, and what both experts share."""
+    shape = job.shape
+    fixed = job.experts * (shape.outer_parameters * job.element_bytes + shape.width * shape.in_channels * 4 * (4 - job.element_bytes)) + job.reward_bytes
+    fixed += job.tokens * 128 * 2 * 4  # rotations, fp32
+    # Quantised blocks are unpacked in a slot wherever they are stored.
+    streams = choice.resident_blocks < shape.blocks or shape.is_quantised
+    fixed += job.experts * choice.resident_blocks * block_bytes(job) * (2 if choice.merges_resident and choice.resident_blocks else 1)
+    # A latent reward's trunk lies on the card beside experts that do so whole, and streams with others.
+    fixed += 0 if streams else _trunk_bytes(job)
+    fixed += choice.slots * slot_bytes(job) if streams else 0  # shared by the experts
+    fixed += choice.slots * _master_bytes(job) if streams and choice.optimiser_place == "host" else 0
+    fixed += job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "device" else 0
+    return fixed
 
 
 def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, int]:
@@ -101,13 +127,7 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     Args:
         in_kernels: with what the attention kernel allocates inside of itself.
     """
-    shape = job.shape
-    fixed = job.experts * (shape.outer_parameters * job.element_bytes + shape.width * shape.in_channels * 4 * (4 - job.element_bytes)) + job.reward_bytes
-    fixed += job.tokens * 128 * 2 * 4  # rotations, fp32
-    streams = choice.resident_blocks < shape.blocks
-    fixed += job.experts * choice.resident_blocks * block_bytes(job) * (2 if choice.merges_resident and choice.resident_blocks else 1)
-    fixed += choice.slots * slot_bytes(job) if streams else 0  # shared by the experts
-    fixed += job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "device" else 0
+    shape, fixed = job.shape, rest_bytes(job, choice)
     # Merged copies of the Linears around the blocks, held through the rollout (`lora/linears.py`).
     outer = shape.outer_linears
     merged = job.experts * sum(outer[name][0] * outer[name][1] for name in job.adapted_outside) * job.element_bytes
@@ -117,13 +137,34 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     others = kept - (kept_bytes(job, choice) // shape.blocks - wide if kept else -wide)
     # With the others kept the last block is the highest, and the patch embedding's result is gone by then.
     gone = job.stream_bytes(job.gradient_batch) if kept and shape.blocks > 1 else 0
-    pixels, latents, batch = job.decode
-    return {
+    found = {
         "rollout": fixed + merged + max(2 * job.stream_bytes(job.rollout_batch) + _MERGE_BYTES, _forward_bytes(job, choice, job.rollout_batch, held=0)),
         "forward": fixed + others - gone + _forward_bytes(job, choice, job.gradient_batch, held=1 if choice.keep_attention else 0),
-        "decode": fixed + kept + batch * pixels * (_DECODE_FIRST + _DECODE_LATER * (latents - 1)),
+        "scoring": fixed + kept + _scoring_bytes(job, choice, in_kernels),
         "backward": fixed + others + _backward_bytes(job, choice, in_kernels),
     }
+    looks = {"looks": fixed + merged + look_bytes(job.scored, job.looks == "whole")} if job.looks and job.scored else {}
+    return found | looks
+
+
+def _scoring_bytes(job: Job, choice: Choice, in_kernels: bool) -> int:
+    """Decoder and reward model one after the other; or a latent reward's trunk forward and backward, while the step's own kept tensors wait."""
+    decoded = max(decode_bytes(job.scored, choice.keep_place)[0], tower_bytes(job.scored)) if job.scored and job.scored.latents else 0
+    if not job.judged_blocks:
+        return decoded
+    trunk = judged(job)
+    waiting = kept_bytes(trunk, choice) if choice.keep_place == "device" else 0
+    return max(decoded, waiting + max(_forward_bytes(trunk, choice, trunk.gradient_batch, held=1), _backward_bytes(trunk, choice, in_kernels)))
+
+
+def _trunk_bytes(job: Job) -> int:
+    return job.judged_blocks * block_bytes(judged(job)) if job.judged_blocks else 0
+
+
+def judged(job: Job) -> Job:
+    """The pass through a latent reward's trunk, which has no LoRA and sees no guidance."""
+    shape = replace(job.shape, blocks=job.judged_blocks, weight_bytes=max(2, job.shape.weight_bytes))
+    return replace(job, shape=shape, rank=0, adapted=frozenset(), gradient_batch=job.videos, rollout_batch=job.videos, graphs=1, judged_blocks=0)
 
 
 def _forward_bytes(job: Job, choice: Choice, batch: int, *, held: int) -> int:
@@ -153,10 +194,10 @@ def _backward_bytes(job: Job, choice: Choice, in_kernels: bool) -> int:
     return max(
         # Cross-attention ran again: y, the stream after the gate, h, q before and after its norm, joined heads, the sum.
         10 * x + _feed_bytes(job, choice, job.gradient_batch, wide=4, narrow=2),
-        # Its attention: besides, the joined heads' gradient and dq; with several groups, one group's dq beside the whole.
-        12 * x + (x // groups if groups > 1 else 0) + kernel,
+        # Its attention: without the sum; the joined heads' gradient and dq; with several groups, one group's dq beside the whole.
+        11 * x + (x // groups if groups > 1 else 0) + kernel,
         # Norm of its q: without q after the norm, joined heads and their gradient, with dq and its result; of a piece six tensors in fp32, two others.
-        10 * x + pieces * (2 * job.element_bytes + 6 * 4),
+        9 * x + pieces * (2 * job.element_bytes + 6 * 4),
         # Self-attention: gradient of its output, h, q and k before and after, v; a group's three gradients, written over q, k and v.
         10 * x + 3 * x // groups + kernel,
         # Rotary embedding and norm of k, then q: the gradient of h in place of v's; of a piece six tensors in fp32, one other.
@@ -188,12 +229,29 @@ def kept_bytes(job: Job, choice: Choice) -> int:
     return job.shape.blocks * (x + (x + lse if choice.keep_attention else 0) + (wide if choice.keep_feed_forward else 0))
 
 
-def host_bytes(job: Job, choice: Choice) -> int:
-    """Bytes in host memory: streamed weights, kept activations, masters and optimiser, the process."""
+def host_parts(job: Job, choice: Choice) -> dict[str, int]:
+    """Bytes in host memory by what they hold."""
     streamed = job.experts * (job.shape.blocks - choice.resident_blocks) * block_bytes(job)
-    kept = job.graphs * kept_bytes(job, choice) if choice.keep_place == "host" else 0
-    state = job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "host" else 0
-    return streamed + kept + state + PROCESS_BYTES
+    streams = choice.resident_blocks < job.shape.blocks or job.shape.is_quantised
+    is_kept_here = choice.keep_place == "host"
+    trunk = judged(job) if job.judged_blocks else None
+    return {
+        "weights": streamed + (_trunk_bytes(job) if streams else 0),
+        "activations": job.graphs * kept_bytes(job, choice) + (kept_bytes(trunk, choice) if trunk else 0) if is_kept_here else 0,
+        "decoder": decode_bytes(job.scored, choice.keep_place)[1] if job.scored else 0,
+        "lora and optimiser": job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "host" else 0,
+        "process": PROCESS_BYTES,
+    }
+
+
+def loading_bytes(job: Job) -> int:
+    """Host memory while models are loaded: all weights are there before some move to the card."""
+    return job.experts * job.shape.blocks * block_bytes(job) + _trunk_bytes(job) + PROCESS_BYTES
+
+
+def host_bytes(job: Job, choice: Choice) -> int:
+    """Peak in host memory: of the training, or of the loading before it."""
+    return max(loading_bytes(job), sum(host_parts(job, choice).values()))
 
 
 def gpu_bytes(job: Job, choice: Choice) -> int:

@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from .. import needs
 from ..config import TrainConfig
 from ..lora.targets import select_targets
-from .choose import USABLE, choose, remedies, smallest
-from .memory import Choice, Job, gpu_bytes, host_bytes, kept_bytes, phases
+from .choose import USABLE, candidates, choose, fits, nearest
+from .job import job_of
+from .memory import PROCESS_BYTES, Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, loading_bytes, phases, rest_bytes
+from .scoring import decode_flops
 from .shapes import ModelShape
 from .speed import Card, pass_seconds
-from .work import passes
+from .work import Passes, passes
 
-# Text to reward and VAE: weights of a CLIP-H-sized reward model and of the Wan VAE in bf16 (assumed; published sizes).
-_REWARD_BYTES = 2_200_000_000
 _ALTERNATIVES = 4
 _CPU_CHUNK = 1024
-
-
-def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int = _REWARD_BYTES) -> Job:
-    """What one update holds at once."""
-    _, _, frames, height, width = config.video.latent_shape(1)
-    chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
-    adapted = frozenset(path.removeprefix("blocks.0.") for path in chosen if path.startswith("blocks.0."))
-    branches = 1 if config.sampling.guidance == 1.0 else 2
-    objective = config.objective
-    selected = max(1, len(objective.step_list)) if objective.strategy == "list" else 1 if objective.strategy == "last" else objective.grad_steps
-    latents = frames if objective.decode == "all" else min(frames, objective.decode_count)
-    return Job(
-        shape=shape,
-        tokens=frames * (height // 2) * (width // 2),
-        rollout_batch=config.batch * branches,
-        gradient_batch=config.batch * branches,
-        graphs=selected if objective.mode == "chain" else 1,
-        element_bytes=4 if config.dtype == "fp32" else 2,
-        rank=config.lora.rank,
-        adapted=adapted,
-        adapted_outside=frozenset(chosen) & shape.outer_linears.keys(),
-        lora_parameters=len(config.trained_experts) * config.lora.rank * sum(sum(shape.linears[path]) for path in chosen),
-        experts=2,
-        has_average=config.optimiser.ema_decay > 0,
-        decode=(config.video.width_px * config.video.height_px, latents, config.batch),
-        reward_bytes=reward_bytes,
-    )
+# An alternative must spare so much of card or host against those before it.
+_WORTH = 0.9
+_OPTIMISER_BYTES = 28  # read and written for a parameter: weight, gradient, two moments
+_HOST_RATE, _CARD_RATE = 20e9, 2000e9
 
 
 def trains_outside(config: TrainConfig, shape: ModelShape) -> bool:
@@ -54,55 +33,89 @@ def trains_outside(config: TrainConfig, shape: ModelShape) -> bool:
 
 def step_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card, counts: dict[str, float]) -> dict[str, float]:
     """Seconds of one update by phase. `counts`: passes of one video by kind, from `plan.passes_per_update`."""
-    work = passes(
-        job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, keeps_feed_forward=choice.keep_feed_forward,
-        trains_outside=trains_outside(config, job.shape),
-    )  # fmt: skip
-    one = pass_seconds(job, choice, card, work, job.rollout_batch)
-    # One pass of the whole batch carries rollout_batch latents; counts are of single latents.
-    branches = 1 if config.sampling.guidance == 1.0 else 2
-    rolled = (counts["rollout"] + counts["reference"]) / branches
-    selected = counts["gradient"] / 3 / branches
-    optimiser = job.lora_parameters * 28 / (20e9 if choice.optimiser_place == "host" else 2000e9)
-    seconds = {"rollout": rolled * one["rollout"], "forward": selected * one["forward"], "backward": selected * one["backward"], "optimiser": optimiser}
+    branches = job.rollout_batch // job.videos
+    gate = trains_outside(config, job.shape)
+
+    def one(of: Job, gated: bool = gate) -> dict[str, float]:
+        return pass_seconds(of, choice, card, _passes(of, choice, gated), of.rollout_batch)
+
+    # One pass of the whole batch carries all branches; counts are of single latents. Real videos have no second branch.
+    step = one(job)
+    rolled, selected = (counts["rollout"] + counts["reference"]) / branches, counts["gradient"] / 3 / branches
+    seconds = {name: (rolled if name == "rollout" else selected) * step[name] for name in ("rollout", "forward", "backward")}
+    if counts["real"]:
+        real = one(replace(job, rollout_batch=job.videos, gradient_batch=job.videos))
+        seconds["real videos"] = counts["real"] / 3 * (real["forward"] + real["backward"])
+    scorings = max(1.0, selected if config.method != "reward_flow" else config.optimiser.accumulate)
+    if job.judged_blocks:
+        trunk = one(judged(job), False)
+        seconds["scoring"] = scorings * (trunk["forward"] + trunk["backward"])
+    elif job.scored is not None:
+        seconds["scoring"] = scorings * decode_flops(job.scored) / card.gemm
+    seconds["optimiser"] = job.lora_parameters * _OPTIMISER_BYTES / (_HOST_RATE if choice.optimiser_place == "host" else _CARD_RATE)
     return {**seconds, "total": sum(seconds.values())}
+
+
+def _passes(job: Job, choice: Choice, gate: bool) -> Passes:
+    return passes(
+        job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, keeps_feed_forward=choice.keep_feed_forward,
+        trains_outside=gate,
+    )  # fmt: skip
 
 
 def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_bytes: int, counts: dict[str, float]) -> dict[str, Any]:
     """The plan as JSON values; `fits` is False where nothing does, and then `remedies` says what would."""
     job = job_of(config, shape)
+    choices = candidates(job, lambda choice: fixed_by_hand(config, _on_cpu(choice) if card.name == "cpu" else choice, shape))
 
     def seconds(choice: Choice) -> float:
         return step_seconds(config, job, choice, card, counts)["total"]
 
-    chosen, others = choose(job, card.memory_bytes, host_free_bytes, seconds)
-    choice = chosen or smallest(job)
-    if card.name == "cpu":
-        # Merged copies would be the weights' memory once more, for a few percent of a rollout; and a CPU loses nothing by smaller pieces.
-        chunk = min(_CPU_CHUNK, choice.ffn_chunk_tokens)
-        choice = replace(choice, merges_resident=False, ffn_chunk_tokens=chunk, row_chunk_tokens=min(chunk, choice.row_chunk_tokens))
-    choice = fixed_by_hand(config, choice, shape)
-    is_fitting = gpu_bytes(job, choice) <= USABLE * card.memory_bytes and host_bytes(job, choice) <= host_free_bytes
+    chosen, others = choose(choices, job, card.memory_bytes, host_free_bytes, seconds)
+    choice = chosen or nearest(choices, job, card.memory_bytes, host_free_bytes)
     return {
         "gpu_peak_bytes": gpu_bytes(job, choice),
         "gpu_phase_bytes": phases(job, choice),
+        "gpu_rest_bytes": rest_bytes(job, choice),
         "host_peak_bytes": host_bytes(job, choice),
+        "host_part_bytes": host_parts(job, choice),
+        "host_loading_bytes": loading_bytes(job),
         "kept_activation_bytes": job.graphs * kept_bytes(job, choice),
         "seconds_per_step": {name: round(value, 3) for name, value in step_seconds(config, job, choice, card, counts).items()},
-        "fits": is_fitting,
-        "card": {"name": card.name, "memory_bytes": card.memory_bytes},
+        "fits": chosen is not None,
+        "card": {"name": card.name, "memory_bytes": card.memory_bytes, "usable_bytes": int(USABLE * card.memory_bytes)},
         "host_free_bytes": host_free_bytes,
         "knobs": asdict(choice),
-        "alternatives": [
-            {
-                "knobs": asdict(other), "gpu_peak_bytes": gpu_bytes(job, other), "host_peak_bytes": host_bytes(job, other),
-                "seconds_per_step": round(seconds(other), 3),
-            }
-            for other in others[:_ALTERNATIVES]
-        ],  # fmt: skip
-        "remedies": [] if is_fitting else remedies(job, card.memory_bytes, host_free_bytes, _changed(config, job)),
-        "note": "predicted from operations and assumed rates; not measured on this card",
+        "alternatives": _alternatives(job, choice, others, seconds),
+        "remedies": [] if chosen else remedies(config, shape, card.memory_bytes, host_free_bytes),
+        "note": _note(config, shape),
     }
+
+
+def _on_cpu(choice: Choice) -> Choice:
+    """Merged copies would be the weights' memory once more, for a few percent of a rollout; and a CPU loses nothing by smaller pieces."""
+    chunk = min(_CPU_CHUNK, choice.ffn_chunk_tokens)
+    return replace(choice, merges_resident=False, ffn_chunk_tokens=chunk, row_chunk_tokens=min(chunk, choice.row_chunk_tokens))
+
+
+def _note(config: TrainConfig, shape: ModelShape) -> str:
+    notes = ["predicted from operations and assumed rates; not measured on this card"]
+    if shape.latent_channels != 16:
+        notes.append(f"this pack cannot train a model of {shape.latent_channels} latent channels yet; its decoder is counted as that of 14B models")
+    if config.reward.options.get("generator"):
+        notes.append("a PAVRM in LoRA form runs its blocks whole: more than is counted here")
+    return "; ".join(notes)
+
+
+def _alternatives(job: Job, chosen: Choice, others: list[Choice], seconds: Callable[[Choice], float]) -> list[dict[str, Any]]:
+    """Slower choices that spare card or host memory."""
+    found, card, host = [], gpu_bytes(job, chosen), host_bytes(job, chosen)
+    for other in others:
+        sizes = {"gpu_peak_bytes": gpu_bytes(job, other), "host_peak_bytes": host_bytes(job, other)}
+        if sizes["gpu_peak_bytes"] <= _WORTH * card or sizes["host_peak_bytes"] <= _WORTH * host:
+            card, host = min(card, sizes["gpu_peak_bytes"]), min(host, sizes["host_peak_bytes"])
+            found.append({"knobs": asdict(other), **sizes, "seconds_per_step": round(seconds(other), 3)})
+    return found[:_ALTERNATIVES]
 
 
 def fixed_by_hand(config: TrainConfig, choice: Choice, shape: ModelShape) -> Choice:
@@ -123,24 +136,58 @@ def fixed_by_hand(config: TrainConfig, choice: Choice, shape: ModelShape) -> Cho
 
 def refusal(plan: dict[str, Any]) -> str:
     """Why a plan does not fit, in one sentence with its remedy."""
-    card, host = plan["card"]["memory_bytes"], plan["host_free_bytes"]
-    facts = f"this run needs {plan['gpu_peak_bytes'] / 1e9:.1f} GB on the card and {plan['host_peak_bytes'] / 1e9:.1f} GB of memory"
-    limits = f"but {plan['card']['name']} has {card / 1e9:.1f} GB and {host / 1e9:.1f} GB are free"
+    card, host, needed_card, needed_host = plan["card"]["usable_bytes"], plan["host_free_bytes"], plan["gpu_peak_bytes"], plan["host_peak_bytes"]
+    short = []
+    if needed_card > card:
+        short.append(f"{needed_card / 1e9:.1f} GB on the card, but {plan['card']['name']} has {card / 1e9:.1f} GB for it")
+    if needed_host > host:
+        parts = {**plan["host_part_bytes"], "weights while loading": plan["host_loading_bytes"] if plan["host_loading_bytes"] == needed_host else 0}
+        largest = max(parts, key=parts.get)
+        part = f"{parts[largest] / 1e9:.1f} GB of it for {largest}"
+        short.append(f"{needed_host / 1e9:.1f} GB of memory ({part}), but {host / 1e9:.1f} GB are free")
     remedy = f"would fit: {'; '.join(plan['remedies'])}" if plan["remedies"] else "use a smaller video, or a machine with more memory"
-    return f"{facts}, {limits}; {remedy}"
+    return f"this run needs {', and '.join(short)}; {remedy}"
 
 
-def _changed(config: TrainConfig, job: Job) -> dict[str, Job]:
-    """Jobs that ask for less, by words."""
-    pixels, latents, batch = job.decode
-    others = {}
-    if job.gradient_batch > 1 and config.batch > 1:
-        share = job.gradient_batch // config.batch
-        others["batch 1"] = replace(job, rollout_batch=share, gradient_batch=share, decode=(pixels, latents, 1))
-    if latents > 1:
-        others["objective.decode_count 1"] = replace(job, decode=(pixels, 1, batch))
-    for words, part in (("half of the frames", 0.5), ("a quarter of the pixels", 0.25)):
-        others[words] = replace(job, tokens=max(1, int(job.tokens * part)), decode=(int(pixels * (part if part == 0.25 else 1)), latents, batch))
-    if job.rank > 32:
-        others["lora.rank 32"] = replace(job, rank=32, lora_parameters=job.lora_parameters * 32 // job.rank)
-    return others
+def least_host(config: TrainConfig, shape: ModelShape) -> tuple[int, str]:
+    """The least bytes of host memory that any knobs ask for, without those of the process, and what most of them are for."""
+    job = job_of(config, shape)
+    choices = candidates(job, lambda choice: fixed_by_hand(config, choice, shape))
+    choice = min(choices, key=lambda choice: host_bytes(job, choice))
+    parts = {name: value for name, value in host_parts(job, choice).items() if name != "process"}
+    needed = host_bytes(job, choice) - PROCESS_BYTES
+    return needed, "loading the experts' weights" if sum(parts.values()) < needed else max(parts, key=parts.get)
+
+
+def remedies(config: TrainConfig, shape: ModelShape, card_bytes: int, host_free_bytes: int) -> list[str]:
+    """Which changes of the settings would fit, in words."""
+    found = []
+    for words, changed, its_shape in _changes(config, shape):
+        job = job_of(changed, its_shape)
+        if any(fits(job, choice, card_bytes, host_free_bytes) for choice in candidates(job, lambda choice, own=changed: fixed_by_hand(own, choice, shape))):
+            found.append(words)
+    return found
+
+
+def _changes(config: TrainConfig, shape: ModelShape) -> list[tuple[str, TrainConfig, ModelShape]]:
+    """Settings that ask for less, each with its words."""
+    video, objective = config.video, config.objective
+    found = []
+    if config.engine != type(config.engine)(card_gb=config.engine.card_gb, ram_gb=config.engine.ram_gb):
+        found.append(("the engine's knobs left to the plan", replace(config, engine=type(config.engine)()), shape))
+    if config.batch > 1:
+        found.append(("batch 1", replace(config, batch=1), shape))
+    if needs.decodes_training_videos(config) and objective.decode == "all":
+        found.append(("objective.decode random", replace(config, objective=replace(objective, decode="random", decode_history=1)), shape))
+    elif needs.decodes_training_videos(config) and objective.decode != "first":
+        found.append(("objective.decode first with decode_count 1", replace(config, objective=replace(objective, decode="first", decode_count=1)), shape))
+    if shape.weight_bytes > 1:
+        found.append(("fp8 files of the experts", config, replace(shape, weight_bytes=1)))
+    frames = video.frames // 8 * 4 + 1
+    width, height = (max(16, size // 32 * 16) for size in (video.width_px, video.height_px))
+    if frames < video.frames:
+        found.append((f"{frames} frames", replace(config, video=replace(video, frames=frames)), shape))
+    found.append((f"{width} x {height}", replace(config, video=replace(video, width_px=width, height_px=height)), shape))
+    if config.lora.rank > 32:
+        found.append(("lora.rank 32", replace(config, lora=replace(config.lora, rank=32)), shape))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from ..safetensors_file import Header, read_header
 
@@ -13,13 +14,14 @@ _NAMED = {
     "wan-5b": (3072, 14336, 30, 24, 4096, 48, 48),
     "wan-1.3b": (1536, 8960, 30, 12, 4096, 16, 16),
 }
+NAMES = tuple(_NAMED)
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _HEAD_WIDTH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A transformer. `weight_bytes`: bytes per element of a block's weights as stored: 2 for bf16, 1 for fp8."""
+    """A transformer. `weight_bytes`: bytes per element of a block's Linears as stored: 2 for bf16, 1 for fp8, less for most GGUF blocks."""
 
     width: int
     ffn: int
@@ -29,7 +31,12 @@ class ModelShape:
     in_channels: int = 16
     latent_channels: int = 16
     frequency: int = 256
-    weight_bytes: int = 2
+    weight_bytes: float = 2
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a block's Linears stay packed and are unpacked in a slot where they run."""
+        return self.weight_bytes < 2
 
     @property
     def block_linears(self) -> dict[str, tuple[int, int]]:
@@ -107,7 +114,7 @@ def header_shape(header: Header, name: str = "the file") -> ModelShape:
         for prefix in _PREFIXES:
             key = key.removeprefix(prefix)
         shapes[key] = shape
-    stored = [_element_bytes(dtype) for key, dtype in header.dtypes.items() if key.endswith("ffn.0.weight")]
+    stored = [key for key, size in header.shapes.items() if key.endswith(".weight") and len(size) == 2 and "blocks." in key]
     indices = [int(key.split(".")[1]) for key in shapes if key.startswith("blocks.") and key.split(".")[1].isdigit()]
     wanted = ("patch_embedding.weight", "text_embedding.0.weight", "blocks.0.ffn.0.weight", "head.head.weight")
     missing = [key for key in wanted if key not in shapes]
@@ -123,9 +130,6 @@ def header_shape(header: Header, name: str = "the file") -> ModelShape:
         in_channels=in_channels,
         latent_channels=shapes["head.head.weight"][0] // 4,
         frequency=shapes.get("time_embedding.0.weight", (0, 256))[1],
-        weight_bytes=min(stored),
+        weight_bytes=sum(header.bytes_of[key] for key in stored) / sum(prod(header.shapes[key]) for key in stored),
     )
 
-
-def _element_bytes(dtype: str) -> int:
-    return 1 if dtype.startswith(("F8", "I8", "U8")) else 4 if dtype == "F32" else 2

@@ -1,23 +1,27 @@
 """Takes the pictures of the help pages in the real front-end, after a real run on the pocket models.
 
-    python tests/browser/doc_pictures.py URL [loras] [rewards] [--output FOLDER]
+    python tests/browser/doc_pictures.py URL [loras] [rewards] [plan] [--input FOLDER] [--output FOLDER]
 
-URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. With `--output`, the server's output folder,
-where a dataset and a sweep are made, only the pictures of the labelling page are taken.
+URL is a running server with the pack and the pocket models (`python lab.py serve`). Writes web/docs/images/*.jpg. `--input` is the server's input folder:
+base videos for Mix Rewards are made there. With `--output`, the server's output folder, where a dataset and a sweep are made, only the pictures of the
+labelling page are taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
 IMAGES = REPO / "web" / "docs" / "images"
 RUN_LIMIT_S = 900.0
-MARGIN_PX = 14
+SCALE = 1.5  # of the pictures: sharp on screens with small pixels too
+MARGIN_PX, BADGE_PX = 14, 24  # above the node stands the badge of its pack
 
 ROWS = [
     {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-high-noise-HPS2.1.safetensors", "high": 0.6, "low": 0, "curve": "1:0, 0.95:1, 0.875:0.5, 0:0.3"},
@@ -54,7 +58,7 @@ def build(page: Any) -> None:
             const merge = window.LiteGraph.createNode('RewardLabMergeLoRA');
             graph.add(merge);
             merge.pos = [1400, 0];
-            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', dtype: 'fp8_scaled', rounding: 'stochastic', overwrite: true };
+            const settings = { base: 'pocket_wan2.2_t2v_high_noise_14B.safetensors', overwrite: true };
             const plain = JSON.parse(rows).filter((row) => row.high && row.on).map(({ curve, ...row }) => row);
             for (const [name, value] of Object.entries({ ...settings, rows: JSON.stringify(plain) })) merge.widgets.find((w) => w.name === name).value = value;
             merge.configure(merge.serialize());
@@ -77,7 +81,8 @@ def picture_of(page: Any, node_type: str, path: Path) -> None:
         }""",
         node_type,
     )
-    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - MARGIN_PX, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + 2 * MARGIN_PX}
+    top = MARGIN_PX + BADGE_PX
+    clip = {"x": box["x"] - MARGIN_PX, "y": box["y"] - top, "width": box["width"] + 2 * MARGIN_PX, "height": box["height"] + top + MARGIN_PX}
     path.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(path), type="jpeg", quality=82, clip=clip)
 
@@ -97,17 +102,41 @@ def show_node(page: Any, node_type: str, scale: float) -> None:
     page.wait_for_timeout(1500)
 
 
-def label_pictures(url: str, output: Path) -> None:
-    """Label and vote a little, and take pictures of both."""
+def _register() -> None:
+    """Make the repository importable as `reward_lab`."""
     spec = importlib.util.spec_from_file_location("reward_lab_alias", REPO / "labtools" / "alias.py")
     alias = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alias)
     alias.register(REPO)
+
+
+def base_videos(folder: Path, count: int = 16) -> None:
+    """Pocket videos and their captions, for Mix Rewards to measure."""
+    _register()
+    import numpy as np
+    from PIL import Image
+
+    from reward_lab.pocket import world
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, rows = random.Random(5), []
+    for index in range(count):
+        scene = world.sample_scene(rng, held_out=True)
+        frames = [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in world.render(scene)]
+        frames[0].save(folder / f"base_{index:02d}.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True)
+        rows.append((f"base_{index:02d}.webp", world.caption(scene)))
+    with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "prompt"), *rows])
+
+
+def label_pictures(url: str, output: Path) -> None:
+    """Label and vote a little, and take pictures of both."""
+    _register()
     from reward_lab.tests.browser import frontend, label_scene
     from reward_lab.tests.browser.test_label_page import open_page, wait_for_progress
 
     label_scene.fill(output)
-    with frontend.open_front_end(url, width_px=1200, height_px=760) as page:
+    with frontend.open_front_end(url, width_px=1200, height_px=760, scale=SCALE) as page:
         open_page(page, label_scene.DATASET)
         page.keyboard.press("g")
         wait_for_progress(page, "1 of 4")
@@ -126,7 +155,7 @@ def label_pictures(url: str, output: Path) -> None:
         page.screenshot(path=str(IMAGES / "vote_page.jpg"), type="jpeg", quality=82)
 
 
-def take_loras(frontend: Any, page: Any) -> None:
+def take_loras(frontend: Any, page: Any, _input: Path | None) -> None:
     """Rows and a heat map, after a real run."""
     frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
     build(page)
@@ -146,15 +175,89 @@ def take_loras(frontend: Any, page: Any) -> None:
     picture_of(page, "RewardLabMergeLoRA", IMAGES / "merge_lora.jpg")
 
 
-def take_rewards(frontend: Any, page: Any) -> None:
-    """Load Reward Model as it stands in the first example, before anything runs."""
+MIX = """() => {
+    const { app, LiteGraph } = window, first = (type) => app.graph.nodes.find((n) => n.type === type);
+    const make = (type, pos, size, values) => {
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        node.pos = pos;
+        for (const [name, value] of Object.entries(values)) node.widgets.find((w) => w.name === name).value = value;
+        node.configure(node.serialize());
+        node.setSize(size);
+        return node;
+    };
+    const hps = first('RewardLabRewardModel'), score = first('RewardLabScoreVideo');
+    const motion = make('RewardLabRewardModel', [2200, 0], [420, 260], { kind: 'dynamic_degree', file: '(none)' });
+    const measured = { weight_2: 0.2, measure_baseline: true, baseline_folder: 'base_videos', baseline_prompts: 'base_videos/prompts.csv' };
+    const mix = make('RewardLabMixRewards', [2700, 0], [460, 100], measured);
+    hps.connect(0, mix, 'reward_1');
+    motion.connect(0, mix, 'reward_2');
+    mix.connect(0, score, 'reward_model');
+    const prompt = first('PrimitiveStringMultiline').widgets[0].value;
+    score.disconnectInput(score.inputs.findIndex((input) => input.name === 'prompt'));
+    score.widgets.find((w) => w.name === 'prompt').value = prompt;
+    score.setSize([520, 720]);
+    const pavrm = make('RewardLabRewardModel', [3300, 0], [420, 300], { kind: 'pavrm', file: 'pocket_PAVRM.safetensors' });
+    const latent = make('RewardLabScoreLatent', [3800, 0], [520, 520], { sigmas: '0.1, 0.3, 0.5, 0.7, 0.9', seed: 0 });
+    pavrm.connect(0, latent, 'reward_model');
+    first('CLIPTextEncode').connect(0, latent, 'positive');
+    first('RewardLabSampleWan22').connect(0, latent, 'latent');
+}"""
+
+
+def take_rewards(frontend: Any, page: Any, input_folder: Path | None) -> None:
+    """Load Reward Model as it stands in the first example, before anything runs; and a measured mix, Score Video and Score Latent after a real run.
+
+    Raises:
+        ValueError: no input folder is given.
+    """
+    if input_folder is None:
+        raise ValueError("The pictures of rewards need --input, the server's input folder, for base videos.")
+    base_videos(input_folder / "base_videos")
     frontend.load_graph(page, json.loads((REPO / "example_workflows" / "1 load and sample.json").read_text(encoding="utf-8")))
     show_node(page, "RewardLabRewardModel", 1.2)
     page.locator(".rl-text").filter(has_text="HPS_v2.1_compressed.pt").wait_for()
     picture_of(page, "RewardLabRewardModel", IMAGES / "reward_model.jpg")
+    page.evaluate(MIX)
+    # Nodes outside of the window are not drawn and do not load their pictures.
+    frontend.fit_view(page)
+    frontend.wait_for_execution(page, frontend.press_run(page), RUN_LIMIT_S)
+    frontend.wait_for_pictures(page)
+    for node_type, name in (("RewardLabMixRewards", "mix_rewards"), ("RewardLabScoreVideo", "score_video"), ("RewardLabScoreLatent", "score_latent")):
+        show_node(page, node_type, 1.0)
+        picture_of(page, node_type, IMAGES / f"{name}.jpg")
 
 
-TAKE = {"loras": take_loras, "rewards": take_rewards}
+PLANNED = {"preset": "videox-fun", "expert": "high", "rank": 128, "alpha": 64, "batch": 1, "width": 832, "height": 480, "frames": 81, "sampling_steps": 40,
+           "guidance": 6, "advanced": "{}", "shape": "wan-14b", "card": "rtx 4090", "ram_gb": 96}  # fmt: skip
+
+
+def take_plan(frontend: Any, page: Any) -> None:
+    """Memory Plan of a 14B run beside the third example's nodes, after a real run of it."""
+    frontend.load_graph(page, json.loads((REPO / "example_workflows" / "3 train a reward lora.json").read_text(encoding="utf-8")))
+    page.evaluate(
+        """(settings) => {
+            const graph = window.app.graph, train = graph.nodes.find((n) => n.type === 'RewardLabTrainLoRA');
+            const sources = train.inputs.slice(0, 3).map((_, index) => [train.getInputNode(index), train.getInputLink(index).origin_slot]);
+            for (const node of [...graph.nodes]) if (!sources.some(([source]) => source === node)) graph.remove(node);
+            for (const group of [...graph.groups]) graph.remove(group);
+            const plan = window.LiteGraph.createNode('RewardLabMemoryPlan');
+            graph.add(plan);
+            plan.pos = [4000, 0];
+            plan.setSize([620, 1030]);
+            sources.forEach(([source, slot], index) => source.connect(slot, plan, index));
+            for (const [name, value] of Object.entries(settings)) plan.widgets.find((w) => w.name === name).value = value;
+        }""",
+        PLANNED,
+    )
+    frontend.press_run(page)
+    drawn = "() => window.app.graph.nodes.find((n) => n.type === 'RewardLabMemoryPlan').imgs?.[0]?.naturalWidth > 0"
+    page.wait_for_function(drawn, timeout=RUN_LIMIT_S * 1000)
+    show_node(page, "RewardLabMemoryPlan", 0.8)
+    picture_of(page, "RewardLabMemoryPlan", IMAGES / "memory_plan.jpg")
+
+
+TAKE = {"loras": take_loras, "rewards": take_rewards, "plan": take_plan}
 
 
 def main() -> None:
@@ -162,15 +265,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Takes the pictures of the help pages.")
     parser.add_argument("url")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(TAKE)}; by default all of these")
+    parser.add_argument("--input", type=Path, help="the server's input folder, for the pictures of rewards")
     parser.add_argument("--output", type=Path, help="the server's output folder, for the labelling page")
     arguments = parser.parse_args()
     if arguments.output:
         label_pictures(arguments.url, arguments.output)
         return
     frontend = _frontend()
-    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000) as page:
+    with frontend.open_front_end(arguments.url, width_px=1500, height_px=1000, scale=SCALE) as page:
         for name in arguments.names or TAKE:
-            TAKE[name](frontend, page)
+            TAKE[name](frontend, page, arguments.input)
 
 
 if __name__ == "__main__":

@@ -257,6 +257,30 @@ def test_load_reward_model_shows_what_its_kind_reads(page) -> None:
     assert frontend.node_widget(page, "RewardLabRewardModel", "condition") == "quality" and "condition" in page.evaluate(VISIBLE)
 
 
+def test_mix_rewards_shows_connected_rows_and_fills_in_what_was_measured(page) -> None:
+    page.evaluate(
+        """() => {
+            window.app.graph.clear();
+            const mix = window.LiteGraph.createNode('RewardLabMixRewards'), reward = window.LiteGraph.createNode('RewardLabRewardModel');
+            for (const node of [mix, reward]) window.app.graph.add(node);
+            mix.pos = [500, 150];
+        }"""
+    )
+    assert page.evaluate(VISIBLE) == ["weight_1", "centre_1", "scale_1", "measure_baseline"]
+    page.evaluate("() => { const [mix, reward] = window.app.graph.nodes; reward.connect(0, mix, 'reward_3'); }")
+    page.evaluate("() => { const w = window.app.graph.nodes[0].widgets.find((one) => one.name === 'measure_baseline'); w.value = true; w.callback?.(true); }")
+    rows = [f"{part}_{row}" for row in (1, 3) for part in ("weight", "centre", "scale")]
+    assert page.evaluate(VISIBLE) == [*rows, "measure_baseline", "baseline_folder", "baseline_prompts"]
+    measured = [{"row": 1, "centre": 0.2812, "scale": 0.0104}, {"row": 3, "centre": 1.25, "scale": 0.5}]
+    page.evaluate("(measured) => window.app.graph.nodes[0].onExecuted({ text: ['measured'], reward_lab_baseline: measured })", measured)
+    found = [frontend.node_widget(page, "RewardLabMixRewards", name) for name in ("centre_1", "scale_1", "centre_3", "scale_3", "centre_2")]
+    assert found == [0.2812, 0.0104, 1.25, 0.5, 0]
+    saved = page.evaluate("() => window.app.graph.nodes[0].serialize().widgets_values")
+    assert 0.0104 in saved and 1.25 in saved, "what was filled in is part of the workflow"
+    page.evaluate("() => window.app.graph.nodes[0].disconnectInput(window.app.graph.nodes[0].inputs.findIndex((input) => input.name === 'reward_3'))")
+    assert "scale_3" not in page.evaluate(VISIBLE)
+
+
 def write_run(base: Path, run_id: str, events: list[Any]) -> None:
     folder = base / "output" / "reward_lab" / "runs" / run_id
     folder.mkdir(parents=True)

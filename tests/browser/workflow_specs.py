@@ -105,7 +105,7 @@ POCKET = ModelSet(
         "sampling_steps": 12,
         "guidance": 3.0,
         "seed": 0,
-        "advanced": json.dumps({"held_out": {"every": 10, "prompts": POCKET_HELD_OUT.splitlines()}}),
+        "advanced": json.dumps({"held_out": {"every": 20, "prompts": POCKET_HELD_OUT.splitlines()}}),
     },
     models_note="""### Pocket models
 These are tiny Wan2.2 models that come with the pack: same architecture, same file formats, 64×64 pixels, a world of coloured shapes. They run on any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,25 @@ def hps(shared_fixtures: Path) -> Path:
 
 @pytest.fixture
 def run(hps, capsys):
-    """Run `score`; returns exit status, document (None when it failed) and standard error."""
+    """Run `score`; returns exit status, document (None when it was refused) and the reason."""
 
     def call(*paths, **options):
         job = {"kind": "hpsv2", "weights": str(hps / "hps_tiny.safetensors"), "config": str(hps / "config.json"), "prompt": "a cat", "json": True}
         status = score_command.main(["score", json.dumps({"paths": [str(path) for path in paths], **job, **options})])
         printed = capsys.readouterr()
-        assert "Traceback" not in printed.err and (status == 0) == bool(printed.out)
-        return status, json.loads(printed.out) if printed.out else None, printed.err
+        document = json.loads(printed.out)
+        assert "Traceback" not in printed.err and document["verdict"] == {0: "ok", score_command.REFUSED: "refused"}[status]
+        reason = document.get("reason", "")
+        assert f"Error: {reason}" in printed.err or status == 0
+        return status, None if status else document, reason
 
     return call
+
+
+def npy_header(shape: str) -> bytes:
+    """An array file that declares a shape and has no data."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
 
 
 def frames(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -58,7 +68,7 @@ def frames(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
 def test_tensors_that_are_no_frames(run, tmp_path, tensor, message):
     save_file({"frames": tensor}, tmp_path / "x.safetensors")
     status, _, error = run(tmp_path / "x.safetensors")
-    assert status == 1 and re.search(message, error), error
+    assert status == score_command.REFUSED and re.search(message, error), error
 
 
 def test_frames_in_either_layout_and_any_dtype_score_the_same(run, tmp_path):
@@ -83,9 +93,14 @@ def test_pictures_that_are_not_plain_rgb(run, tmp_path):
     assert alpha["videos"][0]["per_video"] == plain["videos"][0]["per_video"]
     assert any("transparency, which is dropped" in warning for warning in alpha["warnings"]) and not plain["warnings"]
     assert grey["videos"][0]["frames"] == 1
+    colour.save(tmp_path / "moving.webp", save_all=True, append_images=[opaque, opaque], lossless=True)
+    moving = run(tmp_path / "moving.webp")[1]
+    assert moving["videos"][0]["frames"] == 3 and sum("moving.webp has transparency" in warning for warning in moving["warnings"]) == 1
+    colour.save(tmp_path / "solid.webp", save_all=True, append_images=[colour.rotate(180)], lossless=True)
+    assert not run(tmp_path / "solid.webp")[1]["warnings"], "an alpha channel that hides nothing is no transparency"
     Image.fromarray((frames(20, 31).numpy() * 60000).astype(np.uint16)).save(tmp_path / "deep.png")
     status, _, error = run(tmp_path / "deep.png")
-    assert status == 1 and "more than 8 bits" in error
+    assert status == score_command.REFUSED and "more than 8 bits" in error
 
 
 def test_an_8k_frame_is_scored(run, tmp_path):
@@ -101,6 +116,8 @@ def test_an_8k_frame_is_scored(run, tmp_path):
         ("x.png", b"not a picture at all", "cannot be read as a picture"),
         ("x.mp4", b"not a video at all", "cannot be read as a video"),
         ("x.npy", b"not an array at all", "cannot be read as an array"),
+        ("x.npy", npy_header("(1000000000000, 3, 8, 8)"), "cannot be read as an array"),
+        ("x.bmp", b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0), "too large a picture"),
         ("x.safetensors", b"not a file of tensors", "cannot be read as safetensors"),
         ("x.txt", b"a cat", "ends in '.txt'"),
     ],
@@ -108,7 +125,7 @@ def test_an_8k_frame_is_scored(run, tmp_path):
 def test_damaged_and_foreign_files(run, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     status, _, error = run(tmp_path / name)
-    assert status == 1 and message in error
+    assert status == score_command.REFUSED and message in error
 
 
 def test_paths_that_hold_nothing(run, tmp_path):
@@ -120,7 +137,7 @@ def test_prompts_and_videos_of_different_number(run, tmp_path, shared_fixtures):
     images = shared_fixtures / "scorers" / "images"
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
     status, _, error = run(images, prompt=None, prompts=str(tmp_path / "two.txt"))
-    assert status == 1 and "holds 2 prompts, but there are 6 videos" in error
+    assert status == score_command.REFUSED and "holds 2 prompts, but there are 6 videos" in error
     (tmp_path / "one.txt").write_text("a cat\n")
     assert run(images, prompt=None, prompts=str(tmp_path / "one.txt"))[1]["videos"][5]["prompt"] == "a cat"
     assert "give --prompt TEXT or --prompts FILE" in run(images, prompt=None)[2]
@@ -158,7 +175,7 @@ def test_a_hostile_pickle_runs_nothing(run, tmp_path, shared_fixtures):
     (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
     torch.save({"state_dict": Hostile()}, tmp_path / "hostile_zip.pt")
     for name in ("hostile.pt", "hostile_zip.pt"):
-        assert run(image, weights=str(tmp_path / name))[0] == 1
+        assert run(image, weights=str(tmp_path / name))[0] == score_command.REFUSED
     assert not proof.exists()
 
 

@@ -276,3 +276,91 @@ def test_masters_on_the_host_and_the_self_check(setting):
         with pytest.raises(RuntimeError, match="self-check: .* differs from the plain path by 0.0"):
             self_check(executor, torch.float32, options)
     assert not any("place_of_lora_masters" in module.__dict__ for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize("knobs", [{"resident_blocks": 0}, {"resident_blocks": 1, "slots": 3}, {}], ids=str)
+def test_masters_that_come_with_their_block(setting, plain, knobs):
+    """As on a card with masters on the host: copies beside the weights, renewed after every change of the masters; the same bits."""
+    from contextlib import contextmanager
+
+    import torch
+
+    backbone, adapter = setting
+
+    def bringing(wanted):
+        @contextmanager
+        def wrap(inner):
+            with engine(**knobs)(inner) as executor:
+                executor.store.brings_masters = True
+                yield executor
+                assert_equal_bits(run_again(inner), wanted)
+
+        return wrap
+
+    def run_again(inner):
+        latent, context = torch.ones(1, 16, 2, 4, 4), torch.ones(1, 4, 32)
+        found = {}
+        for step in range(3):
+            with torch.no_grad(), adapter_switch(inner).merged():
+                found[f"rollout {step}"] = inner.velocity(latent, 0.5, context)
+            grads = torch.autograd.grad(inner.velocity(latent, 0.5, context).sum(), adapter.parameters())
+            for parameter, grad in zip(adapter.parameters(), grads, strict=True):
+                parameter.data.add_(grad, alpha=1e-3)
+                torch.autograd.graph.increment_version(parameter)
+            found |= {f"{name} {step}": grad for name, grad in zip(adapter.tensors(), grads, strict=True)}
+        adapter.load(before)
+        return found
+
+    def adapter_switch(inner):
+        return next(linear.__dict__["forward"].switch for linear in inner.linears().values() if "forward" in linear.__dict__)
+
+    before, again = {name: value.clone() for name, value in adapter.tensors().items()}, {}
+
+    @contextmanager
+    def without(inner):
+        with engine(**knobs)(inner) as executor:
+            yield executor
+            again.update(run_again(inner))
+
+    wanted = run(setting, plain[0], without)
+    assert_equal_bits(run(setting, plain[0], bringing(again)), wanted)
+    assert not any(linear.__dict__.get("near") for linear in backbone.linears().values())
+
+
+def test_sage_runs_in_rollouts_only(setting, monkeypatch):
+    """A stand-in of the package, slightly wrong: seen in rollouts, never in passes with gradient, references or the self-check."""
+    import sys
+    import types
+
+    import torch
+    from torch.nn import functional
+
+    from reward_lab.host.training_mode import attention, training_mode
+    from reward_lab.lora_train.kernels import attention as module
+    from reward_lab.lora_train.lora.linears import install
+    from reward_lab.lora_train.offload.self_check import self_check
+
+    calls = []
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False):
+        assert tensor_layout == "HND" and not is_causal
+        calls.append(q.shape)
+        return functional.scaled_dot_product_attention(q, k, v) * 1.01
+
+    monkeypatch.setitem(sys.modules, "sageattention", types.SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setattr(module, "choose_rollout_backend", lambda requested, *rest: requested)
+    backbone, adapter = setting
+    latent, context = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 4, 32)
+    with training_mode(), engine(rollout_attention="sage")(backbone) as executor:
+        self_check(executor, torch.float32, {"optimized_attention_override": attention})
+        with install(backbone.linears(), adapter) as switch:
+            torch.autograd.grad(backbone.velocity(latent.requires_grad_(), 0.5, context).sum(), latent)
+            with torch.no_grad(), switch.disabled():
+                reference = backbone.velocity(latent, 0.5, context)
+            assert calls == []
+            with torch.no_grad(), switch.merged():
+                rolled = backbone.velocity(latent, 0.5, context)
+            # Self-attention of both blocks; cross-attention stays exact.
+            assert len(calls) == 2 and torch.isfinite(rolled).all()
+    with training_mode(), torch.no_grad():
+        assert float((backbone.velocity(latent, 0.5, context) - reference).norm() / reference.norm()) <= OTHER_ORDER

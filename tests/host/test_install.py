@@ -24,6 +24,7 @@ NODE_IDS = {
     "RewardLabRewardModel",
     "RewardLabScoreVideo",
     "RewardLabPrompts",
+    "RewardLabMemoryPlan",
     "RewardLabTrainLoRA",
     "RewardLabRunResult",
     "RewardLabTestLabCell",

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reward_lab.host.lora_bypass import KEY, quantised_kind  # noqa: E402
+from reward_lab.host.lora_merge import MergeSettings, merge  # noqa: E402
 from reward_lab.nodes.loras import LoadLoRAs  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -252,6 +253,24 @@ def test_fp8_base_runs_unmerged_by_itself_and_keeps_its_weights(tiny_models, lor
     assert all(torch.equal(models["high"].model.state_dict()[key].view(torch.uint8), value.view(torch.uint8)) for key, value in before.items())
 
 
+@pytest.mark.parametrize("generation", ["fp8_scaled", "fp8_scaled_old"])
+def test_scaled_fp8_bases_of_both_generations(tiny_models, lora_folder: Path, generation: str) -> None:
+    scaled, plain = lora_folder / "scaled-high-noise.safetensors", lora_folder / "plain-high-noise.safetensors"
+    merge(Path(tiny_models["high"]), [], scaled, MergeSettings(dtype=generation), expert="high")
+    merge(scaled, [], plain, MergeSettings(dtype="fp32"), expert="high")  # the numbers that the scaled file stands for
+    model = comfy_sd.load_diffusion_model(str(scaled))
+    reference = comfy_sd.load_diffusion_model(str(plain), model_options={"dtype": torch.float32})
+    assert "fp8" in quantised_kind(model) or "float8" in quantised_kind(model)
+    dense = write_lora(lora_folder / "a.safetensors", reference, 5)
+    expected = dense_reference(reference, [(0.4, dense)])
+    result = apply({"high": model, "low": None}, "auto", {"file": "a.safetensors", "high": 0.4, "curve": "1:1, 0.9:1, 0:0"})
+    assert result.ui["reward_lab_rows"][0]["unmerged"] == ["high"]
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    assert ratio(predict(result.args[0]), expected) < RATIO[torch.float32] and ratio(predict(model), expected) > 0.05
+    comfy.model_management.unload_all_models()
+    assert all(torch.equal(model.model.state_dict()[key].view(torch.uint8), value.view(torch.uint8)) for key, value in before.items())
+
+
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff"])
 def test_a_strength_over_sigma_is_the_constant_strength_of_that_sigma(models, lora_folder: Path, kind: str) -> None:
     write_lora(lora_folder / "a.safetensors", models["high"], 4, kind)
@@ -335,22 +354,21 @@ def test_a_new_strength_loads_nothing(models, lora_folder: Path, monkeypatch: py
     assert pointers == {name: parameter.data_ptr() for name, parameter in models["high"].model.named_parameters()}
 
 
-def test_lists_for_other_packs_need_no_model(models, lora_folder: Path) -> None:
-    for name in "abc":
-        write_lora(lora_folder / f"{name}.safetensors", models["high"], 4)
-    rows = [
-        {"file": "a.safetensors", "high": 0.5, "low": 0.25},
-        {"file": "b.safetensors", "high": 0.7, "application": "bypass", "curve": "1:0.5, 0:0.5"},
-        {"file": "c.safetensors", "high": 1.0, "curve": "ramp"},
-    ]
-    outputs = LoadLoRAs.execute(rows=rows_text(*rows)).args
-    assert outputs[:2] == (None, None) and "c.safetensors: its curve" in outputs[2] and "no high-noise model is connected" in outputs[2]
-    entry = {"name": "a", "blocks": {}, "layer_filter": "", "low_mem_load": False, "path": str(lora_folder / "a.safetensors")}
-    assert outputs[4] == [{**entry, "strength": 0.25, "merge_loras": True}]
-    assert outputs[3] == [
-        {**entry, "strength": 0.5, "merge_loras": True},
-        {**entry, "name": "b", "path": str(lora_folder / "b.safetensors"), "strength": 0.35, "merge_loras": False},
-    ]
-    assert outputs[5:] == ([("a.safetensors", 0.5, 0.0), ("b.safetensors", 0.35, 0.0)], [("a.safetensors", 0.25, 0.0)])
-    only_low = LoadLoRAs.execute(model_low=models["low"], rows=rows_text(rows[0])).args
+def test_a_new_merged_strength_reads_no_file_and_keeps_the_base(models, lora_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lora(lora_folder / "a.safetensors", models["high"], 4)
+    row = {"file": "a.safetensors", "high": 0.5}
+    kept = [apply(models, "merged", row).args[0]]
+    predict(kept[0])
+    for owner, name in ((comfy.utils, "load_torch_file"), (comfy_sd, "load_diffusion_model")):
+        monkeypatch.setattr(owner, name, lambda *_args, **_kwargs: pytest.fail("a file was read again"))
+    network = models["high"].model
+    for strength in (0.3, 0.9):
+        kept.append(apply(models, "merged", {**row, "high": strength}).args[0])
+        predict(kept[-1])
+        assert kept[-1].model is network
+
+
+def test_one_model_is_enough(models, lora_folder: Path) -> None:
+    write_lora(lora_folder / "a.safetensors", models["high"], 4)
+    only_low = LoadLoRAs.execute(model_low=models["low"], rows=rows_text({"file": "a.safetensors", "high": 0.5, "low": 0.25})).args
     assert only_low[0] is None and only_low[1].patches

@@ -64,6 +64,12 @@ EXAMPLES = {
         ("pipe.dit2.blocks.11.cross_attn.o.lora_B.default.weight", "blocks.11.cross_attn.o", "lora_up.weight"),
         ("blocks.11.cross_attn.o.lora_A.weight", "blocks.11.cross_attn.o", "lora_down.weight"),
         ("blocks.11.cross_attn.o.lora_A.default", "blocks.11.cross_attn.o", "lora_down.weight"),
+        ("base_model.model.blocks.0.self_attn.q.lora_B.default_0.weight", "blocks.0.self_attn.q", "lora_up.weight"),  # PEFT's name of the adapter
+        ("blocks.0.self_attn.q.lora_A.reward", "blocks.0.self_attn.q", "lora_down.weight"),
+        ("base_model.model._orig_mod.blocks.0._fsdp_wrapped_module.ffn.0.lora_A.weight", "blocks.0.ffn.0", "lora_down.weight"),
+        ("_orig_mod.blocks.0._checkpoint_wrapped_module.ffn.0.lora_B.default.weight", "blocks.0.ffn.0", "lora_up.weight"),
+        ("lycoris_blocks_0_norm3.w_norm", "blocks.0.norm3", "diff"),
+        ("lycoris_blocks_0_norm3.b_norm", "blocks.0.norm3", "diff_b"),
         ("transformer.blocks.0.attn1.to_q.lora_A.weight", "blocks.0.self_attn.q", "lora_down.weight"),
         ("transformer.blocks.0.attn2.to_k.lora_B.weight", "blocks.0.cross_attn.k", "lora_up.weight"),
         ("transformer_2.blocks.0.attn2.to_out.0.lora_B.weight", "blocks.0.cross_attn.o", "lora_up.weight"),

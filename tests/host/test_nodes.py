@@ -6,6 +6,10 @@ import pytest
 
 pytestmark = pytest.mark.host
 
+RUN_INPUTS = [
+    *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
+    *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),
+]
 NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],
     "RewardLabInspectLoRA": ["lora", "compare_with", "model_high", "model_low"],
@@ -25,10 +29,8 @@ NODES = {
     "RewardLabScoreVideo": ["images", "reward_model", "prompt", "video", "path", "prompts_file"],
     "RewardLabScoreLatent": ["latent", "positive", "reward_model", "sigmas", "seed"],
     "RewardLabPrompts": ["text", "file", "held_out_share", "split_seed"],
-    "RewardLabTrainLoRA": [
-        *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
-        *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),
-    ],
+    "RewardLabMemoryPlan": [*RUN_INPUTS, "shape", "card", "card_gb", "ram_gb"],
+    "RewardLabTrainLoRA": RUN_INPUTS,
     "RewardLabDataset": [
         *("wan_files", "name", "folder", "prompt", "prompts_file", "frame_rate", "frames", "short_px", "long_px", "width_px", "height_px", "dtype"),
     ],

@@ -191,8 +191,14 @@ def test_image_to_video_trunk(image_trunk):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="CLIP vision tokens of the first frame"):
         scorer.score(latent, torch.tensor([400]), [text])
-    with pytest.raises(ValueError, match="latents of the first frame"):
-        scorer.score(latent, torch.tensor([400]), [text], pavrm.ImageCondition(clip_BPD=clip))
+    for wrong, message in (
+        (pavrm.ImageCondition(clip_BPD=clip), "latents of the first frame"),
+        (pavrm.ImageCondition(clip_BPD=clip[..., :16], latent_BCFHW=first), r"CLIP vision tokens have shape \(1, 257, 16\)"),
+        (pavrm.ImageCondition(clip_BPD=clip, latent_BCFHW=first[:, :, :1]), r"The condition has shape \(1, 16, 1, 4, 6\), the latent \(1, 16, 3, 4, 6\)"),
+        (pavrm.ImageCondition(clip_BPD=clip, latent_BCFHW=first[0]), r"The condition has shape \(16, 3, 4, 6\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scorer.score(latent, torch.tensor([400]), [text], wrong)
 
 
 def test_batch_is_scored_sample_by_sample(folder, own):
@@ -300,10 +306,12 @@ def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generat
         (lambda x: x.update(latent=torch.zeros(1, 4, 3, 8, 8)), "an SD or SDXL VAE"),
         (lambda x: x.update(latent=torch.full((1, 16, 3, 8, 8), float("nan"))), "NaN"),
         (lambda x: x.update(text=torch.zeros(7, 47)), "tokens of width 48"),
-        (lambda x: x.update(text=torch.zeros(513, 48)), "1 to 512 tokens"),
+        (lambda x: x.update(text=torch.zeros(0, 48)), "1 to 512 tokens"),
+        (lambda x: x.update(text=torch.full((7, 48), float("nan"))), "The text .* holds NaN"),
         (lambda x: x.pop("text"), "has no text"),
         (lambda x: x.pop("timestep"), "has no timestep"),
-        (lambda x: x.update(timestep=torch.tensor([1001])), "from 0 to 1000"),
+        (lambda x: x.update(timestep=torch.tensor([1001])), "timestep holds 1001; one number from 0 to 1000"),
+        (lambda x: x.update(timestep=torch.tensor([1, 2])), "timestep holds 1, 2; one number .* or one for each of 1 latents"),
         (lambda x: x.pop("latent"), "holds no latent"),
     ],
 )
@@ -313,8 +321,19 @@ def test_bad_tensors_are_named(folder, heads, tmp_path, capsys, change, message)
     change(tensors)
     save_file(tensors, tmp_path / "in.safetensors")
     job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads}
-    assert score_command.main(["score-latent", json.dumps(job)]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    assert score_command.main(["score-latent", json.dumps({**job, "json": True})]) == score_command.REFUSED
+    assert re.search(message, json.loads(capsys.readouterr().out)["reason"])
+
+
+def test_text_beyond_the_context_is_cut_with_a_warning(folder, heads, command, tmp_path):
+    inputs = load_file(folder / "inputs.safetensors")
+    long = torch.randn(1, 520, 48, generator=torch.Generator().manual_seed(4))
+    found = []
+    for index, text in enumerate((long, long[:, :512].contiguous())):
+        save_file({"latent": inputs["case0.latent"], "timestep": inputs["case0.timestep"], "text": text}, tmp_path / f"{index}.safetensors")
+        found.append(command(input=str(tmp_path / f"{index}.safetensors"), trunk=str(folder / "trunk_comfyui.safetensors"), **heads))
+    assert found[0]["videos"] == found[1]["videos"]
+    assert found[0]["warnings"] == ["The text has 520 tokens, the PAVRM reads 512: the last 8 are cut off."] and found[1]["warnings"] == []
 
 
 def test_damaged_checkpoint_folders_are_named(folder, heads, tmp_path):

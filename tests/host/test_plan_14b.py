@@ -28,9 +28,9 @@ def job(shape, tokens, rank, **changes):
     from reward_lab.lora_train.planning.memory import Job
 
     values = {
-        "shape": shape, "tokens": tokens, "rollout_batch": 1, "gradient_batch": 1, "graphs": 1, "element_bytes": 2, "rank": rank,
+        "shape": shape, "tokens": tokens, "videos": 1, "rollout_batch": 1, "gradient_batch": 1, "graphs": 1, "element_bytes": 2, "rank": rank,
         "adapted": frozenset(shape.block_linears), "adapted_outside": frozenset(shape.outer_linears),
-        "lora_parameters": rank * sum(sum(size) for size in shape.linears.values()), "experts": 1, "has_average": False, "decode": (1, 1, 1), "reward_bytes": 0,
+        "lora_parameters": rank * sum(sum(size) for size in shape.linears.values()), "experts": 1, "has_average": False, "scored": None, "reward_bytes": 0,
     }  # fmt: skip
     return Job(**{**values, **changes})
 
@@ -87,6 +87,25 @@ def test_two_blocks(comfyui, keep_place):
     from reward_lab.lora_train.planning.shapes import named_shape
 
     compare(replace(named_shape("wan-14b"), blocks=2), "480p", 32, keep_place=keep_place)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_latent_rewards_trunk(comfyui, size):
+    """A PAVRM's blocks through the same slots, between the forward and the backward of the step."""
+    from reward_lab.host.dry_run import dry_run
+    from reward_lab.lora_train.planning.memory import phases
+    from reward_lab.lora_train.planning.shapes import named_shape
+
+    shape = replace(named_shape("wan-14b"), blocks=1)
+    knobs, choice = knobs_and_choice(ffn_chunk_tokens=16384, row_chunk_tokens=16384)
+    watched = dry_run(shape, SIZES[size], knobs, rank=32, judged_blocks=2)
+    frames, height, width = SIZES[size]
+    trunk_outside = shape.outer_parameters * 2 + shape.width * shape.in_channels * 4 * 2
+    here = job(shape, frames * height * width // 4, 32, judged_blocks=2, reward_bytes=trunk_outside)
+    predicted = phases(here, choice, in_kernels=False)
+    for phase in ("rollout", "forward", "scoring", "backward"):
+        print(f"{size} {phase}: {watched[phase].card_bytes / 1e9:.2f} GB seen, {predicted[phase] / 1e9:.2f} GB predicted")
+        assert watched[phase].card_bytes == pytest.approx(predicted[phase], rel=PEAK), phase
 
 
 def test_the_card_does_not_grow_with_the_blocks_and_the_host_does_by_one_blocks_share(comfyui):

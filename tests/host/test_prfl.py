@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,9 @@ from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.host.wan import load_backbone  # noqa: E402
 from reward_lab.lora_train.config import TrainConfig  # noqa: E402
 from reward_lab.lora_train.objectives.prfl import _rolled, prfl_velocity, reward_step  # noqa: E402
+from reward_lab.lora_train.offload.executor import WEIGHTS_IN_USE  # noqa: E402
+from reward_lab.lora_train.offload.knobs import Knobs  # noqa: E402
+from reward_lab.lora_train.offload.store import Slot  # noqa: E402
 from reward_lab.lora_train.rollout import ContextCache, Experts  # noqa: E402
 from reward_lab.lora_train.run import Parts  # noqa: E402
 from reward_lab.lora_train.solvers import SOLVERS, gradient_scale  # noqa: E402
@@ -155,6 +159,47 @@ def test_pavrm_in_lora_form_ignores_the_lora_in_training(folder, wired, tmp_path
         leaf = latent.clone().requires_grad_()
         (bare,) = torch.autograd.grad(scorer.score(leaf, 0.5, text).logit_B.sum(), leaf)
     assert torch.equal(plain, again) and torch.equal(gradient, bare)
+    # Blocks that stream have no weights on the device but while they are asked for.
+    with training_mode(), install(linears, adapter), backbone.engine(Knobs(resident_blocks=0, keep_place="host"), slots := [Slot(), Slot()]):
+        asked = _record_uses(backbone.model.blocks)
+        leaf = latent.clone().requires_grad_()
+        with scorer.engine(Knobs(resident_blocks=0), cpu, slots, streams=True):
+            streamed = scorer.score(leaf, 0.5, text).logit_B
+            (gradient,) = torch.autograd.grad(streamed.sum(), leaf)
+    assert torch.equal(plain, streamed) and torch.equal(gradient, bare)
+    assert asked == [0, 1, 1, 0]
+
+
+def _record_uses(blocks):
+    """Indices of the blocks whose weights are asked for, in order."""
+    asked = []
+    for index, block in enumerate(blocks):
+        use = block.__dict__[WEIGHTS_IN_USE]
+        block.__dict__[WEIGHTS_IN_USE] = lambda use=use, index=index: asked.append(index) or use()
+    return asked
+
+
+@pytest.mark.parametrize("knobs", [{"resident_blocks": 0, "keep_place": "host", "row_chunk_tokens": 8}, {"resident_blocks": -1}], ids=str)
+def test_trunk_of_its_own_runs_through_the_engine(knobs):
+    """The same score and gradient as the host's own blocks under plain autograd, and nothing left behind."""
+    path = Path(__file__).resolve().parents[2] / "pocket" / "weights" / "pocket_PAVRM.safetensors"
+    cpu = torch.device("cpu")
+    scorer = latent_reward.load(RewardModelSpec(kind="pavrm", path=str(path)), {}, {}, device=cpu, dtype=torch.float32)
+    trunk = scorer._model.model
+    latent, text = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.randn(2, 9, trunk.text_embedding[0].weight.shape[1])
+
+    def scored():
+        leaf = latent.clone().requires_grad_()
+        logit_B = scorer.score(leaf, 0.5, text).logit_B
+        return logit_B.detach(), torch.autograd.grad(logit_B.sum(), leaf)[0]
+
+    with training_mode():
+        plain, plain_gradient = scored()
+        with scorer.engine(Knobs(**knobs), cpu, [Slot(), Slot()], streams=knobs["resident_blocks"] == 0):
+            assert all("forward" in block.__dict__ for block in trunk.blocks)
+            logit, gradient = scored()
+    assert torch.equal(logit, plain) and relative(gradient, plain_gradient) <= 1e-5
+    assert not any("forward" in block.__dict__ or WEIGHTS_IN_USE in block.__dict__ for block in trunk.blocks)
 
 
 def _first_blocks(source, target, count):

@@ -106,9 +106,36 @@ def test_mix_sums_shows_parts_and_measures_its_baseline(base, hps):
     assert set(document["parts"]) == {"hpsv2.1", "hpsv2.1.hps_letterbox", "flicker", "flicker.flicker", "flicker.temporal_consistency"}
     filled = MixRewards.execute(measure_baseline=True, baseline_folder="clips", baseline_prompts="prompts.txt", reward_1=hps).args[0]
     (row,) = filled.options["rows"]
+    shown = MixRewards.execute(measure_baseline=True, baseline_folder="clips", baseline_prompts="prompts.txt", reward_3=hps, weight_3=2.0).ui
+    assert shown["reward_lab_baseline"] == [{"row": 3, "centre": row["centre"], "scale": row["scale"]}] and f"{row['centre']:.6g}" in shown["text"][0]
+    assert MixRewards.execute(reward_1=hps).ui["reward_lab_baseline"] == []
     again = json.loads(ScoreVideo.execute(filled, "", path="clips", prompts_file="prompts.txt").args[2])
     rewards = torch.tensor([video["reward"] for video in again["videos"]])
     assert float(rewards.mean()) == pytest.approx(0, abs=1e-4) and float(rewards.std()) == pytest.approx(1, abs=1e-3) and row["scale"] > 0
+
+
+def test_nodes_run_again_when_the_files_they_read_change(base):
+    """Else a video that was put into the folder would not be scored until some widget changes."""
+    clips, prompts = base / "input" / "clips", base / "input" / "prompts.txt"
+    prompts.write_text("a cat\na dog\na fox\n")
+
+    def stamps() -> tuple[str, str, str]:
+        measured = {"measure_baseline": True, "baseline_folder": "clips", "baseline_prompts": "prompts.txt"}
+        return (
+            ScoreVideo.fingerprint_inputs(reward_model=None, prompt="", path="clips", prompts_file="prompts.txt"),
+            MixRewards.fingerprint_inputs(reward_1=None, **measured),
+            MixRewards.fingerprint_inputs(**{**measured, "measure_baseline": False}),
+        )
+
+    first = stamps()
+    assert stamps() == first and first[2] == "" and ScoreVideo.fingerprint_inputs(images=None) == ""
+    prompts.write_text("a cat\na dog\na wolf\n")
+    second = stamps()
+    shutil.copy(clips / "clip0.png", clips / "clip9.png")
+    third = stamps()
+    assert len({first[0], second[0], third[0]}) == len({first[1], second[1], third[1]}) == 3 and third[2] == ""
+    shutil.rmtree(clips)
+    assert stamps()[0] not in (first[0], second[0], third[0])
 
 
 def test_what_cannot_be_mixed(base, hps):
@@ -150,6 +177,22 @@ def test_score_latent_is_the_pavrms_own_score(base, latent_spec, shared_fixtures
         assert level["logit"] == pytest.approx(float(expected.logit), abs=1e-3)
     assert output.args[0] == pytest.approx(sum(level["probability"] for level in levels) / 3)
     assert not torch.is_inference_mode_enabled()
+
+
+def test_every_latent_of_a_batch_is_scored_with_its_own_text(base, latent_spec, shared_fixtures):
+    inputs = load_file(shared_fixtures / "pavrm" / "inputs.safetensors")
+    latents = comfy.latent_formats.Wan21().process_out(torch.cat([inputs["case0.latent"], inputs["case1.latent"]]))
+    texts = torch.nn.functional.pad(torch.cat([inputs["case0.text"], inputs["case1.text"][:, :7]]), (0, 0, 0, 506))
+    both = ScoreLatent.execute({"samples": latents}, [[texts, {}]], latent_spec, "0.2, 0.7", 5)
+    document = json.loads(both.args[2])
+    singles = [
+        json.loads(ScoreLatent.execute({"samples": latents[i : i + 1]}, [[texts[i : i + 1], {}]], latent_spec, "0.2, 0.7", 5).args[2]) for i in range(2)
+    ]
+    assert document["videos"] == [single["videos"][0] for single in singles] and document["levels"] == singles[0]["levels"]
+    assert singles[0]["probability"] != singles[1]["probability"]
+    assert both.args[0] == pytest.approx(sum(single["probability"] for single in singles) / 2)
+    text = both.ui["text"][0]
+    assert "latent 1: " in text and "latent 2: " in text and text.count("the last 1 are cut off") == 1 and len(document["warnings"]) == 1
 
 
 def test_score_latent_refuses_what_is_no_wan_latent(base, latent_spec, hps, shared_fixtures):

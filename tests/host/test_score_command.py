@@ -187,7 +187,7 @@ def test_mps_batch_of_clips_the_videox_way(scorers, score, tmp_path, normalise):
 
 
 def test_the_whole_command_line(scorers, repo, comfyui, tmp_path):
-    """`lab.py score` as a user types it: one JSON document on standard output and nothing else, and a bad call ends with a sentence."""
+    """`lab.py score` as a user types it: one JSON document on standard output and nothing else, also when a bad call ends with a sentence."""
     expected = recorded(scorers, "hps")
     base = [sys.executable, str(repo / "lab.py"), "score", str(scorers / "images" / "02_portrait_208x368.png"), "--comfyui", str(comfyui), "--cpu"]
     base += ["--kind", "hpsv2", "--weights", str(scorers / "hps" / "hps_tiny.pt"), "--config", str(scorers / "hps" / "config.json"), "--json"]
@@ -196,7 +196,10 @@ def test_the_whole_command_line(scorers, repo, comfyui, tmp_path):
     assert done.returncode == 0, done.stderr
     assert rewards(json.loads(done.stdout)) == pytest.approx([expected["score_antialias_on"][1][1]], abs=COSINE)
     done = subprocess.run(base, capture_output=True, text=True, env=environ, check=False)
-    assert done.returncode == 1 and "give --prompt TEXT or --prompts FILE" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert done.returncode == score_command.REFUSED and "give --prompt TEXT or --prompts FILE" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["reason"] in done.stderr
+    done = subprocess.run([*base, "--prompt", "x", "--resize", "round"], capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == score_command.REFUSED and "invalid choice: 'round'" in json.loads(done.stdout)["reason"]
 
 
 def test_every_kind_is_told_by_the_help():

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from reward_lab.host import paths, score_pictures, scoring  # noqa: E402
 from reward_lab.lora_train.config import PATHLESS_REWARDS  # noqa: E402
 from reward_lab.nodes.rewards import RewardModelNode, ScoreVideo  # noqa: E402
+from reward_lab.reward_models.base import reward_and_frame_gradient  # noqa: E402
 from reward_lab.reward_models.spec import KINDS, PATHLESS  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -50,6 +51,10 @@ def test_scores_are_the_models_own(spec, in_inference_mode: bool) -> None:
     images = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(in_inference_mode):
         output = ScoreVideo.execute(spec, "a red square", images)
+        # Nothing of the mode is left in what is kept: the same model gives gradients at once, with the text from its cache.
+        model = scoring._loaded(spec, torch.device("cpu"))
+        _, gradient = reward_and_frame_gradient(model, images.movedim(-1, 1)[None].clone(), ["a red square"], 2)
+    assert gradient.abs().sum() > 0 and not any(parameter.is_inference() for parameter in model.network.parameters())
     reward, plot, text, table = output.args
     expected = spec.load().score(images.movedim(-1, 1)[None], ["a red square"])
     values = json.loads(text)
@@ -85,3 +90,33 @@ def test_what_cannot_be_scored_is_refused(spec) -> None:
         RewardModelNode.execute("hpsv2.1", "absent.pt", "default", True)
     with pytest.raises(ValueError, match="resize is 'round'"):
         RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "round", True)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 8, 8), r"shape \(2, 8, 8\), as a MASK has"),
+        (torch.rand(2, 8, 8, 1), "1 channels; 3 .RGB. are needed; repeat the grey"),
+        (torch.rand(2, 8, 8, 5), "5 channels"),
+        (torch.rand(2, 8, 0, 3), "has no frames"),
+        (torch.rand(2, 8, 8, 3) * 255, r"range from .* to 25\d.*x / 255 for 8-bit"),
+        (torch.rand(2, 8, 8, 3) * 2 - 1, r"range from -.*rescale \(x \+ 1\) / 2"),
+        (torch.full((2, 8, 8, 3), float("nan")), "hold NaN; the decoder or sampler"),
+        (torch.full((2, 8, 8, 3), float("inf")), "range from inf to inf"),
+    ],
+)
+def test_images_that_are_no_frames_are_named(spec, images, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScoreVideo.execute(spec, "a cat", images)
+
+
+def test_what_was_done_to_frames_and_text_is_told_at_every_score(spec) -> None:
+    images = torch.rand(2, 20, 20, 4, generator=torch.Generator().manual_seed(1)) * 1.1 - 0.05
+    for _ in range(2):
+        output = ScoreVideo.execute(spec, "word " * 80, images)
+        text, warnings = output.ui["text"][0], json.loads(output.args[2])["warnings"]
+        assert len(warnings) == 3 and all(warning in text for warning in warnings)
+        assert "transparency, which is dropped" in text and "clipped, as on saving" in text and "80 tokens, 75 fit: it is cut after '...word" in text
+    plain = ScoreVideo.execute(spec, "a cat", images[..., :3].clamp(0, 1))
+    assert plain.args[0] == pytest.approx(ScoreVideo.execute(spec, "a cat", images).args[0], abs=1e-6)
+    assert json.loads(plain.args[2])["warnings"] == []

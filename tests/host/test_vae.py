@@ -46,6 +46,27 @@ def test_whole_video_equals_the_hosts_own_decode(tiny_models, latent):
     torch.testing.assert_close(ours.movedim(2, -1), theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_a_video_in_pieces_is_the_same_video(decoder, tiny_models, latent):
+    import comfy.latent_formats
+    import comfy.sd
+    import comfy.utils
+    import torch
+
+    from reward_lab.host.vae import load_decoder
+
+    whole, pieces = decoder.decode(latent), list(decoder.stream(latent))
+    assert torch.equal(torch.cat(pieces, dim=1), whole) and max(piece.shape[1] for piece in pieces) <= 2
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(tiny_models["vae"]), dtype=torch.float32)
+    ours = load_decoder(tiny_models["vae"], dtype=torch.float32, device=torch.device("cpu"))
+    for frames in (1, 5, 9):
+        video = torch.rand(1, frames, 3, 16, 24, generator=torch.Generator().manual_seed(frames))
+        theirs = comfy.latent_formats.Wan21().process_in(vae.encode(video[0].movedim(1, -1)))
+        made = ours.encode(video)
+        torch.testing.assert_close(made, theirs.to(made), atol=1e-5, rtol=1e-4)
+        cuts = [video[:, :1], *video[:, 1:].split(2, dim=1)] if frames > 1 else [video]
+        assert torch.equal(ours.encode_pieces(iter(cuts)), made)
+
+
 @pytest.mark.parametrize("selection", [range(1), range(1, 3)])
 def test_gradient_equals_finite_differences(decoder, latent, selection):
     """Relative 1e-3: the host's normalisation of latents and the result are fp32 around an fp64 network."""

@@ -66,6 +66,18 @@ def _wait(condition, worker):
         time.sleep(0.1)
 
 
+def test_memory_is_measured_beside_the_plan(launch, settings):
+    settings |= {"engine": {"rehearse": "yes"}, "sample_every": 0}
+    store, run_id, worker = launch(settings)
+    assert worker.wait(TIMEOUT_S) == 0
+    seen = store.events(run_id)
+    rehearsal, run = (event for event in seen if event["event"] == "memory")
+    assert [event["event"] for event in seen][:2] == ["started", "memory"] and (rehearsal["when"], run["when"]) == ("rehearsal", "run")
+    # Tiny models: what torch and the allocator take for themselves is most of it.
+    assert 0 < rehearsal["predicted_bytes"] <= 100e6 and 0 < rehearsal["measured_bytes"] <= 300e6 and rehearsal["limit_bytes"] > 1e8
+    assert "GB planned" in (store.folder(run_id) / "log.txt").read_text()
+
+
 def test_run_reports_and_leaves_loras_that_say_what_they_are(launch, settings, tmp_path):
     settings["output_folder"] = str(tmp_path / "loras")
     store, run_id, worker = launch(settings)

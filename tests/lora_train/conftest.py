@@ -56,6 +56,9 @@ class ToyDecoder:
         ]
         return torch.stack(frames, dim=1)
 
+    def stream(self, latent_BCFHW):
+        yield self.decode(latent_BCFHW)
+
 
 class ToyReward:
     """Redness minus squared blueness, weighted by the prompt's length."""

@@ -75,11 +75,33 @@ def test_full_disk_is_refused_before_the_start(config, tmp_path, monkeypatch):
         plan.check_disk(config, tmp_path)
 
 
+def test_short_memory_is_refused_before_the_start(config, monkeypatch):
+    from dataclasses import replace
+
+    plan.check_memory(config)
+    monkeypatch.setattr(plan, "free_memory_bytes", lambda: 100)
+    with pytest.raises(ValueError, match=r"this run needs at least 0.00 GB of memory, most of it for .*, but 0.00 GB are free; close other programs"):
+        plan.check_memory(config)
+    plan.check_memory(replace(config, engine=replace(config.engine, ram_gb=1.0)))
+
+
+def test_memory_of_a_container(tmp_path):
+    assert plan._container_bytes(tmp_path) == plan._ANY_CARD
+    for name, text in (("memory.max", "1000\n"), ("memory.current", "700\n"), ("memory.stat", "anon 500\ninactive_file 150\n")):
+        (tmp_path / name).write_text(text)
+    assert plan._container_bytes(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan._container_bytes(tmp_path) == plan._ANY_CARD > 0 and plan.free_memory_bytes() > 1e6
+
+
 def test_command(config, tmp_path, capsys):
     import json
 
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_dict()))
-    assert plan.main([str(path)]) == 0 and '"disk_bytes"' in capsys.readouterr().out
+    assert plan.main([str(path), "--json", "--ram-gb", "64"]) == 0 and '"disk_bytes"' in capsys.readouterr().out
+    assert plan.main([str(path), "--ram-gb", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nFits: " in shown and "on the card" in shown and "optimiser_place" in shown
     path.write_text('{"stepz": 1}')
     assert plan.main([str(path)]) == 2 and "nearest known one is 'steps'" in capsys.readouterr().err

@@ -57,3 +57,17 @@ def test_a_folder_without_the_package_is_named(tmp_path):
     case = rewards.Case(config=TINY, frames=1, height_px=24, width_px=40, chunk=1, repeats=1, package=tmp_path)
     with pytest.raises(ValueError, match="does not hold the hpsv2 package"):
         rewards.measure(case, tmp_path)
+
+
+def test_the_benchmark_for_cards_runs_end_to_end(tmp_path, capsys):
+    from reward_lab.benchmarks.gpu import rewards as on_a_card
+
+    assert on_a_card.main(["--device", "cpu", "--small", "--repeats", "1", "--out", str(tmp_path / "r.json")]) == 0
+    written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out) == written
+    assert written["torch"] == torch.__version__ and written["card"] == "none, CPU" and len(written["date"]) == 10
+    met = {row["goal"]: row["is_met"] for row in written["goals"]}
+    assert len(met) == 5 and met["share by which the chunked gradient differs in float32, at most"] is True
+    assert met["peak of the chunked gradient in chunks, at most"] is None, "a CPU's memory is not measured"
+    if not torch.cuda.is_available():
+        assert on_a_card.main([]) == 2 and "finds no CUDA device" in capsys.readouterr().err

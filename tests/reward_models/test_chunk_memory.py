@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reward_lab.reward_models import aesthetic, arcface, base, face, mix, pickscore
+from reward_lab.reward_models import aesthetic, arcface, base, face, mix, mps, pickscore
 from reward_lab.reward_models.measures import Measure
 from reward_lab.tests.reward_models.conftest import TINY_CLIP, random_network, randomise
 from reward_lab.tests.reward_models.live_bytes import LiveBytes
@@ -58,6 +58,19 @@ def test_chunked_gradient_of_81_frames_keeps_two_chunks_at_most_and_is_the_same(
     assert 0 < cut <= 2 * one
     assert whole > 8 * one, "else the count would show nothing"
     assert left < one / 10, "numbers of the output may stay, activations must not"
+    assert float((gradient - whole_gradient).norm() / whole_gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["hps", "mps"])
+def test_frames_of_720p_keep_two_chunks_at_most(kind, tiny_hps, tiny_mps, make_frames):
+    """Here pictures weigh more than the tower: what is counted is mostly the preparation, of MPS with Pillow's arithmetic in whole numbers."""
+    model = tiny_hps if kind == "hps" else mps.MPSReward(tiny_mps.network)
+    frames = make_frames(1, 9, 720, 1280)
+    model.score(frames[:, :1], PROMPTS)
+    whole_gradient, whole = plain_gradient(model, frames, PROMPTS)
+    _, one = plain_gradient(model, frames[:, :2], PROMPTS)
+    gradient, cut, _ = chunked_gradient(model, frames, PROMPTS, 2, outside=outside_of(model))
+    assert 0 < cut <= 2 * one < whole
     assert float((gradient - whole_gradient).norm() / whole_gradient.norm()) < 1e-5
 
 

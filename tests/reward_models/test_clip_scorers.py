@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from reward_lab.reward_models import clip, hpsv2, layouts, loader, preprocess, published
+from reward_lab.reward_models import clip, hpsv2, layouts, loader, mps, pickscore, preprocess, published
 from reward_lab.reward_models.loader import load_reward_model
+from reward_lab.tests.reward_models.conftest import TINY_MPS, randomise
 
 TINY = {
     "embed_dim": 8,
@@ -144,3 +147,19 @@ def test_config_of_metadata_is_used(clip_files, tmp_path, make_frames):
     state = {key: value.contiguous() for key, value in model.state_dict().items() if key != "attn_mask"}
     save_file(state, tmp_path / "own.safetensors", metadata={"config": json.dumps(TINY)})
     assert isinstance(load_reward_model("hpsv2", tmp_path / "own.safetensors"), hpsv2.HPSv2Reward)
+
+
+@pytest.mark.parametrize("kind", ["hps", "mps", "pickscore"])
+def test_a_dropped_scorer_frees_its_weights_at_once(kind):
+    """Without waiting for the garbage collector: the next model needs the memory now."""
+    network = randomise(mps.build(TINY_MPS) if kind == "mps" else hpsv2.build(TINY), 1)
+    model = {"hps": hpsv2.HPSv2Reward, "mps": mps.MPSReward, "pickscore": pickscore.PickScoreReward}[kind](network)
+    model.score(torch.rand(1, 1, 3, 20, 20), ["a cat"])
+    weights = weakref.ref(network)
+    gc.collect()
+    gc.disable()
+    try:
+        del network, model
+        assert weights() is None
+    finally:
+        gc.enable()

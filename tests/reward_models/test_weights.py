@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import os
+import pickle
 import random
+import tarfile
 import zipfile
 
 import pytest
@@ -216,3 +218,131 @@ def test_a_model_loaded_in_inference_mode_passes_gradients(scorers):
         frames = torch.rand(1, 1, 3, 40, 50, requires_grad=True)
         model.score(frames, ["a fox"]).per_video.sum().backward()
         assert frames.grad.abs().sum() > 0
+
+
+# --- pickles written by hand, opcode by opcode ---
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+PAYLOADS = {
+    "REDUCE": b"\x80\x02cposix\nsystem\n" + text("touch executed") + b"\x85R.",
+    "STACK_GLOBAL": b"\x80\x04" + text("posix") + text("system") + b"\x93" + text("touch executed") + b"\x85R.",
+    "INST": b"\x80\x02(" + text("touch executed") + b"iposix\nsystem\n.",
+    "OBJ": b"\x80\x02(cposix\nsystem\n" + text("touch executed") + b"o.",
+    "NEWOBJ": b"\x80\x02cposix\nsystem\n" + text("touch executed") + b"\x85\x81.",
+    "NEWOBJ_EX": b"\x80\x04cposix\nsystem\n" + text("touch executed") + b"\x85}\x92.",
+    "eval": b"\x80\x02cbuiltins\neval\n" + text("open('executed', 'w')") + b"\x85R.",
+    "getattr": b"\x80\x02cbuiltins\ngetattr\ncposix\nsystem\n" + text("__call__") + b"\x86R" + text("touch executed") + b"\x85R.",
+    "dotted name": b"\x80\x04" + text("torch") + text("os.system") + b"\x93" + text("touch executed") + b"\x85R.",
+    "name of a storage": b"\x80\x02cposix\nsystemStorage\n" + text("touch executed") + b"\x85R.",
+    "BUILD of a class": b"\x80\x02cposix\nsystem\n}" + text("__call__") + b"cposix\nsystem\nsb.",
+    "BUILD with __setstate__": b"\x80\x02cmodule\nThing\n)\x81}" + text("__setstate__") + b"cposix\nsystem\nsb" + text("touch executed") + b"b.",
+    "EXT1": b"\x80\x02\x82\x01.",
+    "persistent id": b"\x80\x02" + text("posix") + b"Q.",
+    "attribute of a rebuild function": b"\x80\x02ctorch._utils\n_rebuild_parameter\n}" + text("dump_patches") + b"\x88sb.",
+    "attribute of OrderedDict": b"\x80\x02ccollections\nOrderedDict\nN}" + text("update") + b"K\x01s\x86b.",
+    "1 TB of bytes": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",
+    "lists of lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+def test_no_opcode_runs_anything(tmp_path, monkeypatch, name, form):
+    monkeypatch.chdir(tmp_path)
+    write_pickle(tmp_path / "x.pt", PAYLOADS[name], form)
+    before = sorted(os.listdir())
+    with pytest.raises(ValueError, match=r"cannot be read as a torch checkpoint|holds no named tensors|bytes; it is empty or"):
+        weights.read_weights(tmp_path / "x.pt")
+    assert sorted(os.listdir()) == before and "update" in dir(collections.OrderedDict) and callable(collections.OrderedDict.update)
+
+
+def write_pickle(path, content: bytes, form: str) -> None:
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3\n")
+    elif form == "legacy":
+        header = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}})]
+        path.write_bytes(b"".join(header) + content + pickle.dumps([], 2))
+    else:
+        path.write_bytes(content)
+
+
+def test_the_payloads_do_run_in_a_reader_that_trusts_them(tmp_path, monkeypatch):
+    """Else the test above would show nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("REDUCE", "STACK_GLOBAL", "INST", "OBJ", "eval", "dotted name"):
+        pickle.loads(PAYLOADS[name])
+        assert os.path.exists("executed"), name
+        os.remove("executed")
+
+
+def test_the_older_form_writes_no_patch_files(tmp_path, monkeypatch):
+    """torch compares the source of pickled classes, and writes the difference to a file that the pickle names when it differs."""
+    monkeypatch.chdir(tmp_path)
+    function = b"ctorch._utils\n_rebuild_parameter\nN}" + text("dump_patches") + b"\x88s" + text("__name__") + text("chosen_by_the_pickle") + b"s\x86b"
+    plain_function = b"ctorch._utils\n_rebuild_parameter\n"
+    for number, container in enumerate((function, plain_function, b"ccollections\nOrderedDict\n")):
+        identity = b"(" + text("module") + container + text("source.py") + text("class Other: pass") + b"tQ"
+        write_pickle(tmp_path / f"{number}.pt", b"\x80\x02" + identity + b".", "legacy")
+        with pytest.raises(ValueError, match=r"cannot be read as a torch checkpoint|holds no named tensors"):
+            weights.read_weights(tmp_path / f"{number}.pt")
+    assert sorted(os.listdir()) == ["0.pt", "1.pt", "2.pt"]
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_declared_sizes_beyond_the_file_are_refused(tmp_path, is_zip):
+    """A stride of 0 makes a tensor of any size out of four bytes; looking for NaN in it would never end."""
+    path = tmp_path / "huge.pt"
+    torch.save({"weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, path, _use_new_zipfile_serialization=is_zip)
+    assert path.stat().st_size < 3000
+    with pytest.raises(ValueError, match=r"a tensor of shape \(1048576, 1048576\) over 1 stored values"):
+        weights.read_weights(path)
+
+
+def test_a_storage_larger_than_its_file_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(77)}, tmp_path / "small.pt", _use_new_zipfile_serialization=False)
+    # The storage's number of values, as a one-byte and as a four-byte whole number.
+    grown = (tmp_path / "small.pt").read_bytes().replace(b"KMN", b"J\x00\x00\x00\x40N", 1)
+    (tmp_path / "grown.pt").write_bytes(grown)
+    with pytest.raises(ValueError, match="a storage of 1073741824 values in a file of"):
+        weights.read_weights(tmp_path / "grown.pt")
+
+
+def test_archives_that_unpack_to_more_than_they_are_are_refused(tmp_path):
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+        target.writestr("archive/data/1", bytes(50_000_000))
+    with pytest.raises(ValueError, match=r"unpacks to 5\d+, but torch packs nothing"):
+        weights.read_weights(tmp_path / "bomb.pt")
+
+
+def test_modules_that_name_each_other_without_end_are_refused(tmp_path):
+    """Sixty modules, each of which has the next one as two children: 2^60 paths."""
+    module = torch.nn.Linear(1, 1)
+    for _ in range(60):
+        parent = torch.nn.Module()
+        parent.add_module("one", module)
+        parent.add_module("other", module)
+        module = parent
+    torch.save(module, tmp_path / "double.pt")
+    with pytest.raises(ValueError, match="more than 200000 modules"):
+        weights.read_weights(tmp_path / "double.pt")
+
+
+def test_the_tar_form_is_not_opened(tmp_path):
+    with tarfile.open(tmp_path / "x.pt", "w", format=tarfile.PAX_FORMAT) as archive:
+        link = tarfile.TarInfo("\x80\x02storages")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    content = (tmp_path / "x.pt").read_bytes()
+    start = content.index(b"\x02storages") if not content.startswith(b"\x80") else 0
+    (tmp_path / "x.pt").write_bytes(content[start:])
+    with pytest.raises(ValueError, match=r"tar form of before 2017|neither safetensors nor|cannot be read"):
+        weights.read_weights(tmp_path / "x.pt")

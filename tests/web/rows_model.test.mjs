@@ -10,6 +10,7 @@ import {
   reportFacts,
   rowStatus,
   searchFiles,
+  tailStart,
   tidyStrength,
   totals,
   writeRows,
@@ -44,6 +45,17 @@ test("the expert is read from the name, or is unknown", () => {
   assert.equal(expertOf("wan22_HIGH.safetensors"), "high");
   assert.equal(expertOf("highlander.safetensors"), null);
   assert.equal(expertOf("low-to-high.safetensors"), null);
+});
+
+test("the end of a name that stays readable begins at the expert, or at a separator", () => {
+  const tail = (name) => name.slice(tailStart(name));
+  assert.equal(tail("Wan2.2-Fun-A14B-InP-high-noise-HPS2.1"), "-high-noise-HPS2.1");
+  assert.equal(tail("Wan2.2-Fun-A14B-InP-low-noise-MPS"), "-low-noise-MPS");
+  assert.equal(tail("a_very_long_name_of_a_lora_v2_final"), "_a_lora_v2_final");
+  assert.equal(tail("x".repeat(40)), "x".repeat(18));
+  assert.equal(tail("short"), "short");
+  assert.equal(tail(""), "");
+  assert.equal(tail("high"), "high");
 });
 
 test("a new row works on the expert that its name speaks of", () => {

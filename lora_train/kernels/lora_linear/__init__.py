@@ -9,10 +9,10 @@ import torch
 
 from .bases import QuantisedWeight, fp8_weight, gguf_weight
 from .function import ExactLoraLinear, Operands
-from .kernels import choose_kernels, merge_into
+from .kernels import choose_kernels, dequantise_into, merge_into
 from .rounding import seed_of
 
-__all__ = ["Operands", "QuantisedWeight", "choose_kernels", "fp8_weight", "gguf_weight", "lora_linear", "merge_into", "seed_of"]
+__all__ = ["Operands", "QuantisedWeight", "choose_kernels", "dequantise_into", "fp8_weight", "gguf_weight", "lora_linear", "merge_into", "seed_of"]
 
 
 def lora_linear(

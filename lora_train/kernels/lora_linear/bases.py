@@ -1,21 +1,20 @@
-"""Frozen base weights that are stored small and multiplied in the compute type: fp8 with a scale, and GGUF's Q8_0 and Q4_0 blocks.
+"""Frozen base weights that are stored small and multiplied in the compute type: fp8 with a scale, and GGUF's blocks.
 
-ComfyUI has had two key layouts for scaled fp8: `.scale_weight` beside a file-wide `scaled_fp8` mark, and `.weight_scale` beside a `.comfy_quant`
-JSON; both mean weight = fp8 * scale. Other formats are refused by name, never guessed.
-
-Source of the GGUF block layouts: ggml-org/ggml ggml-common.h (MIT): Q8_0 = fp16 scale + 32 int8; Q4_0 = fp16 scale + 32 nibbles minus 8, low half first.
+What a file may hold is decided in `lora_train/weight_formats.py`, by its header.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
 
+from ...gguf_file import BLOCKS
+from .gguf_blocks import UNPACK
+
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_BLOCK = 32
-_GGUF_BYTES = {"q8_0": 34, "q4_0": 18}
+# Elements that exist in fp32 at a time.
+CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +22,9 @@ class QuantisedWeight:
     """A stored weight.
 
     Attributes:
-        data: fp8 [O, I], or the raw GGUF bytes as uint8 [O, I / 32 * bytes per block].
-        kind: `fp8`, `q8_0` or `q4_0`.
-        scale: fp32 scalar of an fp8 weight; 1 where the file has none.
+        data: fp8 [O, I], or the raw GGUF bytes as uint8 [O, bytes of a row].
+        kind: `fp8`, or a kind of `gguf_file.BLOCKS`.
+        scale: of an fp8 weight; 1 where the file has none.
         shape: (O, I).
     """
 
@@ -40,42 +39,36 @@ class QuantisedWeight:
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I] in `dtype`; rounded to nearest where `dtype` is coarser than fp32."""
-        return self.dequantised_rows(0, self.shape[0]).to(dtype)
+        return self.dequantise_into(torch.empty(self.shape, dtype=dtype, device=self.data.device))
+
+    def dequantise_into(self, target_OI: torch.Tensor) -> torch.Tensor:
+        """The same written into `target_OI`, which may have a row stride; fp32 exists for a few rows at a time."""
+        rows = max(1, CHUNK_ELEMENTS // self.shape[1])
+        for start in range(0, self.shape[0], rows):
+            stop = min(start + rows, self.shape[0])
+            target_OI[start:stop] = self.dequantised_rows(start, stop)
+        return target_OI
 
     def dequantised_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` in fp32."""
         rows = self.data[start:stop]
         if self.kind == "fp8":
             return rows.float() * self.scale
-        return _gguf_rows(rows, self.kind).view(rows.shape[0], self.shape[1])
+        return UNPACK[self.kind](rows.reshape(-1, BLOCKS[self.kind][1])).view(rows.shape[0], self.shape[1])
 
 
-def _gguf_rows(rows: torch.Tensor, kind: str) -> torch.Tensor:
-    blocks = rows.reshape(-1, _GGUF_BYTES[kind])
-    scale = blocks[:, :2].contiguous().view(torch.float16).float()
-    if kind == "q8_0":
-        return blocks[:, 2:].contiguous().view(torch.int8).float() * scale
-    packed = blocks[:, 2:].to(torch.int16)
-    return (torch.cat([packed & 15, packed >> 4], dim=1) - 8).float() * scale
-
-
-def fp8_weight(weight: torch.Tensor, scale: torch.Tensor | float | None = None, quant: bytes | None = None, name: str = "weight") -> QuantisedWeight:
+def fp8_weight(weight: torch.Tensor, scale: torch.Tensor | float | None = None, name: str = "weight") -> QuantisedWeight:
     """Wrap an fp8 weight of either ComfyUI key generation.
 
     Args:
         weight: [O, I] fp8.
         scale: `.scale_weight` or `.weight_scale`, a scalar; None means 1.
-        quant: the bytes of `.comfy_quant` where the file has them.
 
     Raises:
-        ValueError: not fp8, a scale per row or block, or a `.comfy_quant` format other than fp8.
+        ValueError: not fp8, or a scale per row or block.
     """
     if weight.dtype not in FP8_TYPES:
         raise ValueError(f"{name} is {weight.dtype}, not fp8; use the bf16 file or one with scaled fp8 weights")
-    if quant is not None:
-        stated = json.loads(quant).get("format")
-        if stated not in ("float8_e4m3fn", "float8_e5m2"):
-            raise ValueError(f"{name} is quantised as {stated!r}, but only float8_e4m3fn and float8_e5m2 can be trained through; use that file of the model")
     if isinstance(scale, torch.Tensor):
         if scale.numel() != 1:
             raise ValueError(f"{name} has {scale.numel()} scales, but one per weight is expected; use ComfyUI's own fp8 file of the model")
@@ -89,9 +82,10 @@ def gguf_weight(data: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quanti
     Raises:
         ValueError: another block format, or a byte count that does not fit.
     """
-    if kind not in _GGUF_BYTES:
-        raise ValueError(f"GGUF type {kind!r} cannot be trained through; use {' or '.join(_GGUF_BYTES)}, fp8 or bf16")
-    wanted = shape[0] * (shape[1] // _BLOCK) * _GGUF_BYTES[kind]
-    if shape[1] % _BLOCK or data.numel() != wanted:
-        raise ValueError(f"a {kind} tensor of {list(shape)} has {wanted} bytes in rows of whole blocks of {_BLOCK}, but {data.numel()} are given")
+    if kind not in BLOCKS:
+        raise ValueError(f"GGUF type {kind!r} cannot be trained through; use {', '.join(BLOCKS)}, fp8 or bf16")
+    numbers, size = BLOCKS[kind]
+    wanted = shape[0] * (shape[1] // numbers) * size
+    if shape[1] % numbers or data.numel() != wanted:
+        raise ValueError(f"a {kind} tensor of {list(shape)} has {wanted} bytes in rows of whole blocks of {numbers}, but {data.numel()} are given")
     return QuantisedWeight(data=data.reshape(shape[0], -1), kind=kind, scale=1.0, shape=shape)

@@ -12,6 +12,7 @@ import os
 import torch
 
 from . import merge, reference
+from .bases import QuantisedWeight
 
 logger = logging.getLogger("reward_lab.kernels")
 CHOICES = ("auto", "torch", "triton")
@@ -48,6 +49,11 @@ def choose_kernels(requested: str, device: torch.device) -> str:
     return _chosen["name"]
 
 
+def is_triton() -> bool:
+    """Whether the Triton kernels were chosen."""
+    return _chosen["name"] == "triton"
+
+
 def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b with an fp32 result, accumulated in fp32; fp64 stays fp64."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -57,7 +63,7 @@ def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def hidden_and_up_gradient(grad_MO: torch.Tensor, hidden_MR: torch.Tensor, up_OR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """dS = dY sB in the compute type and dY^T S in fp32; `reference.hidden_and_up_gradient` is the plain form."""
-    if _chosen["name"] == "triton" and grad_MO.dtype != torch.float64:
+    if is_triton() and grad_MO.dtype != torch.float64:
         from .triton_kernels import hidden_and_up_gradient as fused
 
         return fused(grad_MO, hidden_MR, up_OR)
@@ -66,13 +72,24 @@ def hidden_and_up_gradient(grad_MO: torch.Tensor, hidden_MR: torch.Tensor, up_OR
 
 def merge_into(target_OI, base, down_RI, up_OR, factor, seed) -> torch.Tensor:
     """See `merge.merge_into`."""
-    if _chosen["name"] == "triton" and target_OI.dtype == torch.bfloat16:
-        from .triton_kernels import can_merge
+    if is_triton() and target_OI.dtype == torch.bfloat16:
+        from .triton_kernels import can_read
         from .triton_kernels import merge_into as fused
 
-        if can_merge(base):
+        if can_read(base):
             return fused(target_OI, base, down_RI, up_OR, factor, seed)
     return merge.merge_into(target_OI, base, down_RI, up_OR, factor, seed)
+
+
+def dequantise_into(target_OI: torch.Tensor, base: QuantisedWeight) -> torch.Tensor:
+    """See `QuantisedWeight.dequantise_into`."""
+    if is_triton() and target_OI.dtype == torch.bfloat16:
+        from .triton_kernels import can_read
+        from .triton_kernels import dequantise_into as fused
+
+        if can_read(base):
+            return fused(target_OI, base)
+    return base.dequantise_into(target_OI)
 
 
 def _check_triton(device: torch.device) -> None:

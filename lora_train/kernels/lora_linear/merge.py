@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .bases import QuantisedWeight
+from .bases import CHUNK_ELEMENTS, QuantisedWeight
 from .rounding import round_stochastic
-
-_CHUNK_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
@@ -32,7 +30,7 @@ def merge_into(
     Returns:
         `target_OI`.
     """
-    rows = max(1, _CHUNK_ELEMENTS // target_OI.shape[1])
+    rows = max(1, CHUNK_ELEMENTS // target_OI.shape[1])
     down = down_RI.detach().to(target_OI.device, torch.float32)
     up = up_OR.detach().to(target_OI.device, torch.float32)
     for start in range(0, target_OI.shape[0], rows):

@@ -1,6 +1,6 @@
-"""Triton forms of the two kernels that the analysis gives to Triton: one pass over dY, and merging inside the dequantisation.
+"""Triton forms of the kernels around the products: one pass over dY, unpacking a base, and merging inside the unpacking.
 
-Both are deterministic: sums over row blocks go through one buffer per program and are added in a fixed order, without atomics.
+All are deterministic: sums over row blocks go through one buffer per program and are added in a fixed order, without atomics.
 Import this module only where Triton is installed (it is optional: Windows and CPU work without). `TRITON_INTERPRET=1` runs it on the CPU.
 """
 
@@ -91,9 +91,34 @@ def _e4m3(byte):
 
 
 @triton.jit
+def _e5m2(byte):
+    """fp8 e5m2 bits to fp32, exactly: they are the upper half of an fp16."""
+    return (byte.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _unpacked(base, row, column, base_stride, scale, mask, KIND: tl.constexpr):
+    """The base's numbers in fp32. KIND: 0 floats, 1 fp8 e4m3, 2 fp8 e5m2, 3 GGUF Q8_0 (an fp16 scale before every 32 bytes)."""
+    start = base + row.to(tl.int64) * base_stride
+    if KIND == 3:
+        block = start + column // 32 * 34
+        low = tl.load(block, mask=mask, other=0).to(tl.int16)
+        high = tl.load(block + 1, mask=mask, other=0).to(tl.int16)
+        factor = (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+        number = tl.load(block + 2 + column % 32, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+        return number * factor
+    stored = tl.load(start + column, mask=mask, other=0)
+    if KIND == 2:
+        return _e5m2(stored) * scale
+    if KIND == 1:
+        return _e4m3(stored) * scale
+    return stored.to(tl.float32)
+
+
+@triton.jit
 def _merge(
     target, base, down, up, scale, factor, seed, outs, ins, target_stride, base_stride,
-    rank: tl.constexpr, IS_FP8: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    rank: tl.constexpr, KIND: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -104,36 +129,65 @@ def _merge(
         b = tl.load(up + row * rank + ranks[None, :], mask=(row < outs) & (ranks[None, :] < rank), other=0.0)
         a = tl.load(down + ranks[:, None] * ins + column, mask=(ranks[:, None] < rank) & (column < ins), other=0.0)
         delta += tl.dot(b, a, input_precision=PRECISION)
-    stored = tl.load(base + row.to(tl.int64) * base_stride + column, mask=mask, other=0)
-    if IS_FP8:
-        plain = _e4m3(stored) * scale
-    else:
-        plain = stored.to(tl.float32)
-    value = plain + delta * factor
+    value = _unpacked(base, row, column, base_stride, scale, mask, KIND) + delta * factor
     # A scalar that fits 32 bits arrives as a signed or unsigned integer by its value; the hash is over unsigned ones.
     random = _mixed((row * ins + column).to(tl.uint32) ^ seed.to(tl.uint32)) & 0xFFFF
     bits = (value.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
     tl.store(target + row.to(tl.int64) * target_stride + column, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask)
 
 
-def can_merge(base: torch.Tensor | QuantisedWeight) -> bool:
-    """Whether `merge_into` takes this base: dense, or fp8 e4m3."""
-    return not isinstance(base, QuantisedWeight) or (base.kind == "fp8" and base.data.dtype == torch.float8_e4m3fn)
+@triton.jit
+def _dequantise(target, base, scale, outs, ins, target_stride, base_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = (row < outs) & (column < ins)
+    value = _unpacked(base, row, column, base_stride, scale, mask, KIND)
+    # To the nearest, ties to even, on the bits: the interpreter's conversion cuts off.
+    bits = value.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    tl.store(target + row.to(tl.int64) * target_stride + column, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask)
+
+
+def _kind(base: torch.Tensor | QuantisedWeight) -> int | None:
+    if not isinstance(base, QuantisedWeight):
+        return 0
+    return {"fp8": {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}.get(base.data.dtype), "q8_0": 3}.get(base.kind)
+
+
+def can_read(base: torch.Tensor | QuantisedWeight) -> bool:
+    """Whether there is a kernel for this base: floats, fp8, or GGUF's Q8_0."""
+    return _kind(base) is not None
+
+
+def _stored(base: torch.Tensor | QuantisedWeight) -> tuple[torch.Tensor, float]:
+    return (base.data.view(torch.uint8), base.scale) if isinstance(base, QuantisedWeight) else (base, 1.0)
 
 
 @torch.no_grad()
 def merge_into(
     target_OI: torch.Tensor, base: torch.Tensor | QuantisedWeight, down_RI: torch.Tensor, up_OR: torch.Tensor, factor: float, seed: int
 ) -> torch.Tensor:
-    """As `merge.merge_into`, for a bf16 target and a base that `can_merge` takes; one read and one write of the weight."""
+    """As `merge.merge_into`, for a bf16 target and a base that `can_read` takes; one read and one write of the weight."""
     outs, ins = target_OI.shape
-    is_fp8 = isinstance(base, QuantisedWeight)
-    stored = base.data.view(torch.uint8) if is_fp8 else base
+    stored, scale = _stored(base)
     down = down_RI.detach().to(target_OI.device, torch.float32).contiguous()
     up = up_OR.detach().to(target_OI.device, torch.float32).contiguous()
-    grid = (triton.cdiv(outs, _ROWS), triton.cdiv(ins, _COLUMNS))
-    _merge[grid](
-        target_OI, stored, down, up, base.scale if is_fp8 else 1.0, factor, seed, outs, ins, target_OI.stride(0), stored.stride(0),
-        rank=down.shape[0], IS_FP8=is_fp8, RANKS=16, ROWS=_ROWS, COLUMNS=_COLUMNS, PRECISION="tf32x3",
+    _merge[_grid(target_OI)](
+        target_OI, stored, down, up, scale, factor, seed, outs, ins, target_OI.stride(0), stored.stride(0),
+        rank=down.shape[0], KIND=_kind(base), RANKS=16, ROWS=_ROWS, COLUMNS=_COLUMNS, PRECISION="tf32x3",
     )  # fmt: skip
     return target_OI
+
+
+@torch.no_grad()
+def dequantise_into(target_OI: torch.Tensor, base: QuantisedWeight) -> torch.Tensor:
+    """As `QuantisedWeight.dequantise_into`, for a bf16 target and a base that `can_read` takes: no fp32 in memory."""
+    stored, scale = _stored(base)
+    _dequantise[_grid(target_OI)](
+        target_OI, stored, scale, *target_OI.shape, target_OI.stride(0), stored.stride(0), KIND=_kind(base), ROWS=_ROWS, COLUMNS=_COLUMNS
+    )
+    return target_OI
+
+
+def _grid(target_OI: torch.Tensor) -> tuple[int, int]:
+    return triton.cdiv(target_OI.shape[0], _ROWS), triton.cdiv(target_OI.shape[1], _COLUMNS)

@@ -1,4 +1,4 @@
-"""Run by test_triton.py with TRITON_INTERPRET=1: compares one kernel with its reference and prints `equal`."""
+"""Run by test_triton.py, on the CPU with TRITON_INTERPRET=1: compares one kernel with its reference and prints `equal`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
+
+
+def _choose_triton(package):
+    device = torch.get_default_device()
+    # The package's own check draws on the CPU, wherever tensors are made by default.
+    with torch.device("cpu"):
+        assert package.choose_kernels("triton", device) == "triton"
 
 
 def ratio(found, wanted):
@@ -51,26 +58,93 @@ def merge(package):
             assert not buffer[outs:].any() and not buffer[:, ins:].any()
 
 
-def fp8(package):
+def _packed(package):
+    """Bases by name: every finite bit pattern of both fp8 types, and Q8_0 blocks in rows of an odd number of them."""
+    torch.manual_seed(0)
+    found = {}
+    for kind, largest in ((torch.float8_e4m3fn, 126), (torch.float8_e5m2, 123)):
+        every = torch.arange(256, dtype=torch.uint8)
+        every[(every & 127) > largest] = 0
+        found[str(kind)] = package.fp8_weight(every.view(kind).view(16, 16), 0.0625)
+    scales = torch.randn(70 * 3, 1).half().view(torch.uint8)
+    data = torch.cat([scales, torch.randint(0, 256, (70 * 3, 32), dtype=torch.uint8)], dim=1)
+    found["q8_0"] = package.gguf_weight(data, "q8_0", (70, 96))
+    return found
+
+
+def unpack(package):
     from reward_lab.lora_train.kernels.lora_linear import merge as plain
     from reward_lab.lora_train.kernels.lora_linear import triton_kernels
 
-    # Every bit pattern but the two NaNs.
-    every = torch.arange(256, dtype=torch.uint8)
-    every[(every & 127) == 127] = 0
-    every = every.view(torch.float8_e4m3fn).view(16, 16)
-    base = package.fp8_weight(every, 0.0625)
-    down, up = torch.zeros(2, 16), torch.zeros(16, 2)
-    _equal_bits(triton_kernels.merge_into(torch.empty(16, 16, dtype=torch.bfloat16), base, down, up, 1.0, 5), base.dequantised(torch.bfloat16))
-    down, up = torch.randn(2, 16), torch.randn(16, 2)
-    wanted = plain.merge_into(torch.empty(16, 16, dtype=torch.bfloat16), base, down, up, 0.5, 5)
-    _equal_bits(triton_kernels.merge_into(torch.empty(16, 16, dtype=torch.bfloat16), base, down, up, 0.5, 5), wanted)
+    for name, base in _packed(package).items():
+        assert triton_kernels.can_read(base)
+        outs, ins = base.shape
+        buffer = torch.zeros(outs + 3, ins + 3, dtype=torch.bfloat16)
+        found = triton_kernels.dequantise_into(buffer[:outs, :ins], base)
+        assert torch.equal(found, base.dequantised(torch.bfloat16)), name
+        assert not buffer[outs:].any() and not buffer[:, ins:].any()
+        for rank in (1, 7, 33):
+            down, up = torch.randn(rank, ins), torch.randn(outs, rank)
+            wanted = plain.merge_into(torch.empty(outs, ins, dtype=torch.bfloat16), base, down, up, 0.5, 5)
+            _equal_bits(triton_kernels.merge_into(torch.empty(outs, ins, dtype=torch.bfloat16), base, down, up, 0.5, 5), wanted)
+    assert not triton_kernels.can_read(package.gguf_weight(torch.zeros(144, dtype=torch.uint8), "q4_k", (1, 256)))
+
+
+def rows(package):
+    """Every row-by-row kernel against its function in fp64: output and every gradient, odd sizes, rows with room."""
+    from reward_lab.lora_train.kernels import rowwise as module
+
+    _choose_triton(package)
+    # bf16: one rounding to the nearest (2^-8); the interpreter's conversion cuts off (2^-7).
+    rounding = 2**-7 if torch.get_default_device().type == "cpu" else 2**-8
+    for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, rounding)):
+        for batch, length, heads, width in ((3, 7, 2, 20), (1, 130, 4, 64), (2, 1, 3, 6)):
+            torch.manual_seed(1)
+            rms = torch.nn.RMSNorm(width, eps=1e-6, dtype=dtype).requires_grad_(False)
+            rms.weight.copy_(torch.randn(width))
+            layer = torch.nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+            turns = torch.randn(1, length, 1, width // heads // 2, 2, 2)
+            x, y = torch.randn(batch, length, width) * 3, torch.randn(batch, length, width)
+            shift, scale, grad = torch.randn(batch, 1, width), torch.randn(batch, 1, width), torch.randn(batch, length, width)
+            cases = {
+                "modulated": (module.Modulated(layer), [x], [shift, scale]),
+                "gated": (module.Gated(), [x, y], [scale]),
+                "rotated": (module.Rotated(rms, heads), [x, turns], []),
+            }
+            for name, (function, streams, shared) in cases.items():
+                _one_rowwise(module, name, function, streams, shared, grad, dtype, limit)
+
+
+def _one_rowwise(module, name, function, streams, shared, grad, dtype, limit):
+    import copy
+
+    def leaves(to):
+        made = [value.to(dtype).to(to) if value.ndim == 3 else value.to(torch.float64 if to == torch.float64 else value.dtype) for value in (*streams, *shared)]
+        return [value.requires_grad_(value.ndim == 3) for value in made]
+
+    own = leaves(dtype)
+    assert module._fused(function, own[: len(streams)], own[len(streams) :]) is not None, name
+    out = module.rowwise(function, own[: len(streams)], own[len(streams) :], room=5)
+    assert out.stride(1) == out.shape[-1] + 5
+    truth = leaves(torch.float64)
+    exact = function if name == "gated" else type(function)(*(copy.deepcopy(part).double() if isinstance(part, torch.nn.Module) else part
+                                                              for part in vars(function).values()))  # fmt: skip
+    wanted = exact(*truth)
+    names = [index for index, value in enumerate(own) if value.requires_grad]
+    found_grads = torch.autograd.grad(out, [own[index] for index in names], grad.to(dtype))
+    wanted_grads = torch.autograd.grad(wanted, [truth[index] for index in names], grad.to(dtype).double())
+    for part, one, other in zip(("out", *names), (out, *found_grads), (wanted, *wanted_grads), strict=True):
+        assert one.dtype == dtype and ratio(one.detach(), other.detach()) <= limit, (name, part, dtype, ratio(one.detach(), other.detach()))
+    if name == "rotated":
+        given = grad.to(dtype).clone()
+        assert module.rowwise_backward(function, own[0].detach(), own[1], given) is given
+        assert ratio(given, wanted_grads[0]) <= limit
 
 
 def function(package):
     from reward_lab.lora_train.kernels.lora_linear import reference
 
-    assert package.choose_kernels("triton", torch.device("cpu")) == "triton"
+    _choose_triton(package)
     torch.manual_seed(0)
     x, weight, bias, down, up, grad = (torch.randn(shape) for shape in ((2, 40, 24), (36, 24), (36,), (4, 24), (36, 4), (2, 40, 36)))
     results = []
@@ -89,5 +163,6 @@ if __name__ == "__main__":
 
     from reward_lab.lora_train.kernels import lora_linear
 
-    {"one_pass": one_pass, "merge": merge, "fp8": fp8, "function": function}[sys.argv[2]](lora_linear)
+    torch.set_default_device(sys.argv[3])
+    {"one_pass": one_pass, "merge": merge, "unpack": unpack, "rows": rows, "function": function}[sys.argv[2]](lora_linear)
     print("equal")

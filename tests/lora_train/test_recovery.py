@@ -1,0 +1,145 @@
+"""The card's memory ends in a step: nothing of the first try stays, the second gives the same bytes, and what cannot go on ends in order."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from reward_lab.lora_train import checkpoint, objectives, run
+from reward_lab.lora_train.planning import choose
+from reward_lab.lora_train.planning.memory import gpu_bytes, host_bytes
+from reward_lab.lora_train.planning.memory_plan import job_of
+from reward_lab.lora_train.planning.shapes import named_shape
+from reward_lab.lora_train.protocols import Shrunk
+from reward_lab.lora_train.recovery import CardFullError, explain
+
+SMALLER = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
+
+
+class Failing:
+    """An objective that raises after some of its calls, when their gradient is in the parameters already."""
+
+    def __init__(self, inner, at, error=torch.OutOfMemoryError):
+        self.inner, self.at, self.error, self.calls = inner, at, error, 0
+
+    def add_gradient(self, trainee, step, micro):
+        outcome = self.inner.add_gradient(trainee, step, micro)
+        self.calls += 1
+        if self.calls in self.at:
+            raise self.error("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
+        return outcome
+
+    def measure(self):
+        return self.inner.measure()
+
+    def use(self, measured):
+        self.inner.use(measured)
+
+
+def settings(toy):
+    return toy.config(expert="both", optimiser={"accumulate": 2, "ema_decay": 0.9, "lr": 1e-2}, checkpoint_every=50)
+
+
+def train(toy, folder, at=(), shrink=lambda: SMALLER, error=torch.OutOfMemoryError, **options):
+    config = settings(toy)
+    parts = toy.parts(config, shrink=shrink)
+    return run.train(config, parts, Failing(objectives.create(config, parts), at, error), folder, **options)
+
+
+def same(folder, other):
+    names = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
+    assert len(names) >= 4
+    assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("at", [(1,), (2,), (6,), (1, 9)])
+def test_the_second_try_gives_the_same_bytes(toy, tmp_path, at):
+    train(toy, tmp_path / "whole")
+    toy.events.clear()
+    shrunk = []
+    train(toy, tmp_path / "other", at, lambda: shrunk.append(1) or SMALLER)
+    same(tmp_path / "whole", tmp_path / "other")
+    told = [event for event in toy.events if event.name == "replanned"]
+    assert len(told) == len(shrunk) == len(at)
+    assert told[0].detail == f"out of the card's memory; once more with the next smaller plan: {SMALLER.changes}"
+    assert [event.step for event in toy.events if event.name == "step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("at", "shrink", "words"), [((6, 7), lambda: SMALLER, "also with the next smaller plan"), ((6,), lambda: None, "no smaller plan")])
+def test_the_end_is_in_order_and_can_be_resumed(toy, tmp_path, at, shrink, words):
+    train(toy, tmp_path / "whole")
+    with pytest.raises(CardFullError, match=f"step 3: the card's memory is full, .*{words} .*Tried to allocate 2 GiB.*lora.rank"):
+        train(toy, tmp_path / "other", at, shrink)
+    assert checkpoint.latest_step(tmp_path / "other") == 2
+    train(toy, tmp_path / "other", resume=True)
+    # The whole run wrote no checkpoint at step 2.
+    whole, other = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("whole", "other"))
+    assert whole == other and len(whole) == 2
+
+
+def test_other_errors_are_not_tried_again(toy, tmp_path):
+    with pytest.raises(RuntimeError, match="Tried to allocate"):
+        train(toy, tmp_path, (3,), error=RuntimeError)
+    assert not any(event.name in ("replanned", "checkpoint") for event in toy.events)
+
+
+def test_a_half_made_update_is_never_saved(toy, tmp_path, monkeypatch):
+    def full(self, closure=None):
+        raise torch.OutOfMemoryError("no room for the moments")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(RuntimeError, match="neither the old nor the new one. The last checkpoint is good; .*optimiser_place"):
+        train(toy, tmp_path)
+    assert checkpoint.states(tmp_path) == [] and not any(event.name == "replanned" for event in toy.events)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moving_a_trainee_keeps_everything(toy, tmp_path, device):
+    config = settings(toy)
+    parts = toy.parts(config)
+    train(toy, tmp_path)
+    with ExitStack() as stack:
+        trainees = [run._new_trainee(config, parts, expert, stack) for expert in ("high", "low")]
+        checkpoint.load_latest(tmp_path, config, trainees)
+        for trainee in trainees:
+            before, parameters = trainee.state(), trainee.adapter.parameters()
+            trainee.to(torch.device(device))
+            after = trainee.state()
+            assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+            # The optimiser and the Linears hold these very parameters.
+            assert all(one is other for one, other in zip(parameters, trainee.adapter.parameters(), strict=True))
+            kept = [value for state in trainee.optimiser.state.values() for value in state.values() if value.ndim]
+            assert {value.device.type for value in (*parameters, *kept, *trainee.average.values())} == {device}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "the card or its driver failed; the last checkpoint is good"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "the card or its driver failed"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "the card or its driver failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory. Take a smaller video"),
+        (ValueError("steps is 0"), "steps is 0"),
+        (RuntimeError("the size of tensor a"), "RuntimeError: the size of tensor a"),
+    ],
+)
+def test_what_the_user_is_told(error, words):
+    assert explain(error).startswith(words)
+
+
+@pytest.mark.parametrize("weight_bytes", [2, 1])
+def test_every_smaller_plan_needs_less_and_the_last_has_none(toy, weight_bytes):
+    config = toy.config(video={"width_px": 1280, "height_px": 720, "frames": 81}, dtype="bf16")
+    job = job_of(config, named_shape("wan-14b", weight_bytes))
+    present, seen = choose.candidates(job)[0], []
+    while present is not None:
+        seen.append(gpu_bytes(job, present))
+        present = choose.smaller(job, choose.candidates(job), present, 10**12)
+    assert len(seen) >= 4 and seen == sorted(seen, reverse=True) and seen[-1] == gpu_bytes(job, choose.smallest(job))
+    assert all(one - other > 10**8 for one, other in zip(seen, seen[1:], strict=False))
+    # What the host cannot hold is no way out.
+    first = choose.candidates(job)[0]
+    chosen = choose.smaller(job, choose.candidates(job), first, host_bytes(job, first))
+    assert chosen is None or host_bytes(job, chosen) <= host_bytes(job, first)
