@@ -14,6 +14,8 @@ import torch
 from .pinned import pinned_empty
 
 logger = logging.getLogger("reward_lab.offload")
+# Below this torch's own pinned memory serves: it is given back and taken again in no time (gradients come home at every step), and what it rounds up is little.
+_SMALL_BYTES = 16 << 20
 
 
 class Transfers:
@@ -33,7 +35,7 @@ class Transfers:
         if not self.can_pin or tensor.is_pinned():
             return tensor
         try:
-            return pinned_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+            return _pinned_like(tensor).copy_(tensor)
         except RuntimeError as error:
             self._refused(error)
             return tensor
@@ -48,7 +50,7 @@ class Transfers:
                     self._out.wait_event(mark)
                 return host
             try:
-                return pinned_empty(tuple(tensor.shape), tensor.dtype)
+                return _pinned_like(tensor)
             except RuntimeError as error:
                 self._refused(error)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -135,3 +137,9 @@ class Transfers:
         except RuntimeError as error:
             logger.warning("the card does not answer (%s)", error)
         self._spare.clear()
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() * tensor.element_size() < _SMALL_BYTES:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned_empty(tuple(tensor.shape), tensor.dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reward_lab.lora_train.offload import pinned
+from reward_lab.lora_train.offload import transfers as module
 from reward_lab.lora_train.offload.keeper import Kept
 from reward_lab.lora_train.offload.transfers import Transfers
 
@@ -37,6 +38,7 @@ def driver(monkeypatch):
     found = Driver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(module, "_SMALL_BYTES", 0)
     return found
 
 
