@@ -107,7 +107,7 @@ def _updates(rig: Rig, config: TrainConfig, backbones: dict[str, Any], vae: WanD
     context = rig.context()[0].cpu()
     contexts = ContextCache({PROMPT: context}, torch.zeros_like(context), rig.device)
     knobs = vars(host_engine.choose_knobs(config, rig.device))
-    with training_mode(), host_engine.engines(config, backbones, rig.device, rig.dtype):
+    with training_mode(), host_engine.engines(config, backbones, rig.device, rig.dtype, decoder=vae):
         linears = backbones["low"].linears()
         paths = select_targets(linears, config.lora.targets, config.lora.skip)
         adapter = new_adapter(linears, paths, rank=config.lora.rank, alpha=config.lora.effective_alpha, seed=1, device=rig.device)
