@@ -19,10 +19,11 @@ HEAD_GROUPS, RANK, TRUNK_BLOCKS = 4, 128, 2
 TITLES = {"rollout": "rollout pass", "forward": "forward with gradient", "scoring": "PAVRM forward and backward", "backward": "backward"}
 COLOURS = {"rollout": "#5eb1ff", "forward": "#7bd88f", "scoring": "#e57eb3", "backward": "#ffb454"}
 LEGEND = (
-    "Numbers: blocks. A pass with gradient keeps two tensors of each block on the host. Backward brings them back, last block first, while the one after works."
+    "Numbers: blocks. A rollout merges the LoRA into a slot (flat), then runs the block. A pass with gradient keeps two tensors of each block on the host.",
+    "Backward brings them back, last block first, and runs a block's three parts again: feed-forward in pieces, cross-attention, self-attention.",
 )
 WIDTH_PX, CARD_PX, HOST_PX = 1240, 330, 120
-LEFT_PX, RIGHT_PX, TOP_PX, GAP_PX, BOTTOM_PX = 64, 24, 128, 62, 58
+LEFT_PX, RIGHT_PX, TOP_PX, GAP_PX, BOTTOM_PX = 64, 24, 146, 52, 78
 
 
 def main() -> None:
@@ -138,7 +139,8 @@ def picture(phases, size: str, blocks: int):
     host.grid("waiting in host memory for the backward pass, GB")
     for (name, watched), end in zip(phases.items(), [*ends, last], strict=True):
         _phase(pen, card, host, name, watched, end, rest)
-    pen.text(LEFT_PX, height - 20, LEGEND, 12, MUTED, "lm")
+    for index, words in enumerate(LEGEND):
+        pen.text(LEFT_PX, height - 40 + 20 * index, words, 12, MUTED, "lm")
     return pen.image.resize((WIDTH_PX, height), Image.Resampling.LANCZOS)
 
 
@@ -149,11 +151,12 @@ def _phase(pen: Pen, card: Panel, host: Panel, name: str, watched, end: int, res
     card.area(watched.card_samples, end, COLOURS[name])
     host.area(watched.host_samples, end, COLOURS[name], rest)
     left, right = card.x_of(start), card.x_of(end)
-    pen.box(left + 1, TOP_PX - 42, right - 1, TOP_PX - 38, COLOURS[name])
-    pen.text((left + right) / 2, TOP_PX - 54, TITLES[name], 13, COLOURS[name], "mm")
+    pen.box(left + 1, TOP_PX - 40, right - 1, TOP_PX - 36, COLOURS[name])
+    pen.text((left + right) / 2, TOP_PX - 52, TITLES[name], 13, COLOURS[name], "mm")
     marks = watched.marks
     for (at, words), (until, _) in zip(marks, [*marks[1:], (end, "")], strict=True):
-        pen.line(card.x_of(at), card.top_px, card.x_of(at), host.top_px + HOST_PX, BACKGROUND)
+        for panel in (card, host):
+            pen.line(card.x_of(at), panel.top_px, card.x_of(at), panel.top_px + panel.height_px, BACKGROUND)
         if card.x_of(until) - card.x_of(at) > 14:
             pen.text((card.x_of(at) + card.x_of(until)) / 2, host.top_px + HOST_PX + 12, words.removeprefix("block "), 11, MUTED, "mm")
     peak = max(watched.card_samples, key=lambda sample: sample[1])

@@ -61,7 +61,10 @@ def score(options: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[s
     sigmas = _numbers(options.get("sigma"), float, "--sigma")
     if not all(0 <= sigma <= 1 for sigma in sigmas):
         raise ValueError(f"--sigma is {options['sigma']!r}; every number must be from 0 (clean) to 1 (noise).")
-    cases = list(read_cases(tensors, sigmas, int(options.get("seed") or 0)))
+    seed = int(options.get("seed") or 0)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; it must be from 0 to 2^63 - 1.")
+    cases = list(read_cases(tensors, sigmas, seed))
     layers = _numbers(options.get("layers"), int, "--layers")
     loaders: dict[tuple[int, ...] | None, pavrm.Pavrm] = {}
     videos, out = [], {} if options.get("tensors") else None
@@ -96,6 +99,7 @@ def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | N
         leaf = latent.clone().requires_grad_(out is not None)
         features = model.features(leaf, timestep_B, case.texts_PD, case.image)
         output = model.head(features)
+        pavrm.check_output(output)
         if out is not None:
             (gradient,) = torch.autograd.grad(output.logit.sum(), leaf)
             values = {"features": features[-1], "pooled": output.pooled, "logit": output.logit, "reward": output.probability, "logit_grad_latent": gradient}
@@ -126,14 +130,15 @@ def read_cases(tensors: Mapping[str, torch.Tensor], sigmas: list[float], seed: i
         name = prefix.removesuffix(".")
         clip, condition = _find(tensors, prefix, _IMAGE), _find(tensors, prefix, _CONDITION)
         image = pavrm.ImageCondition(clip_BPD=_with_batch(clip, 3), latent_BCFHW=_with_batch(condition, 5))
-        common = {"texts_PD": _texts(tensors, prefix, len(latent)), "image": image}
+        count = len(latent) if latent.ndim else 1
+        common = {"texts_PD": _texts(tensors, prefix, count), "image": image}
         if sigmas:
             for sigma in sigmas:
                 shown = name if len(sigmas) == 1 else f"{name}@{sigma:g}".removeprefix("@")
-                levels = {"timesteps": (int(sigma * pavrm.TIMESTEPS),) * len(latent), "sigmas": (sigma,) * len(latent)}
+                levels = {"timesteps": (int(sigma * pavrm.TIMESTEPS),) * count, "sigmas": (sigma,) * count}
                 yield Case(name=shown, latent_BCFHW=_noised(latent, sigma, seed), **levels, **common)
             continue
-        values = _timesteps(tensors, prefix, len(latent))
+        values = _timesteps(tensors, prefix, count)
         # Upstream feeds whole numbers; a fraction is cut, as its schedules do.
         levels = {"timesteps": tuple(map(int, values)), "sigmas": tuple(value / pavrm.TIMESTEPS for value in values)}
         yield Case(name=name, latent_BCFHW=latent, **levels, **common)
@@ -173,7 +178,7 @@ def _timesteps(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> 
     values = [float(value) for value in timestep.flatten().tolist()]
     if len(values) not in (1, count) or not all(0 <= value <= pavrm.TIMESTEPS for value in values):
         shown = ", ".join(f"{value:g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
-        raise ValueError(f"{prefix}timestep holds {shown}; one number from 0 to {pavrm.TIMESTEPS} is needed, or one for each of {count} latents.")
+        raise ValueError(f"{prefix}timestep holds {shown or 'nothing'}; one number from 0 to {pavrm.TIMESTEPS} is needed, or one for each of {count} latents.")
     return values * (count if len(values) == 1 else 1)
 
 

@@ -122,6 +122,7 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 noisy = (1 - sigma) * clean[None] + sigma * noise
                 outputs.append(model.score(noisy, torch.tensor([int(sigma * pavrm.TIMESTEPS)]), [text_PD], image))
+                pavrm.check_output(outputs[-1])
             logits.append(tuple(float(output.logit) for output in outputs))
             probabilities.append(tuple(float(output.probability) for output in outputs))
     told = tuple(dict.fromkeys(warnings))

@@ -199,6 +199,8 @@ def _videos(tensor: torch.Tensor, what: str) -> torch.Tensor:
         raise ValueError(f"{what} has shape {shape}, that is {channels} channels; 3 (RGB) are needed; {hint.get(channels, 'give RGB')}.")
     if dtype != torch.uint8 and not dtype.is_floating_point:
         raise ValueError(f"{what} holds {dtype}; frames are floats in [0,1] or 8-bit values.")
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        tensor = tensor.float()
     while tensor.ndim < 5:
         tensor = tensor[None]
     return tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -93,6 +93,8 @@ def meter_of(config: TrainConfig, device: torch.device, knobs_of: Callable[[], K
     """
     if config.engine.rehearse == "no" or (config.engine.rehearse == "auto" and device.type == "cpu"):
         return None
+    if device.type == "cpu" and config.dtype == "auto":
+        config = replace(config, dtype="fp32")
     path = Path(getattr(config.models, config.trained_experts[0]))
     job = job_of(config, header_shape(read_header(str(path)), path.name))
     memory_bytes = card_of(config, device).memory_bytes

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     try:
         _check_outputs(options)
         document = {"score": _score, "score-latent": _score_latent, "pavrm-lora": _pavrm_lora}[argv[0]](options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         if options.get("json"):
             print(json.dumps({"verdict": "refused", "reason": str(error)}))

@@ -215,13 +215,19 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
 
 
-def files_stamp(path: str, prompts_file: str = "") -> str:
-    """A text that changes when the files that a node reads do; what cannot be read is told when the node runs."""
+def files_stamp(path: str | None, prompts_file: str | None = None) -> str:
+    """A text that changes when the files that a node reads do; what cannot be read is told when the node runs.
+
+    Args:
+        path: of videos; None where it comes from another node, before that has run.
+        prompts_file: as `path`.
+    """
     stamps: list[Any] = []
-    for name in filter(str.strip, (path, prompts_file)):
+    for name, is_text in ((path, False), (prompts_file, True)):
+        if not (name or "").strip():
+            continue
         try:
             found = paths.input_path(name)
-            is_text = name is prompts_file
             stamps += [found.stat().st_mtime_ns, found.stat().st_size] if is_text else [clip.stamp() for clip in media.find_clips([found])]
         except (ValueError, OSError) as error:
             stamps.append(str(error))

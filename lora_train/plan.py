@@ -109,6 +109,8 @@ def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | N
     Raises:
         ValueError: a model file is missing, truncated or not safetensors.
     """
+    if card is not None and card.name == "cpu" and config.dtype == "auto":
+        config = replace(config, dtype="fp32")
     experts, lora_bytes, state_bytes = {}, 0, 0
     for expert in needs.experts(config):
         header = None if shape else read_header(getattr(config.models, expert), f"{expert}-noise expert")

@@ -15,13 +15,14 @@ import torch
 
 from . import events
 from .protocols import Shrunk
-from .trainee import Trainee
+from .trainee import DamagedError, Trainee
 
 if TYPE_CHECKING:
     from .run import Parts
 
 logger = logging.getLogger("reward_lab")
 _DRIVER_WORDS = ("cuda error", "hip error", "cudnn error", "cublas_status", "nvml", "device-side assert", "acceleratorerror")
+_FULL_WORDS = ("cuda error: out of memory", "hip error: out of memory", "status_alloc_failed")
 _REMEDY = (
     "Take a smaller video, batch or lora.rank, close what else uses the card, or plan for less of it with engine.card_gb; "
     "then resume from the checkpoint"
@@ -46,7 +47,9 @@ def twice(compute: Callable[[], T], parts: Parts, trainees: Iterable[Trainee], s
     for is_second in (False, True):
         try:
             return compute()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_card_full(error):
+                raise
             # Not kept any longer: its traceback holds the frames, and these hold the tensors.
             reason = (str(error).splitlines() or [""])[0]
         for trainee in trainees:
@@ -65,10 +68,18 @@ def twice(compute: Callable[[], T], parts: Parts, trainees: Iterable[Trainee], s
     raise AssertionError
 
 
+def is_card_full(error: BaseException) -> bool:
+    """Whether the card's memory ended: torch's own error, or what drivers and libraries say where they allocate themselves."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in _FULL_WORDS))
+
+
 def _shrink(parts: Parts) -> Shrunk | None:
     try:
         return None if parts.shrink is None else parts.shrink()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_card_full(error):
+            raise
         return None
 
 
@@ -81,10 +92,10 @@ def _free() -> None:
 
 def explain(error: Exception) -> str:
     """What a run that failed tells its user."""
-    if isinstance(error, ValueError | CardFullError) or type(error).__name__ == "NonFiniteError":
+    if isinstance(error, ValueError | CardFullError | DamagedError) or type(error).__name__ == "NonFiniteError":
         return str(error)
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_card_full(error):
         return f"{text}. {_REMEDY}"
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and any(word in text.lower() for word in _DRIVER_WORDS)):
         return f"the card or its driver failed; the last checkpoint is good. Check the card (nvidia-smi), then resume the run. {text}"

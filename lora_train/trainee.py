@@ -14,6 +14,10 @@ from .lora.adapter import LoraAdapter
 from .lora.linears import InstalledLora
 
 
+class DamagedError(RuntimeError):
+    """An update failed half-way: what is in memory must not be saved; the last checkpoint is good."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
     """What one expert's updates need. `best` holds the weights of the best look at held-out videos, once there was one worth keeping."""
@@ -50,7 +54,7 @@ class Trainee:
                 for name, tensor in self.adapter.tensors().items() if self.average else ():
                     self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
             except torch.OutOfMemoryError as error:
-                raise RuntimeError(
+                raise DamagedError(
                     f"step {step}: the card's memory ended while the LoRA was being changed, which is now neither the old nor the new one. The last "
                     f"checkpoint is good; resume from it with engine.optimiser_place 'host' ({error})"
                 ) from error

@@ -136,9 +136,9 @@ class MixRewards(io.ComfyNode):
             tip = "Factor of this reward after centring and scaling; negative turns it round."
             inputs.append(io.Float.Input(f"weight_{number}", default=1.0, min=-1000.0, max=1000.0, step=0.05, optional=is_optional, tooltip=tip))
             tip = "Reward that counts as 0. Filled from base videos when measure_baseline is on."
-            inputs.append(io.Float.Input(f"centre_{number}", default=0.0, min=-1e6, max=1e6, step=0.001, round=1e-6, optional=is_optional, tooltip=tip))
+            inputs.append(io.Float.Input(f"centre_{number}", default=0.0, min=-1e6, max=1e6, step=0.0001, round=1e-6, optional=is_optional, tooltip=tip))
             tip = "Reward difference that counts as 1. Filled from base videos when measure_baseline is on."
-            inputs.append(io.Float.Input(f"scale_{number}", default=1.0, min=1e-6, max=1e6, step=0.001, round=1e-6, optional=is_optional, tooltip=tip))
+            inputs.append(io.Float.Input(f"scale_{number}", default=1.0, min=1e-6, max=1e6, step=0.0001, round=1e-6, optional=is_optional, tooltip=tip))
         measure = "Measure centre and scale: mean and standard deviation of each reward over the videos in baseline_folder, made without reward LoRA."
         return io.Schema(
             node_id="RewardLabMixRewards",

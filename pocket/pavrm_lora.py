@@ -126,6 +126,21 @@ def judged(model: pavrm.Pavrm, learnable: Learnable) -> dict[str, float]:
     return result
 
 
+def write(path: Path, command: str, learnable: Learnable, rows: list[dict[str, Any]], extracted: dict[str, Any] | None) -> str:
+    """The result as JSON, also in the file; called after every row, so that a stopped run keeps what it has measured."""
+    document = {
+        "command": command,
+        "models": "pocket",
+        "hardware": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "trained": {"updates": UPDATES, "videos_per_update": BATCH, "training_videos": len(learnable.train), "held_out": len(learnable.held_out), "rows": rows},
+        "extracted": extracted,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
 def main(argv: list[str]) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="lab.py bench pavrm-lora", description=__doc__.split("\n")[0])
@@ -137,20 +152,12 @@ def main(argv: list[str]) -> int:
     generator = WEIGHTS / dit.FILE_NAMES["low"]
     made = pavrm_bench.dataset(WEIGHTS, options.work)
     learnable = Learnable(train=pavrm_bench.examples(made["train"], "train"), held_out=pavrm_bench.examples(made["held_out"], "held"))
-    rows = []
+    command, rows = f"python lab.py bench pavrm-lora --count {options.count} --seeds {options.seeds}", []
     for seed in range(options.seeds):
         for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(trained(way, learnable, generator, Path(folder), seed=seed))
             print(f"{way.name}, seed {seed}: {rows[-1]['accuracy']:.3f} +- {rows[-1]['standard_error']:.3f}", flush=True)
-    document = {
-        "command": f"python lab.py bench pavrm-lora --count {options.count} --seeds {options.seeds}",
-        "models": "pocket",
-        "hardware": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "trained": {"updates": UPDATES, "videos_per_update": BATCH, "training_videos": len(learnable.train), "held_out": len(learnable.held_out), "rows": rows},
-        "extracted": {"held_out": options.count, "rows": measure(WEIGHTS, options.count)},
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document, indent=1))
+            write(options.out, command, learnable, rows, None)
+    print(write(options.out, command, learnable, rows, {"held_out": options.count, "rows": measure(WEIGHTS, options.count)}))
     return 0

@@ -248,8 +248,8 @@ class MPSReward:
             raise ValueError(f"normalise is {normalise!r}; choose one of {', '.join(NORMALISATIONS)}.")
         if scale not in SCALES:
             raise ValueError(f"scale is {scale!r}; choose one of {', '.join(SCALES)}.")
-        if not threshold < 1:
-            raise ValueError(f"threshold is {threshold}; it must be below 1, or every prompt position is masked (official: 0.01 or 0.3).")
+        if not isinstance(threshold, (int, float)) or not -math.inf < threshold < 1:
+            raise ValueError(f"threshold is {threshold!r}; it must be a number below 1, or every prompt position is masked (official: 0.01 or 0.3).")
         if not condition.strip():
             raise ValueError(f"The condition is empty; give a text or one of {', '.join(CONDITIONS)}.")
         self.prepare = Preparation(size_px=network.clip.visual.image_size[0], resize=resize, use_antialias=use_antialias, is_pillow=True)

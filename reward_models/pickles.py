@@ -58,7 +58,7 @@ class Inert:
 def _rebuild_tensor(*args: Any) -> Tensor:
     # Storage, offset, size, stride; what follows (requires_grad, hooks) is not data.
     storage, _, size, _ = args[:4]
-    stored = storage.untyped().nbytes() // storage.dtype.itemsize
+    stored = storage.untyped().nbytes() // storage._dtype.itemsize
     if math.prod(size) > stored:
         # Strides of 0 would make tensors of any size out of one number.
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} over {stored} stored values")

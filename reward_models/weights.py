@@ -138,9 +138,13 @@ def check_keys(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
         for key, value in needed.items()
         if key in state and state[key].shape != value.shape
     ]
-    problems = [
-        f"{title}: {_listing(keys)}" for title, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen)) if keys
+    numberless = [
+        f"{key} {str(state[key].dtype).removeprefix('torch.')}"
+        for key, value in needed.items()
+        if key in state and value.is_floating_point() and not state[key].is_floating_point()
     ]
+    found = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen, "not floating-point": numberless}
+    problems = [f"{title}: {_listing(keys)}" for title, keys in found.items() if keys]
     if problems:
         raise ValueError(f"{what} does not fit the model; {'; '.join(problems)}. Check that file and config belong together.")
 

@@ -8,7 +8,7 @@ nothing but assignments, so that a failure at any instant leaves the model as it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,6 +60,7 @@ class BlockStore:
             unpacked in a slot where their block runs. Entries are replaced by those in pinned memory.
         """
         self._blocks = blocks
+        self._linears = [{path: module for path, module in block.named_modules() if isinstance(module, torch.nn.Linear)} for block in blocks]
         self._transfers = transfers
         self._quantised = quantised or {}
         count = len(blocks) if resident_blocks < 0 else min(resident_blocks, len(blocks))
@@ -132,7 +133,8 @@ class BlockStore:
             then: the block that comes next; its transfer starts now.
         """
         if index in self._resident:
-            with self._masters_beside_resident(index):
+            # Rollouts use merged copies of resident weights.
+            with nullcontext() if merge and self._merges_resident else self._masters_beside_resident(index):
                 if then is not None:
                     self.prefetch(then)
                 yield
@@ -170,14 +172,11 @@ class BlockStore:
 
     def _buffer_shapes(self, index: int) -> dict[str, tuple[int, int] | None]:
         shapes = {}
-        for path, linear in self._linears(index).items():
+        for path, linear in self._linears[index].items():
             forward = linear.__dict__.get("forward")
             rank = forward.layer.down_RI.shape[0] if isinstance(forward, LoraForward) else 0
             shapes[f"{path}.weight"] = (linear.out_features + rank, linear.in_features + rank) if rank else None
         return shapes
-
-    def _linears(self, index: int) -> dict[str, torch.nn.Linear]:
-        return {path: module for path, module in self._blocks[index].named_modules() if isinstance(module, torch.nn.Linear)}
 
     def _fill(self, slot: Slot, index: int) -> None:
         self._transfers.in_after(slot.free)
@@ -204,7 +203,7 @@ class BlockStore:
 
     def _far(self, index: int) -> dict[str, LoraForward]:
         """LoRAs of a block whose masters live elsewhere than its weights."""
-        forwards = {path: linear.__dict__.get("forward") for path, linear in self._linears(index).items()} if self.brings_masters else {}
+        forwards = {path: linear.__dict__.get("forward") for path, linear in self._linears[index].items()} if self.brings_masters else {}
         device = self._transfers.device.type
         return {
             path: forward for path, forward in forwards.items()
@@ -276,7 +275,7 @@ class BlockStore:
         for path in self._own[index]:
             _put(block, path, slot.views[path])
         is_spoilt = merged_stored = False
-        for path, linear in self._linears(index).items():
+        for path, linear in self._linears[index].items():
             name = f"{path}.weight"
             base = self._stored[index].get(name)
             if base is not None and name in slot.raw:
@@ -298,7 +297,7 @@ class BlockStore:
     def _unbind(self, index: int) -> None:
         for path, parameter in self._own.get(index, {}).items():
             _put(self._blocks[index], path, parameter)
-        for linear in self._linears(index).values():
+        for linear in self._linears[index].values():
             forward = linear.__dict__.get("forward")
             if isinstance(forward, LoraForward):
                 forward.is_merged_in_place, forward.buffer, forward.near = False, None, None

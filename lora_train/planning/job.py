@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .. import needs
 from ..config import TrainConfig
@@ -14,10 +18,11 @@ from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
 from .shapes import ModelShape
 
 _CHANNELS_5B = 48
+_VAE_WIDTH = 96
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
-# Rewards of whole videos without a network.
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+# Rewards of whole videos without a network.
 _MEASURES = ("dynamic_degree", "flicker", "drift")
 
 
@@ -35,7 +40,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
     decodes = needs.decodes(config)
     if reward_bytes is None:
         judges = _judge_bytes(config, shape, element_bytes) + (CLIP_BYTES if config.held_out.judge else 0)
-        reward_bytes = judges + (VAE_ELEMENTS * element_bytes if decodes else 0)
+        reward_bytes = judges + (int(VAE_ELEMENTS * _vae_width(config) ** 2) * element_bytes if decodes else 0)
     return Job(
         shape=shape,
         tokens=frames * (height // 2) * (width // 2),
@@ -62,7 +67,20 @@ def _judge_bytes(config: TrainConfig, shape: ModelShape, element_bytes: int) -> 
     if config.method == "prfl":
         own = 0 if config.reward.options.get("generator") else shape.outer_parameters * element_bytes
         return own + 4 * shape.width * shape.width * 4
-    return 0 if config.reward.kind in _MEASURES else CLIP_BYTES
+    return int(CLIP_BYTES * sum(_towers(asdict(config.reward))))
+
+
+def _towers(reward: Mapping[str, Any]) -> list[float]:
+    """Sizes of the CLIPs of a reward, or of the rewards of a mix, as shares of the published one; a file that is not there, or not safetensors, counts as 1."""
+    rows = reward.get("options", {}).get("rows") or ()
+    if reward.get("kind") == "mix":
+        return [size for row in rows for size in _towers(row.get("reward", {}))]
+    if reward.get("kind") in _MEASURES:
+        return []
+    path = Path(reward.get("path", ""))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return [1.0]
+    return [sum(math.prod(size) for size in read_header(str(path), "reward model").shapes.values()) / (CLIP_BYTES / 4)]
 
 
 def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int, int, int]:
@@ -72,12 +90,18 @@ def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int,
         ValueError: a size that the larger cells do not divide.
     """
     batch, _, frames, height, width = config.video.latent_shape(1)
+    step = size_step(shape)
+    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
+        if size % step:
+            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of {step}; use {max(step, round(size / step) * step)}")
     if shape.latent_channels != _CHANNELS_5B:
         return batch, shape.latent_channels, frames, height, width
-    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
-        if size % 32:
-            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of 32; use {max(32, round(size / 32) * 32)}")
     return batch, shape.latent_channels, frames, height // 2, width // 2
+
+
+def size_step(shape: ModelShape) -> int:
+    """What width and height of a video must be multiples of: a latent's cell and two of them for a token."""
+    return 32 if shape.latent_channels == _CHANNELS_5B else 16
 
 
 def guidance_of(config: TrainConfig) -> float:
@@ -103,16 +127,25 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
     # Where the decoded frames begin is drawn: the most that can come before them.
     before = 0 if objective.decode in ("first", "all") else latent_frames - count
     history = before if objective.decode_history < 0 else min(before, objective.decode_history)
-    frames = 4 * count - 3 if count + history == latent_frames or objective.decode == "first" else 4 * count
+    frames = 4 * count - 3 if before == 0 else 4 * count
     is_trained = needs.decodes_training_videos(config)
     return Scored(
         pixels=video.width_px * video.height_px,
         latents=count + history if is_trained else 0,
-        frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained and config.reward.kind not in _MEASURES else 0,
+        frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained else 0,
+        tower=max(_towers(asdict(config.reward)), default=0.0) if is_trained else 0.0,
         total_frames=video.frames,
         batch=config.batch,
         element_bytes=element_bytes,
+        width=_vae_width(config),
     )
+
+
+def _vae_width(config: TrainConfig) -> float:
+    """Width of the VAE's decoder as a share of the published one; 1 where its file is not there."""
+    path = Path(config.models.vae)
+    gain = read_header(str(path), "VAE").shapes.get("decoder.head.0.gamma") if path.suffix == ".safetensors" and path.is_file() else None
+    return gain[0] / _VAE_WIDTH if gain else 1.0
 
 
 def _trunk_blocks(config: TrainConfig) -> int:

@@ -140,7 +140,8 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     found = {
         "rollout": fixed + merged + max(2 * job.stream_bytes(job.rollout_batch) + _MERGE_BYTES, _forward_bytes(job, choice, job.rollout_batch, held=0)),
         "forward": fixed + others - gone + _forward_bytes(job, choice, job.gradient_batch, held=1 if choice.keep_attention else 0),
-        "scoring": fixed + kept + _scoring_bytes(job, choice, in_kernels),
+        # The output head's input waits as well.
+        "scoring": fixed + kept + (job.graphs * job.stream_bytes(job.gradient_batch) if kept else 0) + _scoring_bytes(job, choice, in_kernels),
         "backward": fixed + others + _backward_bytes(job, choice, in_kernels),
     }
     looks = {"looks": fixed + merged + look_bytes(job.scored, job.looks == "whole")} if job.looks and job.scored else {}
@@ -233,11 +234,12 @@ def host_parts(job: Job, choice: Choice) -> dict[str, int]:
     """Bytes in host memory by what they hold."""
     streamed = job.experts * (job.shape.blocks - choice.resident_blocks) * block_bytes(job)
     streams = choice.resident_blocks < job.shape.blocks or job.shape.is_quantised
-    is_kept_here = choice.keep_place == "host"
     trunk = judged(job) if job.judged_blocks else None
+    # Of every graph, what its blocks keep and the output head's input.
+    waiting = job.graphs * (kept_bytes(job, choice) + job.stream_bytes(job.gradient_batch)) + (kept_bytes(trunk, choice) if trunk else 0)
     return {
         "weights": streamed + (_trunk_bytes(job) if streams else 0),
-        "activations": job.graphs * kept_bytes(job, choice) + (kept_bytes(trunk, choice) if trunk else 0) if is_kept_here else 0,
+        "activations": waiting if choice.keep_place == "host" else 0,
         "decoder": decode_bytes(job.scored, choice.keep_place)[1] if job.scored else 0,
         "lora and optimiser": job.lora_parameters * (STATE_BYTES + 4 * job.has_average) if choice.optimiser_place == "host" else 0,
         "process": PROCESS_BYTES,

@@ -10,7 +10,7 @@ from .. import needs
 from ..config import TrainConfig
 from ..lora.targets import select_targets
 from .choose import USABLE, candidates, choose, fits, nearest
-from .job import job_of
+from .job import job_of, size_step
 from .memory import PROCESS_BYTES, Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, loading_bytes, phases, rest_bytes
 from .scoring import decode_flops
 from .shapes import ModelShape
@@ -184,7 +184,8 @@ def _changes(config: TrainConfig, shape: ModelShape) -> list[tuple[str, TrainCon
     if shape.weight_bytes > 1:
         found.append(("fp8 files of the experts", config, replace(shape, weight_bytes=1)))
     frames = video.frames // 8 * 4 + 1
-    width, height = (max(16, size // 32 * 16) for size in (video.width_px, video.height_px))
+    step = size_step(shape)
+    width, height = (max(step, size // (2 * step) * step) for size in (video.width_px, video.height_px))
     if frames < video.frames:
         found.append((f"{frames} frames", replace(config, video=replace(video, frames=frames)), shape))
     found.append((f"{width} x {height}", replace(config, video=replace(video, width_px=width, height_px=height)), shape))

@@ -33,23 +33,27 @@ class Scored:
         pixels: of one frame.
         latents: decoded together, with their history; 0: nothing is decoded.
         frames: scored by the reward model in one piece.
+        tower: size of the reward's largest CLIP as a share of ViT-H/14; 0 without one.
         total_frames: of the video, for looks that decode all of it.
         batch: videos at once.
         element_bytes: of the decoder's type.
+        width: of the decoder, as a share of the published one.
     """
 
     pixels: int
     latents: int
     frames: int
+    tower: float
     total_frames: int
     batch: int
     element_bytes: int
+    width: float = 1.0
 
 
 def decode_bytes(scored: Scored, keep_place: str) -> tuple[int, int]:
     """Bytes on card and host at the height of a decode with gradient; `keep_place`: where feature caches wait, `device` or `host`."""
-    size = scored.pixels * scored.batch * scored.element_bytes // _COUNTED_IN_BYTES
-    return _per_pixel(_CARD[keep_place], scored.latents) * size, _per_pixel(_HOST[keep_place], scored.latents) * size
+    size = scored.pixels * scored.batch * scored.element_bytes / _COUNTED_IN_BYTES * scored.width
+    return int(_per_pixel(_CARD[keep_place], scored.latents) * size), int(_per_pixel(_HOST[keep_place], scored.latents) * size)
 
 
 def _per_pixel(table: tuple[tuple[int, ...], int], latents: int) -> int:
@@ -61,13 +65,13 @@ def _per_pixel(table: tuple[tuple[int, ...], int], latents: int) -> int:
 
 def tower_bytes(scored: Scored) -> int:
     """Activations of the reward model for the frames that it scores in one piece, beside the frames and their gradient."""
-    return scored.batch * scored.frames * (_TOWER_BYTES + 2 * _FRAME * scored.pixels) if scored.latents else 0
+    return scored.batch * scored.frames * int(_TOWER_BYTES * scored.tower + 2 * _FRAME * scored.pixels) if scored.latents else 0
 
 
 def look_bytes(scored: Scored, is_whole: bool) -> int:
     """Decoding without gradient. `is_whole`: the whole video is held for a reward model, as held-out looks do."""
     frames = _FRAME * scored.total_frames if is_whole else 0
-    return scored.pixels * scored.batch * (_STREAM * scored.element_bytes // _COUNTED_IN_BYTES + frames)
+    return scored.pixels * scored.batch * (int(_STREAM * scored.width) * scored.element_bytes // _COUNTED_IN_BYTES + frames)
 
 
 def decode_flops(scored: Scored) -> float:
@@ -75,4 +79,4 @@ def decode_flops(scored: Scored) -> float:
     if scored.latents == 0:
         return 0.0
     first = _FLOPS_ALONE if scored.latents == 1 else _FLOPS_FIRST
-    return scored.batch * scored.pixels * (first + 4 * (scored.latents - 1) * _FLOPS_LATER)
+    return scored.batch * scored.pixels * (first + 4 * (scored.latents - 1) * _FLOPS_LATER) * scored.width**2

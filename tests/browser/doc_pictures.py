@@ -23,6 +23,16 @@ RUN_LIMIT_S = 900.0
 SCALE = 1.5  # of the pictures: sharp on screens with small pixels too
 MARGIN_PX, BADGE_PX = 14, 24  # above the node stands the badge of its pack
 
+# Which cell stands on which side is drawn at each asking, so what the page was told is kept.
+KEEP_QUESTION = """() => {
+    const original = window.fetch;
+    window.fetch = async (...call) => {
+        const answer = await original(...call);
+        if (/\\/reward_lab\\/vote\\/[^/]*\\?/.test(String(call[0]))) window.shownQuestion = (await answer.clone().json()).question;
+        return answer;
+    };
+}"""
+
 ROWS = [
     {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-high-noise-HPS2.1.safetensors", "high": 0.6, "low": 0, "curve": "1:0, 0.95:1, 0.875:0.5, 0:0.3"},
     {"on": True, "file": "Pocket-Wan2.2-Fun-A14B-low-noise-HPS2.1.safetensors", "high": 0, "low": 0.5},
@@ -52,7 +62,7 @@ def build(page: Any) -> None:
             const inspect = window.LiteGraph.createNode('RewardLabInspectLoRA');
             graph.add(inspect);
             inspect.pos = [700, 0];
-            inspect.setSize([620, 760]);
+            inspect.setSize([620, 690]);
             inspect.widgets.find((w) => w.name === 'lora').value = JSON.parse(rows)[0].file;
             models.connect(0, inspect, 'model_high');
             const merge = window.LiteGraph.createNode('RewardLabMergeLoRA');
@@ -95,11 +105,19 @@ def show_node(page: Any, node_type: str, scale: float) -> None:
             ds.scale = scale;
             ds.offset[0] = 120 / scale - node.pos[0];
             ds.offset[1] = 150 / scale - node.pos[1];
+            window.app.canvas.deselectAll();  // a selected node has a toolbox above it
             window.app.graph.setDirtyCanvas(true, true);
         }""",
         [node_type, scale],
     )
     page.wait_for_timeout(1500)
+
+
+def _livelier_side(page: Any, label_scene: Any) -> str:
+    """Return the key for the video of the larger strength, which moves more: a viewer who likes motion."""
+    question = page.evaluate("() => window.shownQuestion")
+    left, right = (label_scene.VALUES[int(question[side]["key"], 16) % len(label_scene.VALUES)] for side in ("left", "right"))
+    return "ArrowLeft" if left > right else "ArrowRight"
 
 
 def _register() -> None:
@@ -145,9 +163,10 @@ def label_pictures(url: str, output: Path) -> None:
         page.wait_for_timeout(1200)
         page.screenshot(path=str(IMAGES / "label_page.jpg"), type="jpeg", quality=82)
         page.keyboard.press("Escape")
+        page.evaluate(KEEP_QUESTION)
         open_page(page, label_scene.SWEEP)
-        for number, key in enumerate(("ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft"), 1):
-            page.keyboard.press(key)
+        for number in range(1, 9):
+            page.keyboard.press(_livelier_side(page, label_scene))
             wait_for_progress(page, f"{number} votes")
         page.get_by_role("button", name="Ranking").click()
         page.locator(".rl-ranking tbody tr").first.wait_for()
@@ -232,7 +251,7 @@ PLANNED = {"preset": "videox-fun", "expert": "high", "rank": 128, "alpha": 64, "
            "guidance": 6, "advanced": "{}", "shape": "wan-14b", "card": "rtx 4090", "ram_gb": 96}  # fmt: skip
 
 
-def take_plan(frontend: Any, page: Any) -> None:
+def take_plan(frontend: Any, page: Any, _input: Path | None) -> None:
     """Memory Plan of a 14B run beside the third example's nodes, after a real run of it."""
     frontend.load_graph(page, json.loads((REPO / "example_workflows" / "3 train a reward lora.json").read_text(encoding="utf-8")))
     page.evaluate(

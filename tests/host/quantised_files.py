@@ -101,7 +101,7 @@ def pack_q8_0(weight):
 
 
 def random_blocks(kind, weight, generator):
-    """Random bytes whose scales make numbers of about the weight's size."""
+    """Random bytes whose scales make numbers smaller than the weight's: some formats' all have one sign, and attention must not saturate."""
     import torch
 
     from reward_lab.lora_train.gguf_file import BLOCKS
@@ -110,7 +110,7 @@ def random_blocks(kind, weight, generator):
     raw = torch.randint(0, 256, (weight.numel() // numbers, size), dtype=torch.uint8, generator=generator)
     largest = {"q2_k": 45, "q3_k": 128, "q4_k": 945, "q5_k": 1953, "q6_k": 4096}.get(kind, 16)
     for start in SCALES[kind]:
-        scale = torch.rand(len(raw), 1, generator=generator) * float(weight.std()) * 4 / largest
+        scale = torch.rand(len(raw), 1, generator=generator) * float(weight.std()) / 2 / largest
         raw[:, start : start + 2] = scale.half().view(torch.uint8)
     return raw.reshape(weight.shape[0], -1)
 

@@ -93,7 +93,7 @@ def test_pictures_that_are_not_plain_rgb(run, tmp_path):
     assert alpha["videos"][0]["per_video"] == plain["videos"][0]["per_video"]
     assert any("transparency, which is dropped" in warning for warning in alpha["warnings"]) and not plain["warnings"]
     assert grey["videos"][0]["frames"] == 1
-    colour.save(tmp_path / "moving.webp", save_all=True, append_images=[opaque, opaque], lossless=True)
+    colour.save(tmp_path / "moving.webp", save_all=True, append_images=[opaque, opaque.rotate(180)], lossless=True)
     moving = run(tmp_path / "moving.webp")[1]
     assert moving["videos"][0]["frames"] == 3 and sum("moving.webp has transparency" in warning for warning in moving["warnings"]) == 1
     colour.save(tmp_path / "solid.webp", save_all=True, append_images=[colour.rotate(180)], lossless=True)
@@ -159,6 +159,8 @@ def test_weights_that_cannot_be_used(run, hps, shared_fixtures, tmp_path):
     save_file({key: value for key, value in state.items() if key != "ln_final.bias"}, tmp_path / "gap.safetensors")
     assert "missing: ln_final.bias" in run(image, weights=str(tmp_path / "gap.safetensors"))[2]
     mps = shared_fixtures / "scorers" / "mps"
+    save_file({**state, "ln_final.bias": state["ln_final.bias"].to(torch.int32)}, tmp_path / "whole.safetensors")
+    assert "not floating-point: ln_final.bias int32" in run(image, weights=str(tmp_path / "whole.safetensors"))[2]
     assert "an MPS model" in run(image, weights=str(mps / "mps_tiny_whole.pth"))[2]
     assert "cannot be set for hpsv2.1" in run(image, threshold=0.3)[2]
     assert "is unknown; choose one of" in run(image, kind="hpsv3")[2]
@@ -219,3 +221,35 @@ def test_prompt_files(tmp_path, name, content):
 def test_an_empty_line_is_a_prompt_only_where_it_fits(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
     assert video_prompts.read(tmp_path / "p.txt", ["1", "2", "3"]) == ["a cat", "", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_cfg": {"layers": 10_000_000}}, "vision_cfg.layers is 10000000; it must be a whole number from 1 to 1000"),
+        ({"vision_cfg": {"head_width": 0}}, "vision_cfg.head_width is 0"),
+        ({"vision_cfg": {"width": "forty"}}, "vision_cfg.width is 'forty'"),
+        ({"vision_cfg": {"mlp_ratio": float("nan")}}, "vision_cfg.mlp_ratio is nan"),
+        ({"text_cfg": {"context_length": 70}}, "text_cfg.context_length is 70"),
+        ({"text_cfg": {"heads": 5}}, "text width 12 a multiple of heads 5"),
+        ({"text_cfg": []}, "text_cfg is \\[\\]; it must be an object"),
+        ({"embed_dim": None}, "embed_dim is None"),
+    ],
+)
+def test_configs_of_models_that_cannot_be(run, hps, tmp_path, shared_fixtures, change, message):
+    image = next((shared_fixtures / "scorers" / "images").glob("*.png"))
+    config = json.loads((hps / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    status, _, reason = run(image, config=str(tmp_path / "c.json"))
+    assert status == score_command.REFUSED and re.search(message, reason), reason
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(run, tmp_path, shared_fixtures, monkeypatch):
+    image = next((shared_fixtures / "scorers" / "images").glob("*.png"))
+    monkeypatch.setattr(score_command, "_score", lambda options: pytest.fail("scored first"))
+    (tmp_path / "file").write_text("x")
+    for option in ("csv", "gradients", "results", "baseline"):
+        for place in (tmp_path, tmp_path / "file" / "x"):
+            assert f"--{option} {place} cannot be written" in run(image, **{option: str(place)})[2]

@@ -59,8 +59,8 @@ def test_one_that_does_not_says_what_would(pocket_server):
 
 
 def test_the_chosen_files_on_this_machine(pocket_server):
-    outputs = pocket_server.client().run(prompt(shape="these files", card="this machine", preset="pocket", width=64, height=64, frames=17, rank=4, ram_gb=64.0))
-    plan = json.loads(outputs["7"]["text"][0])
+    files = {"shape": "these files", "card": "this machine", "card_gb": 8.0, "preset": "pocket", "width": 64, "height": 64, "frames": 17, "rank": 4}
+    plan = json.loads(pocket_server.client().run(prompt(**files))["7"]["text"][0])
     assert plan["fits"] and plan["experts"]["high"]["parameters"] < 1e7 and plan["tokens_per_video"] == 5 * 4 * 4
 
 

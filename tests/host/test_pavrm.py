@@ -312,6 +312,8 @@ def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generat
         (lambda x: x.pop("timestep"), "has no timestep"),
         (lambda x: x.update(timestep=torch.tensor([1001])), "timestep holds 1001; one number from 0 to 1000"),
         (lambda x: x.update(timestep=torch.tensor([1, 2])), "timestep holds 1, 2; one number .* or one for each of 1 latents"),
+        (lambda x: x.update(latent=torch.tensor(1.0)), "something else"),
+        (lambda x: x.update(latent=x["latent"] * 1e30), "its numbers overflow"),
         (lambda x: x.pop("latent"), "holds no latent"),
     ],
 )

@@ -96,10 +96,11 @@ def test_a_latent_rewards_trunk(comfyui, size):
     from reward_lab.lora_train.planning.memory import phases
     from reward_lab.lora_train.planning.shapes import named_shape
 
-    shape = replace(named_shape("wan-14b"), blocks=1)
+    shape = replace(named_shape("wan-14b"), blocks=2)
     knobs, choice = knobs_and_choice(ffn_chunk_tokens=16384, row_chunk_tokens=16384)
     watched = dry_run(shape, SIZES[size], knobs, rank=32, judged_blocks=2)
     frames, height, width = SIZES[size]
+    # Embeddings and head of the trunk, as those of an expert.
     trunk_outside = shape.outer_parameters * 2 + shape.width * shape.in_channels * 4 * 2
     here = job(shape, frames * height * width // 4, 32, judged_blocks=2, reward_bytes=trunk_outside)
     predicted = phases(here, choice, in_kernels=False)

@@ -129,6 +129,7 @@ def test_nodes_run_again_when_the_files_they_read_change(base):
 
     first = stamps()
     assert stamps() == first and first[2] == "" and ScoreVideo.fingerprint_inputs(images=None) == ""
+    assert ScoreVideo.fingerprint_inputs(path=None, prompts_file=None) == "", "what another node gives is not known yet"
     prompts.write_text("a cat\na dog\na wolf\n")
     second = stamps()
     shutil.copy(clips / "clip0.png", clips / "clip9.png")

@@ -49,7 +49,7 @@ def lab(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def test_plan_counts_what_is_trained(config: Path) -> None:
-    done = lab("plan", config)
+    done = lab("plan", config, "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["experts"]["low"]["is_trained"] and not plan["experts"]["high"]["is_trained"]

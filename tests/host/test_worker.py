@@ -74,7 +74,7 @@ def test_memory_is_measured_beside_the_plan(launch, settings):
     rehearsal, run = (event for event in seen if event["event"] == "memory")
     assert [event["event"] for event in seen][:2] == ["started", "memory"] and (rehearsal["when"], run["when"]) == ("rehearsal", "run")
     # Tiny models: what torch and the allocator take for themselves is most of it.
-    assert 0 < rehearsal["predicted_bytes"] <= 100e6 and 0 < rehearsal["measured_bytes"] <= 300e6 and rehearsal["limit_bytes"] > 1e8
+    assert 0 < rehearsal["predicted_bytes"] <= 200e6 and 0 < rehearsal["measured_bytes"] <= 300e6 and rehearsal["limit_bytes"] > 1e8
     assert "GB planned" in (store.folder(run_id) / "log.txt").read_text()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from reward_lab.lora_train.config import TrainConfig
 from reward_lab.runs.store import RunStore
 
-from .quantised_files import write_fp8
+from .quantised_files import write_fp8, write_gguf
 
 pytestmark = pytest.mark.host
 # A smaller plan may put Linears into buffers, whose products add in another order; three updates carry it on.
@@ -203,20 +203,38 @@ def test_short_memory_is_refused_with_the_number(work, settings):
     assert not any(event["event"] == "started" for event in store.events(run_id))
 
 
-def test_a_whole_run_through_an_fp8_base_equals_one_through_its_numbers(work, settings, tiny_models, tmp_path):
-    """Both experts in fp8, of both key generations, against the plain files of the same numbers."""
-    plain = {}
-    models = dict(settings["models"])
-    for expert, generation in (("high", "old"), ("low", "new")):
-        target = tmp_path / f"tiny_t2v_{expert}_noise_fp8.safetensors"
-        plain[expert] = str(write_fp8(tiny_models[expert], target, generation))
-        models[expert] = str(target)
+@pytest.mark.parametrize("forms", [("old", "new"), ("gguf", "gguf")], ids="-".join)
+def test_a_whole_run_through_a_quantised_base_equals_one_through_its_numbers(work, settings, tiny_models, tmp_path, forms):
+    """Scaled fp8 of both key generations, and GGUF, against the plain files of the same numbers."""
+    plain, models = {}, dict(settings["models"])
+    for expert, form in zip(("high", "low"), forms, strict=True):
+        target = tmp_path / f"tiny_t2v_{expert}_noise.{'gguf' if form == 'gguf' else 'safetensors'}"
+        write = write_gguf(tiny_models[expert], target, lambda key: "q5_0") if form == "gguf" else write_fp8(tiny_models[expert], target, form)
+        plain[expert], models[expert] = str(write), str(target)
     settings = {**settings, "models": models, "save_dtype": "fp32", "sample_every": 0, "engine": {"resident_blocks": 0}}
     status, store, quantised = work(settings)
     assert status == 0, store.events(quantised)[-1]
     status, store, whole = work({**settings, "models": {**models, **plain}})
     assert status == 0, store.events(whole)[-1]
-    wanted = loras(store, whole)
-    for name, tensors in loras(store, quantised).items():
-        for key, value in tensors.items():
-            assert value.equal(wanted[name][key]), (name, key)
+    wanted, found = loras(store, whole), loras(store, quantised)
+    assert wanted.keys() == found.keys() and len(wanted) == 2
+    assert [(name, key) for name, tensors in wanted.items() for key, value in tensors.items() if not value.equal(found[name][key])] == []
+
+
+def test_formats_that_cannot_be_trained_through_are_refused_before_any_work(settings, tiny_models, tmp_path):
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from reward_lab.host import preflight
+
+    tensors = load_file(tiny_models["high"])
+    tensors["blocks.0.ffn.0.weight"] = torch.zeros(tensors["blocks.0.ffn.0.weight"].shape, dtype=torch.int8)
+    with safe_open(tiny_models["high"], "pt") as file:
+        save_file(tensors, tmp_path / "high_noise_int8.safetensors", metadata=file.metadata())
+    models = {**settings["models"], "high": str(tmp_path / "high_noise_int8.safetensors")}
+    with pytest.raises(ValueError, match="high-noise expert .* stores blocks.0.ffn.0.weight as I8, which cannot be trained through; use the bf16"):
+        preflight.check(TrainConfig.from_dict({**settings, "models": models}), tmp_path)
+    with pytest.raises(ValueError, match="is neither a .safetensors nor a .gguf file"):
+        (tmp_path / "x.ckpt").touch()
+        preflight.check(TrainConfig.from_dict({**settings, "models": {**models, "high": str(tmp_path / "x.ckpt")}}), tmp_path)

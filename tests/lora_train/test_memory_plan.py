@@ -123,6 +123,21 @@ def test_knobs_fixed_by_hand_are_kept(make):
     assert chosen == {"head_groups": 5, "keep_attention": False, "keep_feed_forward": True, "resident_blocks": 7, "optimiser_place": "host"}
 
 
+def test_rewards_are_counted_by_their_size(make, tmp_path):
+    """A CLIP of the published size where the file is not there, that of a file that is; each of a mix."""
+    import torch
+
+    from reward_lab.lora_train import safetensors_file
+
+    small = tmp_path / "small.safetensors"
+    safetensors_file.write(small, {"tower": torch.zeros(1000)}, {})
+    clip, tiny, none = ({"kind": "hpsv2.1", "path": "absent.pt"}, {"kind": "mps", "path": str(small)}, {"kind": "flicker", "path": ""})
+    mix = {"kind": "mix", "path": "", "options": {"rows": [{"reward": reward} for reward in (clip, clip, tiny, none)]}}
+    streamed = {"resident_blocks": 0, "optimiser_place": "host", "keep_place": "host"}
+    none_bytes, *others = (make(reward=reward, engine=streamed)["gpu_rest_bytes"] for reward in (none, tiny, clip, mix))
+    assert [value - none_bytes for value in others] == pytest.approx([4000, 3.944e9, 2 * 3.944e9 + 4000], abs=2)
+
+
 def test_shapes_by_name_and_from_a_header(tmp_path):
     import torch
 

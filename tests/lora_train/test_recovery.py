@@ -14,6 +14,7 @@ from reward_lab.lora_train.planning.memory_plan import job_of
 from reward_lab.lora_train.planning.shapes import named_shape
 from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.recovery import CardFullError, explain
+from reward_lab.lora_train.trainee import DamagedError
 
 SMALLER = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
 
@@ -54,12 +55,19 @@ def same(folder, other):
     assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("at", [(1,), (2,), (6,), (1, 9)])
-def test_the_second_try_gives_the_same_bytes(toy, tmp_path, at):
+def alloc_failed(text):
+    return RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+FULL = torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(("at", "error"), [((1,), FULL), ((2,), alloc_failed), ((6,), FULL), ((1, 9), FULL)])
+def test_the_second_try_gives_the_same_bytes(toy, tmp_path, at, error):
     train(toy, tmp_path / "whole")
     toy.events.clear()
     shrunk = []
-    train(toy, tmp_path / "other", at, lambda: shrunk.append(1) or SMALLER)
+    train(toy, tmp_path / "other", at, lambda: shrunk.append(1) or SMALLER, error)
     same(tmp_path / "whole", tmp_path / "other")
     told = [event for event in toy.events if event.name == "replanned"]
     assert len(told) == len(shrunk) == len(at)
@@ -121,6 +129,8 @@ def test_moving_a_trainee_keeps_everything(toy, tmp_path, device):
         (RuntimeError("CUDA error: device-side assert triggered"), "the card or its driver failed"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "the card or its driver failed"),
         (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory. Take a smaller video"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED. Take a smaller video"),
+        (DamagedError("step 3: the card's memory ended"), "step 3: the card's memory ended"),
         (ValueError("steps is 0"), "steps is 0"),
         (RuntimeError("the size of tensor a"), "RuntimeError: the size of tensor a"),
     ],

@@ -11,13 +11,13 @@ import os
 
 import torch
 
-from . import merge, reference
+from . import merge
 from .bases import QuantisedWeight
 
 logger = logging.getLogger("reward_lab.kernels")
 CHOICES = ("auto", "torch", "triton")
 _chosen = {"name": "torch"}
-# Largest difference allowed between Triton's and torch's results on the check's bf16 inputs: both accumulate in fp32 and round once.
+# Largest difference allowed between Triton's and torch's results on the check's bf16 inputs: Triton rounds once, torch up to three times.
 _CHECK_TOLERANCE = 2**-7
 
 
@@ -93,11 +93,8 @@ def dequantise_into(target_OI: torch.Tensor, base: QuantisedWeight) -> torch.Ten
 
 
 def _check_triton(device: torch.device) -> None:
-    from .triton_kernels import hidden_and_up_gradient as fused
+    from ..triton_check import differences
 
-    generator = torch.Generator().manual_seed(0)
-    grad, hidden, up = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((200, 96), (200, 16), (96, 16)))
-    for found, wanted in zip(fused(grad, hidden, up), reference.hidden_and_up_gradient(grad, hidden, up), strict=True):
-        ratio = float((found.float() - wanted).norm() / wanted.norm())
+    for name, ratio in differences(device).items():
         if not ratio <= _CHECK_TOLERANCE:
-            raise ValueError(f"Triton's LoRA kernel differs from the reference by {ratio:.3g} on {device}; use engine.kernels = 'torch' and report this")
+            raise ValueError(f"Triton's kernel {name!r} differs from its reference by {ratio:.3g} on {device}; use engine.kernels = 'torch' and report this")
