@@ -179,7 +179,12 @@ def run_plan(options) -> int:
 
 
 def run_bench(options) -> int:
-    """Measure; `pocket` fills the figures of pocket/MANIFEST.json."""
+    """Measure what is named; without a name, print the table of all committed results."""
+    if options.what == "table":
+        # The table alone stands on standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            setup = prepare(options)
+        return launch(setup, options, BENCHMARKS[options.what], options.rest)
     return launch(prepare(options), options, BENCHMARKS[options.what], options.rest)
 
 
@@ -284,7 +289,7 @@ def arguments_plan(parser) -> None:
 
 
 def arguments_bench(parser) -> None:
-    parser.add_argument("what", choices=list(BENCHMARKS), help="what to measure")
+    parser.add_argument("what", nargs="?", default="table", choices=list(BENCHMARKS), help="what to measure (default: none, print the table of results)")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the benchmark")
 
 
@@ -294,6 +299,9 @@ def arguments_lora(parser) -> None:
 
 
 BENCHMARKS = {
+    "table": "benchmarks.table",
+    "against-peft": "benchmarks.against_peft",
+    "gpu": "benchmarks.gpu.run_all",
     "pocket": "pocket.bench",
     "adversarial": "pocket.adversarial",
     "pavrm-lora": "pocket.pavrm_lora",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -24,9 +23,11 @@ import torch
 from ..host.lora_patch import apply_rows
 from ..host.lora_rows import LoraRow
 from ..host.sigma_curve import parse_curve
+from . import report
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "pocket" / "weights"
 LORA = "Pocket-Wan2.2-Fun-A14B-{expert}-noise-{reward}.safetensors"
+LIMIT_MS = 100
 CASES = {"bypass": ("bypass", ""), "bypass_with_curve": ("bypass", "1:0.2, 0:1"), "merged": ("merged", "")}
 
 
@@ -73,6 +74,16 @@ def measure(models: dict[str, object], application: str, curve: str, repeats: in
     return {"first_ms": first, "worst_ms": max(changes), **{name: statistics.median(values) for name, values in medians.items()}}
 
 
+def goals_of(result: dict[str, dict[str, float]]) -> list[dict[str, object]]:
+    """A change of strengths is to take less than LIMIT_MS, whatever the way."""
+    goals = []
+    for name in CASES:
+        middle, worst = result[name]["change_ms"], result[name]["worst_ms"]
+        words = f"change of strengths on the pocket models, {name.replace('_', ' ')}: less than {LIMIT_MS} ms"
+        goals.append(report.goal(words, f"{middle:.0f} ms, at worst {worst:.0f} ms", worst < LIMIT_MS))
+    return goals
+
+
 def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.lora_strength")
@@ -83,8 +94,9 @@ def main(argv: list[str]) -> int:
     result = {
         "benchmark": "lora_strength",
         "repeats": options.repeats,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {comfy.model_management.get_torch_device()}",
+        **report.machine(comfy.model_management.get_torch_device()),
         **{name: measure(models, application, curve, options.repeats) for name, (application, curve) in CASES.items()},
     }
+    result["goals"] = goals_of(result)
     print(json.dumps(result, indent=2))  # noqa: T201
     return 0

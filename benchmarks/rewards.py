@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -39,10 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..reward_models import clip
 from ..reward_models.base import score_in_chunks
 from ..reward_models.loader import load_reward_model
+from . import report
 
 PROMPT = "a red square moves over green hills, oil painting"
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_OF_TOWER, LEAST_OVER_PACKAGE = 1.1, 10
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 
 
@@ -245,16 +245,14 @@ def _figures(case: Case, fastest_s: dict[str, float], singles: int, flops: int) 
     }
 
 
-def hardware(device: str) -> str:
-    """The machine in words."""
-    chip = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return f"{chip}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}, {platform.system()} {platform.machine()}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown CPU")
+def goals_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the ratios say about the goals."""
+    tower, package_call = figures["ratios"]["ours_to_bare_tower"], figures["ratios"].get("package_call_to_ours")
+    goals = [report.goal(f"time at most {MOST_OF_TOWER} x that of the bare image tower", f"{tower:.2f} x", tower <= MOST_OF_TOWER)]
+    if package_call is not None:
+        words = f"at least {LEAST_OVER_PACKAGE} x as fast as the hpsv2 package, picture by picture"
+        goals.append(report.goal(words, f"{package_call:.2f} x", package_call >= LEAST_OVER_PACKAGE))
+    return goals
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -289,10 +287,10 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="reward-lab-bench-") as folder:
         figures = measure(case, Path(folder))
     settings = {name: getattr(case, name) for name in ("frames", "height_px", "width_px", "chunk", "repeats", "dtype")}
-    result = {"benchmark": "rewards", "model": f"{options.size}, random weights", **settings, "hardware": hardware(device), **figures}
-    out = options.out or RESULTS / f"rewards-{options.size}-{options.frames}-{device}-{dtype}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    where = report.machine(torch.device(device))
+    result = {"benchmark": "rewards", "model": f"{options.size}, random weights", **settings, **where, "goals": goals_of(figures), **figures}
+    out = options.out or report.RESULTS / f"rewards-{options.size}-{options.frames}-{device}-{dtype}.json"
+    report.write(out, result)
     print(json.dumps(result, indent=1))
     print(f"wrote {out}", file=sys.stderr)
     return 0

@@ -22,7 +22,7 @@ from ..pocket.stages import hps, mps
 from ..reward_models.base import RewardOutput
 from ..reward_models.loader import load_reward_model
 from ..reward_models.stability import PART, StabilityCheck, changed
-from .rewards import RESULTS, hardware
+from . import report
 
 FILES = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME}
 _CALM_SHARE = 0.95
@@ -86,11 +86,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="lab.py bench stability", description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=40, help="frames of each sort (default: 40)")
     parser.add_argument("--steps", type=int, default=adversarial.STEPS, help=f"of the ascent (default: {adversarial.STEPS})")
-    parser.add_argument("--out", type=Path, default=RESULTS / "stability-cpu.json", help="JSON file")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "stability-cpu.json", help="JSON file")
     options = parser.parse_args(argv)
     rows = [measure(adversarial.WEIGHTS, kind, options.count, options.steps) for kind in FILES]
     settings = {"frames_of_each_sort": options.count, "steps": options.steps, "reach_of_255": adversarial.REACH * 255}
-    result = {"benchmark": "stability", "models": "pocket", **settings, "hardware": hardware("cpu"), "rewards": rows}
+    result = {"benchmark": "stability", "models": "pocket", **settings, **report.machine(torch.device("cpu")), "rewards": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))

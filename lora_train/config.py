@@ -227,7 +227,7 @@ class HeldOut:
 class Engine:
     """How the model is run in the memory at hand. The plan chooses what is left open (-1 or `auto`); none of it changes what is computed.
 
-    resident_blocks, ffn_chunk_tokens, row_chunk_tokens, head_groups, slots, keep_place, keep_attention: see `offload/knobs.py`.
+    resident_blocks, ffn_chunk_tokens, row_chunk_tokens, head_groups, slots, keep_place, keep_attention, keep_feed_forward: see `offload/knobs.py`.
     optimiser_place: where masters and optimiser live, `device` or `host`.
     attention, rollout_attention, kernels: see `kernels/attention.py` and `kernels/lora_linear/kernels.py`.
     card_gb, ram_gb: plan for a card and a host of this size; 0 takes those of the machine.
@@ -242,6 +242,7 @@ class Engine:
     head_groups: int = -1
     keep_place: str = "auto"
     keep_attention: str = "auto"
+    keep_feed_forward: str = "auto"
     optimiser_place: str = "auto"
     attention: str = "auto"
     rollout_attention: str = "same"
@@ -257,7 +258,8 @@ class Engine:
         for name in ("slots", "head_groups"):
             _require(getattr(self, name) != 0, f"engine.{name} is 0; it must be at least 1, or -1 for the plan's choice")
         _choice("engine.keep_place", self.keep_place, ("auto", "device", "host"))
-        _choice("engine.keep_attention", self.keep_attention, ("auto", "yes", "no"))
+        for name in ("keep_attention", "keep_feed_forward"):
+            _choice(f"engine.{name}", getattr(self, name), ("auto", "yes", "no"))
         _choice("engine.optimiser_place", self.optimiser_place, ("auto", "device", "host"))
         _choice("engine.rehearse", self.rehearse, ("auto", "yes", "no"))
         _choice("engine.attention", self.attention, ("auto", "fa3", "cudnn", "flash", "cpu", "plain"))

@@ -63,9 +63,9 @@ class BlockArithmetic:
         return (self.block.modulation.to(e.dtype).unsqueeze(0) + e).unbind(2)
 
     def forward(
-        self, x: torch.Tensor, e: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor, *, keep: bool = False
-    ) -> tuple[torch.Tensor, SelfAttended | None]:
-        """Output [B, L, D], and what self-attention leaves if it is to be kept; without gradient."""
+        self, x: torch.Tensor, e: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor, *, keep: bool = False, keep_wide: bool = False
+    ) -> tuple[torch.Tensor, SelfAttended | None, torch.Tensor | None]:
+        """Output [B, L, D]; what self-attention leaves, and the feed-forward's wide tensor before GELU [B, L, F], if they are to be kept; no gradient."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e)
         attended = self.self_attention(x, shift1, scale1, freqs)
         y = _apply(self.block.self_attn.o, attended.out)
@@ -73,7 +73,8 @@ class BlockArithmetic:
             attended = None
         x = self.cross_attention(rowwise(Gated(), [x, y], [gate1], chunk=self.knobs.row_chunk_tokens), context)
         del y
-        return self.feed_forward(x, shift2, scale2, gate2), attended
+        wide = x.new_empty((*x.shape[:2], self.block.ffn[0].out_features)) if keep_wide else None
+        return self.feed_forward(x, shift2, scale2, gate2, wide), attended, wide
 
     def modulated_input(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """What q, k and v read: one tensor for the three."""
@@ -108,19 +109,23 @@ class BlockArithmetic:
         del q, k, v
         return x + _apply(cross.o, joined)
 
-    def feed_forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        chunks = pieces(x.shape[1], self.knobs.ffn_chunk_tokens)
-        if len(chunks) == 1:
-            return torch.addcmul(x, _apply(self.block.ffn[2], self._inner(x, shift, scale)), gate)
+    def feed_forward(
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor, wide: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Part 3; what GELU gets is written to `wide`."""
         out = torch.empty_like(x)
-        for start, stop in chunks:
+        for start, stop in pieces(x.shape[1], self.knobs.ffn_chunk_tokens):
             part = x[:, start:stop]
-            out[:, start:stop] = torch.addcmul(part, _apply(self.block.ffn[2], self._inner(part, shift, scale)), gate)
+            before = _apply(self.block.ffn[0], self._feed_input(part, shift, scale), True)
+            if wide is not None:
+                wide[:, start:stop] = before
+            y = _apply(self.block.ffn[2], _gelu(before))
+            del before
+            torch.addcmul(part, y, gate, out=out[:, start:stop])
         return out
 
-    def _inner(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        h = rowwise(Modulated(self.block.norm2), [x], [shift, scale], room=_room(self.block.ffn[0]))
-        return functional.gelu(_apply(self.block.ffn[0], h, True), approximate="tanh")
+    def _feed_input(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return rowwise(Modulated(self.block.norm2), [x], [shift, scale], room=_room(self.block.ffn[0]))
 
     def backward(
         self,
@@ -130,6 +135,7 @@ class BlockArithmetic:
         freqs: torch.Tensor,
         context: torch.Tensor,
         attended: SelfAttended | None,
+        wide: torch.Tensor | None,
         needs: tuple[bool, bool, bool],
         memory_is_free: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Gradients]:
@@ -138,6 +144,7 @@ class BlockArithmetic:
         Args:
             grad: of the output; its memory is used for the result.
             attended: as kept; None: self-attention runs again.
+            wide: as kept; None: ffn.0 runs again.
             memory_is_free: called once the largest tensors are gone.
         """
         found = Gradients()
@@ -152,8 +159,8 @@ class BlockArithmetic:
             middle = self.after_attention(x_leaf, out_leaf, modulation[2], context_leaf)
         # Backward through part 2 asks for the graph only; its result is not needed beyond part 3.
         edge, middle = get_gradient_edge(middle), middle.detach()
-        self._feed_forward_backward(grad, middle, modulation[3:], found)
-        del middle
+        self._feed_forward_backward(grad, middle, modulation[3:], wide, found)
+        del middle, wide
         parameters = _parameters(self.block.self_attn.o, self.block.cross_attn)
         grad_x, grad_out = _pull(edge, grad, [x_leaf, out_leaf], [modulation[2], context_leaf, *parameters], found)
         # Whoever called holds `grad` to the end; so it carries on what is needed, and the other copy goes.
@@ -204,25 +211,36 @@ class BlockArithmetic:
         (more,) = _pull(output, grad, [h_leaf], _parameters(linear), found)
         return more if total is None or more is None else total.add_(more)
 
-    def _feed_forward_backward(self, grad: torch.Tensor, x: torch.Tensor, modulation: tuple[torch.Tensor, ...], found: Gradients) -> None:
+    def _feed_forward_backward(
+        self, grad: torch.Tensor, x: torch.Tensor, modulation: tuple[torch.Tensor, ...], wide: torch.Tensor | None, found: Gradients
+    ) -> None:
         """Turn `grad` from that of part 3's output into that of its input x, chunk by chunk in its own memory."""
         shift, scale, gate = modulation
         first, last = self.block.ffn[0], self.block.ffn[2]
         for start, stop in pieces(x.shape[1], self.knobs.ffn_chunk_tokens):
             leaf, part = x[:, start:stop].detach().requires_grad_(), grad[:, start:stop]
             with torch.enable_grad():
-                inner = self._inner(leaf, shift, scale)
-            if gate.requires_grad:
-                with torch.no_grad():
-                    y = _apply(last, inner)
-                found.add(gate, (part * y).sum(1, keepdim=True))
-                del y
-            grad_inner = _linear_backward(last, part * gate.detach(), inner.detach(), found)
-            (more,) = _pull(inner, grad_inner, [leaf], [shift, scale, *_parameters(first)], found)
+                h = self._feed_input(leaf, shift, scale)
+            with torch.no_grad():
+                before = _apply(first, h.detach(), True) if wide is None else wide[:, start:stop]
+                inner = _gelu(before)
+                if gate.requires_grad:
+                    found.add(gate, (part * _apply(last, inner)).sum(1, keepdim=True))
+            grad_wide = _linear_backward(last, part * gate.detach(), inner, found)
+            del inner
+            grad_wide = torch.ops.aten.gelu_backward(grad_wide, before, approximate="tanh")
+            del before
+            grad_h = _linear_backward(first, grad_wide, h.detach(), found)
+            del grad_wide
+            (more,) = _pull(h, grad_h, [leaf], [shift, scale], found)
             part += more
 
     def _split(self, value: torch.Tensor) -> torch.Tensor:
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
 
 
 def _join(value_BNLK: torch.Tensor) -> torch.Tensor:

@@ -149,10 +149,15 @@ class BlockExecutor:
         with exact_form(), self.store.use(call.index, merge=False, then=self.next_of(call)):
             keep = [x]
             if call.is_plain:
-                out, attended = self.arithmetic(call.index, x).forward(x, e, call.freqs, context, keep=self.knobs.keep_attention)
+                knobs = self.knobs
+                out, attended, wide = self.arithmetic(call.index, x).forward(
+                    x, e, call.freqs, context, keep=knobs.keep_attention, keep_wide=knobs.keep_feed_forward
+                )
                 if attended is not None:
                     keep += [attended.out, attended.lse]
                     call.extra = attended.extra
+                if wide is not None:
+                    keep.append(wide)
             else:
                 out = self._forwards[call.index](x, e, call.freqs, context, **call.arguments)
             call.kept = Kept(tuple(keep), self._transfers, self.knobs.keep_place == "host")
@@ -166,11 +171,12 @@ class BlockExecutor:
         with exact_form(), self.store.use(call.index, merge=False, then=None if before is None else before.index):
             if not call.is_plain:
                 return self._whole(call, grad, x, e, context, parameters, needs)
+            wide = rest.pop() if self.knobs.keep_feed_forward else None
             attended = SelfAttended(out=rest[0], lse=rest[1], extra=call.extra) if rest else None
             del rest
             prefetch = (lambda: None) if before is None else before.kept.prefetch
             near = lora_parameters(self.blocks[call.index], near=True)
-            *grads, found = self.arithmetic(call.index, x).backward(grad, x, e, call.freqs, context, attended, needs[:3], prefetch)
+            *grads, found = self.arithmetic(call.index, x).backward(grad, x, e, call.freqs, context, attended, wide, needs[:3], prefetch)
         found_near = [found.of(matrix) if needed else None for matrix, needed in zip(near, needs[3:], strict=True)]
         return *grads, *self._transfers.home(found_near, parameters)
 

@@ -34,7 +34,8 @@ class Kept:
             stored, self._stored = self._stored, None
             return tuple(tensor for tensor, _ in stored)
         self.prefetch()
-        fetched, self._stored, self._fetched = self._fetched, None, None
-        for _, mark in fetched:
+        fetched, stored, self._stored, self._fetched = self._fetched, self._stored, None, None
+        for (_, mark), (host, _) in zip(fetched, stored, strict=True):
             self._transfers.wait(mark)
+            self._transfers.spare(host, mark)
         return tuple(tensor for tensor, _ in fetched)

@@ -1,7 +1,7 @@
 """What the block executor can trade: memory against transfers, memory against time. None of the knobs changes what is computed.
 
-Bit for bit the same: resident or streamed, kept on device or host, attention kept or computed again, head groups. Token chunks and slots with a LoRA
-buffer only change the order of sums (tests record by how much).
+Bit for bit the same: resident or streamed, kept on device or host, attention or feed-forward kept or computed again, head groups. Token chunks and
+slots with a LoRA buffer only change the order of sums (tests record by how much).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ class Knobs:
         slots: device copies of a block's weights that streaming rotates through; two hide transfers, one saves memory.
         keep_place: where block inputs and attention outputs wait for the backward pass.
         keep_attention: keep attention output and log-sum-exp, so that attention does not run again.
+        keep_feed_forward: keep what GELU gets, so that ffn.0 does not run again: F / D times an input. Pays where memory is ample and linears are most of
+            the work (short sequences).
         ffn_chunk_tokens: tokens of the feed-forward layers at a time; 0: all.
         row_chunk_tokens: tokens of norms, gates and rotary embedding at a time; 0: all.
         head_groups: parts in which attention runs backward.
@@ -32,6 +34,7 @@ class Knobs:
     slots: int = 2
     keep_place: str = "device"
     keep_attention: bool = True
+    keep_feed_forward: bool = False
     ffn_chunk_tokens: int = 0
     row_chunk_tokens: int = 0
     head_groups: int = 1

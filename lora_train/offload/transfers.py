@@ -11,7 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
+from .pinned import pinned_empty
+
 logger = logging.getLogger("reward_lab.offload")
+# Below this torch's own pinned memory serves: it is given back and taken again in no time (gradients come home at every step), and what it rounds up is little.
+_SMALL_BYTES = 16 << 20
 
 
 class Transfers:
@@ -23,25 +27,38 @@ class Transfers:
         self.can_pin = self.is_async
         self._in = torch.cuda.Stream(device) if self.is_async else None
         self._out = torch.cuda.Stream(device) if self.is_async else None
+        # Pinned memory of kept activations by size and type, with a mark of the last copy out of it; taking it from the system anew would cost seconds a step.
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[tuple[torch.Tensor, object]]] = {}
 
     def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, which is on the host, in pinned memory where that is possible."""
         if not self.can_pin or tensor.is_pinned():
             return tensor
         try:
-            return tensor.pin_memory()
+            return _pinned_like(tensor).copy_(tensor)
         except RuntimeError as error:
             self._refused(error)
             return tensor
 
     def host_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An empty host tensor for a copy of `tensor`."""
+        """An empty host tensor for a copy of `tensor`; copies to the host that start from now on find nobody reading it."""
         if self.can_pin:
+            spare = self._spare.get((tensor.shape, tensor.dtype))
+            if spare:
+                host, mark = spare.pop()
+                if mark is not None:
+                    self._out.wait_event(mark)
+                return host
             try:
-                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                return _pinned_like(tensor)
             except RuntimeError as error:
                 self._refused(error)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    def spare(self, host: torch.Tensor, mark: object) -> None:
+        """Give a tensor of `host_like` back for the next one of its size; `mark`: of the last copy out of it."""
+        if self.can_pin:
+            self._spare.setdefault((host.shape, host.dtype), []).append((host, mark))
 
     def _refused(self, error: RuntimeError) -> None:
         self.can_pin = False
@@ -119,3 +136,10 @@ class Transfers:
             self._out.synchronize()
         except RuntimeError as error:
             logger.warning("the card does not answer (%s)", error)
+        self._spare.clear()
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() * tensor.element_size() < _SMALL_BYTES:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned_empty(tuple(tensor.shape), tensor.dtype)

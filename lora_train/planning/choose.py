@@ -31,7 +31,9 @@ def candidates(job: Job, fixed: Callable[[Choice], Choice] = lambda choice: choi
         resident_blocks=0, slots=2, keep_place="device", keep_attention=True, ffn_chunk_tokens=_CHUNKS[0][0], row_chunk_tokens=_CHUNKS[0][1], head_groups=1,
         merges_resident=False, optimiser_place="device",
     )  # fmt: skip
-    found = [replace(base, resident_blocks=blocks, merges_resident=True)] if not is_quantised else []
+    # What GELU gets is kept where everything else stays on the device as well: it takes more room than all the rest.
+    wide = replace(base, resident_blocks=blocks, keep_feed_forward=True)
+    found = [replace(wide, merges_resident=True), replace(base, resident_blocks=blocks, merges_resident=True), wide] if not is_quantised else [wide]
     for keep_attention, groups, chunks, place, count, optimiser in product(
         (True, False), _HEAD_GROUPS, _CHUNKS, ("device", "host"), resident, ("device", "host")
     ):

@@ -35,6 +35,7 @@ class Choice:
     head_groups: int
     merges_resident: bool
     optimiser_place: str
+    keep_feed_forward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,8 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     merged = job.experts * sum(outer[name][0] * outer[name][1] for name in job.adapted_outside) * job.element_bytes
     kept = job.graphs * kept_bytes(job, choice) if choice.keep_place == "device" else 0
     # Where a block runs, its own share is among the tensors that are counted below.
-    others = kept - (kept_bytes(job, choice) // shape.blocks if kept else 0)
+    wide = job.gradient_batch * job.tokens * shape.ffn * job.element_bytes if choice.keep_feed_forward else 0
+    others = kept - (kept_bytes(job, choice) // shape.blocks - wide if kept else -wide)
     # With the others kept the last block is the highest, and the patch embedding's result is gone by then.
     gone = job.stream_bytes(job.gradient_batch) if kept and shape.blocks > 1 else 0
     found = {
@@ -224,7 +226,8 @@ def kept_bytes(job: Job, choice: Choice) -> int:
     """Activations that one pass with gradient keeps for its backward."""
     x = job.stream_bytes(job.gradient_batch)
     lse = job.gradient_batch * job.tokens * job.shape.heads * _LSE_BYTES
-    return job.shape.blocks * (x + (x + lse if choice.keep_attention else 0))
+    wide = job.gradient_batch * job.tokens * job.shape.ffn * job.element_bytes
+    return job.shape.blocks * (x + (x + lse if choice.keep_attention else 0) + (wide if choice.keep_feed_forward else 0))
 
 
 def host_parts(job: Job, choice: Choice) -> dict[str, int]:

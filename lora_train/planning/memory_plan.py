@@ -18,6 +18,7 @@ from .speed import Card, pass_seconds
 from .work import Passes, passes
 
 _ALTERNATIVES = 4
+_CPU_CHUNK = 1024
 # An alternative must spare so much of card or host against those before it.
 _WORTH = 0.9
 _OPTIMISER_BYTES = 28  # read and written for a parameter: weight, gradient, two moments
@@ -56,13 +57,16 @@ def step_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card, coun
 
 
 def _passes(job: Job, choice: Choice, gate: bool) -> Passes:
-    return passes(job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, trains_outside=gate)
+    return passes(
+        job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, keeps_feed_forward=choice.keep_feed_forward,
+        trains_outside=gate,
+    )  # fmt: skip
 
 
 def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_bytes: int, counts: dict[str, float]) -> dict[str, Any]:
     """The plan as JSON values; `fits` is False where nothing does, and then `remedies` says what would."""
     job = job_of(config, shape)
-    choices = candidates(job, lambda choice: fixed_by_hand(config, choice, shape))
+    choices = candidates(job, lambda choice: fixed_by_hand(config, _on_cpu(choice) if card.name == "cpu" else choice, shape))
 
     def seconds(choice: Choice) -> float:
         return step_seconds(config, job, choice, card, counts)["total"]
@@ -86,6 +90,12 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
         "remedies": [] if chosen else remedies(config, shape, card.memory_bytes, host_free_bytes),
         "note": _note(config, shape),
     }
+
+
+def _on_cpu(choice: Choice) -> Choice:
+    """Merged copies would be the weights' memory once more, for a few percent of a rollout; and a CPU loses nothing by smaller pieces."""
+    chunk = min(_CPU_CHUNK, choice.ffn_chunk_tokens)
+    return replace(choice, merges_resident=False, ffn_chunk_tokens=chunk, row_chunk_tokens=min(chunk, choice.row_chunk_tokens))
 
 
 def _note(config: TrainConfig, shape: ModelShape) -> str:
@@ -115,8 +125,9 @@ def fixed_by_hand(config: TrainConfig, choice: Choice, shape: ModelShape) -> Cho
     words = {name: getattr(engine, name) for name in ("keep_place", "optimiser_place")}
     changes: dict[str, Any] = {name: value for name, value in numbers.items() if value >= 0}
     changes |= {name: value for name, value in words.items() if value != "auto"}
-    if engine.keep_attention != "auto":
-        changes["keep_attention"] = engine.keep_attention == "yes"
+    for name in ("keep_attention", "keep_feed_forward"):
+        if getattr(engine, name) != "auto":
+            changes[name] = getattr(engine, name) == "yes"
     if "resident_blocks" in changes:
         changes["resident_blocks"] = min(changes["resident_blocks"], shape.blocks)
         changes["merges_resident"] = choice.merges_resident and changes["resident_blocks"] == choice.resident_blocks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .memory import Choice, Job, block_bytes
+from .memory import Choice, Job, block_bytes, kept_bytes
 from .work import Passes
 
 GIB = 1024**3
@@ -41,15 +41,15 @@ CARDS = {
 def pass_seconds(job: Job, choice: Choice, card: Card, work: Passes, batch: int) -> dict[str, float]:
     """Seconds of one pass of `batch` latents: `rollout`, `forward` (exact) and `backward`; each is the longer of computing and streaming."""
     streamed = (job.shape.blocks - choice.resident_blocks) * block_bytes(job) / card.transfer
-    x_kept = job.shape.blocks * job.stream_bytes(batch) * (2 if choice.keep_attention else 1) / card.transfer if choice.keep_place == "host" else 0.0
+    kept = kept_bytes(job, choice) / card.transfer if choice.keep_place == "host" else 0.0
     # Copies out and in run on their own streams; those in the same direction add up.
     # Resident weights that are not copied merged keep their LoRA beside them in rollouts, too.
     beside = 0.0 if choice.merges_resident else choice.resident_blocks / job.shape.blocks
     rollout = (1 - beside) * _seconds(work.forward, card) + beside * _seconds(work.exact, card)
     return {
         "rollout": max(batch * rollout, streamed),
-        "forward": max(batch * _seconds(work.exact, card), streamed, x_kept),
-        "backward": max(batch * (work.backward["gemm"] / card.gemm + work.backward["attention"] / card.attention_backward), streamed + x_kept),
+        "forward": max(batch * _seconds(work.exact, card), streamed, kept),
+        "backward": max(batch * (work.backward["gemm"] / card.gemm + work.backward["attention"] / card.attention_backward), streamed + kept),
     }
 
 

@@ -28,13 +28,15 @@ class Passes:
 
 
 def passes(
-    shape: ModelShape, tokens: int, rank: int, adapted: set[str], *, text_tokens: int = TEXT_TOKENS, keeps_attention: bool = True, trains_outside: bool = True
-) -> Passes:
+    shape: ModelShape, tokens: int, rank: int, adapted: set[str], *, text_tokens: int = TEXT_TOKENS, keeps_attention: bool = True,
+    keeps_feed_forward: bool = False, trains_outside: bool = True
+) -> Passes:  # fmt: skip
     """Count a forward and a backward.
 
     Args:
         adapted: names of a block's adapted Linears, such as `self_attn.q`.
         keeps_attention: self-attention does not run again.
+        keeps_feed_forward: ffn.0 does not run again.
         trains_outside: time or text layers have a LoRA, so that gates need gradients and the feed-forward's last product runs again.
     """
     of_text = {"cross_attn.k", "cross_attn.v"}
@@ -49,8 +51,10 @@ def passes(
     forward = {"gemm": count * sum(linear.values()) + outer, "attention": count * (own + cross)}
     exact = {"gemm": forward["gemm"] + count * sum(lora.values()), "attention": forward["attention"]}
     # What runs again: everything but self-attention (if kept) and ffn.2 (unless a gate's gradient needs it); S = x A^T of ffn.2 does.
-    again = {name: work for name, work in linear.items() if name != "ffn.2" or trains_outside}
-    lora_again = {name: work for name, work in lora.items() if name != "ffn.2" or trains_outside}
+    left_out = {"ffn.0"} if keeps_feed_forward else set()
+    left_out |= set() if trains_outside else {"ffn.2"}
+    again = {name: work for name, work in linear.items() if name not in left_out}
+    lora_again = {name: work for name, work in lora.items() if name not in left_out}
     inputs = sum(work for name, work in linear.items() if name not in of_text or trains_outside)
     gemm = sum(again.values()) + sum(lora_again.values()) + inputs + 2 * sum(lora.values())
     ran_again = cross + (0 if keeps_attention else own)

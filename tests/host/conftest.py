@@ -78,3 +78,58 @@ def tiny_models(comfyui, tmp_path_factory) -> dict[str, str]:
     save_file(_randomise(vae, 4), paths["vae"])
     _text_encoder(paths["text_encoder"])
     return {name: str(path) for name, path in paths.items()}
+
+
+PEFT_DOUBLE = '''
+"""Stands in for the package: a LoRA layer as PEFT's documentation has it, base + lora_B(lora_A(x)) * alpha / r, put in the place of the targets."""
+import torch
+__version__ = "double"
+
+class LoraConfig:
+    def __init__(self, r, lora_alpha, lora_dropout, target_modules):
+        self.r, self.alpha, self.targets = r, lora_alpha, set(target_modules)
+
+class Layer(torch.nn.Module):
+    def __init__(self, base, config):
+        super().__init__()
+        self.base_layer, self.scaling = base, SCALE * config.alpha / config.r
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base.in_features, config.r, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(config.r, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x)) * self.scaling
+
+class Model:
+    def __init__(self, model, names):
+        self.model, self.names = model, names
+
+    def unload(self):
+        for name in self.names:
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, self.model.get_submodule(name).base_layer)
+
+def get_peft_model(model, config, autocast_adapter_dtype):
+    assert autocast_adapter_dtype is False
+    for name in sorted(config.targets):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, Layer(model.get_submodule(name), config))
+    return Model(model, sorted(config.targets))
+'''
+
+
+@pytest.fixture
+def peft_double(tmp_path, monkeypatch):
+    """Makes a folder with a stand-in for PEFT, whose LoRA is `scale` times what it should be; forgotten at the end of the test."""
+    import sys
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def make(scale: float = 1.0) -> Path:
+        folder = tmp_path / "peft-double"
+        folder.mkdir()
+        (folder / "peft.py").write_text(f"SCALE = {scale}\n{PEFT_DOUBLE}", encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "peft", raising=False)
+        return folder
+
+    yield make
+    sys.modules.pop("peft", None)

@@ -88,7 +88,10 @@ def test_engine_against_the_plain_path(setting, plain):
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"keep_attention": False}, {"keep_place": "host"}, {"head_groups": 2}, {"head_groups": 3}, {"attention": "cpu"}, {"merges_resident": False}],
+    [
+        {"keep_attention": False}, {"keep_feed_forward": True}, {"keep_feed_forward": True, "keep_attention": False}, {"keep_place": "host"},
+        {"head_groups": 2}, {"head_groups": 3}, {"attention": "cpu"}, {"merges_resident": False},
+    ],  # fmt: skip
     ids=str,
 )
 def test_knobs_that_change_no_bit(setting, plain, knobs):
@@ -126,7 +129,10 @@ def test_streamed_equals_resident_bit_for_bit_without_lora_buffers(setting, plai
     assert_equal_bits(run(setting, plain[0], base_only({"resident_blocks": 0}), only), resident)
 
 
-CHUNKS = [{"ffn_chunk_tokens": 5}, {"row_chunk_tokens": 7}, {"ffn_chunk_tokens": 3, "row_chunk_tokens": 2, "resident_blocks": 0}]
+CHUNKS = [
+    {"ffn_chunk_tokens": 5}, {"ffn_chunk_tokens": 5, "keep_feed_forward": True, "keep_place": "host", "resident_blocks": 1},
+    {"row_chunk_tokens": 7}, {"ffn_chunk_tokens": 3, "row_chunk_tokens": 2, "resident_blocks": 0},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("knobs", CHUNKS, ids=str)

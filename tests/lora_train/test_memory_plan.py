@@ -68,6 +68,18 @@ def test_a_large_card_keeps_everything(make):
     assert found["seconds_per_step"]["total"] <= 1.003 * min([other["seconds_per_step"] for other in found["alternatives"]], default=1e9)
 
 
+def test_the_feed_forward_is_kept_where_memory_is_ample_and_said_to_save_its_product(make):
+    ample = make(256, 256, card="h200", ram=200)
+    assert ample["fits"] and ample["knobs"]["keep_feed_forward"]
+    again = next(other for other in ample["alternatives"] if other["knobs"] == {**ample["knobs"], "keep_feed_forward": False})
+    tokens, blocks, width, ffn = 5376, 40, 5120, 13824
+    branches = ample["kept_activation_bytes"] / (blocks * (tokens * (2 * width + ffn) * 2 + tokens * 40 * 4))
+    assert branches == pytest.approx(round(branches)) and ample["gpu_peak_bytes"] > again["gpu_peak_bytes"]
+    spared = round(branches) * 2 * tokens * blocks * (width * ffn) / CARDS["h200"].gemm
+    assert again["seconds_per_step"] - ample["seconds_per_step"]["total"] == pytest.approx(spared, rel=0.05)
+    assert not make()["knobs"]["keep_feed_forward"]
+
+
 def test_what_does_not_fit_is_refused_with_what_would(make):
     found = make(1280, 720, ram=70)
     assert not found["fits"] and found["remedies"]
@@ -105,9 +117,10 @@ def test_what_is_decoded_is_counted(make):
 
 
 def test_knobs_fixed_by_hand_are_kept(make):
-    found = make(engine={"head_groups": 5, "keep_attention": "no", "resident_blocks": 7, "keep_place": "host", "optimiser_place": "host"})
-    chosen = {name: found["knobs"][name] for name in ("head_groups", "keep_attention", "resident_blocks", "optimiser_place")}
-    assert chosen == {"head_groups": 5, "keep_attention": False, "resident_blocks": 7, "optimiser_place": "host"}
+    by_hand = {"head_groups": 5, "keep_attention": "no", "keep_feed_forward": "yes", "resident_blocks": 7, "keep_place": "host", "optimiser_place": "host"}
+    found = make(engine=by_hand)
+    chosen = {name: found["knobs"][name] for name in ("head_groups", "keep_attention", "keep_feed_forward", "resident_blocks", "optimiser_place")}
+    assert chosen == {"head_groups": 5, "keep_attention": False, "keep_feed_forward": True, "resident_blocks": 7, "optimiser_place": "host"}
 
 
 def test_rewards_are_counted_by_their_size(make, tmp_path):
