@@ -129,11 +129,9 @@ class Transfers:
 
     def stop(self) -> None:
         """Wait for everything under way, so that memory can be given back. A card that failed cannot be waited for: what is put back after this must be."""
-        if not self.is_async:
-            return
         try:
-            self._in.synchronize()
-            self._out.synchronize()
+            for stream in (self._in, self._out) if self.is_async else ():
+                stream.synchronize()
         except RuntimeError as error:
             logger.warning("the card does not answer (%s)", error)
         self._spare.clear()
