@@ -58,7 +58,7 @@ def dry_run(
         backbone = WanBackbone(model, dtype=torch.bfloat16, device=CARD)
         adapter = _fake_adapter(backbone.linears(), rank, skip)
         with install(backbone.linears(), adapter) as switch, backbone.engine(knobs):
-            latent = torch.empty(batch, WanBackbone.latent_channels, *latent_FHW, device=CARD)
+            latent = torch.empty(batch, shape.latent_channels, *latent_FHW, device=CARD)
             context = torch.empty(batch, text_tokens, shape.text_width, device=CARD, dtype=torch.bfloat16)
 
             def watched() -> Watched:

@@ -24,7 +24,7 @@ class PavrmReward:
         """Scores of noisy latents.
 
         Args:
-            latent_BCFHW: [B, 16, F, H, W] in model space.
+            latent_BCFHW: [B, C, F, H, W] in model space.
             sigma: the PAVRM is told the whole timestep below 1000 * sigma, as it was trained.
             context_BPD: text encoder output.
             condition_BCFHW: mask channels and first frame's latent, for image-to-video trunks.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -17,6 +17,7 @@ import torch
 from ..reward_models.spec import RewardModelSpec
 from . import pavrm, pavrm_lora
 from .training_mode import training_mode
+from .vae import FORMATS
 
 _models: OrderedDict[str, Any] = OrderedDict()
 _lock = threading.Lock()
@@ -75,7 +76,7 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
         seed: Of the noise, the same for all levels.
 
     Raises:
-        ValueError: Not a PAVRM, not a Wan2.1 latent, or a wrong text width.
+        ValueError: Not a PAVRM, not a latent of its VAE, or a wrong text width.
     """
     if spec.kind != "pavrm":
         raise ValueError(f"The reward model is {spec.kind}, which scores frames. Choose kind pavrm, or use Score Video.")
@@ -91,9 +92,10 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
     with training_mode(), torch.no_grad():
         model.check_latent(samples)
         # The workflow's latents are the VAE's own; the transformer sees them shifted and scaled channel by channel.
-        clean = comfy.latent_formats.Wan21().process_in(samples[:1].clone().float())
+        into_model = FORMATS[model.latent_channels]().process_in
+        clean = into_model(samples[:1].clone().float())
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-        text_PD, image = conditioning[0][0][0].clone(), _image(conditioning[0][1])
+        text_PD, image = conditioning[0][0][0].clone(), _image(conditioning[0][1], into_model)
         for sigma in sigmas:
             comfy.model_management.throw_exception_if_processing_interrupted()
             noisy = (1 - sigma) * clean + sigma * noise
@@ -103,11 +105,11 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
     return LatentScore(sigmas=tuple(sigmas), logits=tuple(logits), probabilities=tuple(probabilities))
 
 
-def _image(extras: dict[str, Any]) -> pavrm.ImageCondition:
+def _image(extras: dict[str, Any], into_model: Callable[[torch.Tensor], torch.Tensor]) -> pavrm.ImageCondition:
     """What the host's image-to-video conditioning carries."""
     vision, first = extras.get("clip_vision_output"), extras.get("concat_latent_image")
     clip = None if vision is None else vision.penultimate_hidden_states.clone()
-    return pavrm.ImageCondition(clip_BPD=clip, latent_BCFHW=None if first is None else comfy.latent_formats.Wan21().process_in(first.clone().float()))
+    return pavrm.ImageCondition(clip_BPD=clip, latent_BCFHW=None if first is None else into_model(first.clone().float()))
 
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> pavrm.Pavrm:

@@ -80,7 +80,7 @@ class TrainablePavrm:
 
     def _image(self, videos: Sequence[LatentVideo]) -> pavrm.ImageCondition | None:
         model = self.scorer.model
-        if model.in_dim == pavrm.LATENT_CHANNELS and getattr(model, "img_emb", None) is None:
+        if model.in_dim == self.scorer.latent_channels and getattr(model, "img_emb", None) is None:
             return None
         clips = [video.clip_PD for video in videos if video.clip_PD is not None]
         conditions = [video.condition_CFHW for video in videos if video.condition_CFHW is not None]

@@ -1,7 +1,7 @@
 """One Wan expert as a frozen, differentiable backbone: loaded privately by the host's own loader, reached without its sampling stack.
 
-It covers text-to-video models of the Wan2.1/2.2 family with 16 latent channels; models with more input channels (I2V, InP) get zeros there,
-which is how the official reward LoRAs were trained. It does not cover quantised files, streaming of weights, or image conditioning.
+It covers models of the Wan2.1/2.2 family with plain text conditioning: 14B experts, and the 5B model with its 48 latent channels. Models with more input
+channels (I2V, InP) get zeros there unless a start image is given, which is how the official reward LoRAs were trained. It does not cover quantised files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import comfy.sd
 import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
 
+from ..lora_train.input_config import LATENTS
 from ..lora_train.lora.linears import MASTERS_PLACE
 from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
@@ -22,12 +23,11 @@ from ..lora_train.safetensors_file import read_header
 from .training_mode import attention
 
 _TIMESTEPS = 1000.0
+LATENT_CHANNELS = tuple(layout.channels for layout in LATENTS.values())
 
 
 class WanBackbone:
     """A frozen expert. Call it inside `training_mode()`; see `lora_train.protocols.Backbone`."""
-
-    latent_channels = 16
 
     def __init__(self, model: torch.nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
         """Args:
@@ -36,31 +36,32 @@ class WanBackbone:
         self.model = model
         self.dtype = dtype
         self.device = device
+        self.latent_channels = model.out_dim
         freeze(model)
 
-    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
+    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor, known_BF: torch.Tensor | None = None) -> torch.Tensor:
         """The transformer's output for latents in model space.
 
         Args:
-            latent_BCFHW: [B, 16, F, H, W], any float type; for image-to-video with the condition's channels behind. Channels that the model has beyond
+            latent_BCFHW: [B, C, F, H, W], any float type; for image-to-video with the condition's channels behind. Channels that the model has beyond
                 these are zero: its mask says then that nothing is known.
             sigma: in [0, 1]; the model is told 1000 * sigma.
             context_BPD: text encoder output, [B, P, text_dim].
+            known_BF: latent frames for which the model is told 0 (5B with a start image).
 
         Returns:
-            [B, 16, F, H, W] fp32.
+            [B, C, F, H, W] fp32.
         """
         x = latent_BCFHW.to(self.dtype)
         missing = self.model.in_dim - x.shape[1]
         if missing > 0:
             zeros = x.new_zeros((x.shape[0], missing, *x.shape[2:]))
             x = torch.cat([x, zeros], dim=1)
-        return self._run(x, sigma * _TIMESTEPS, context_BPD)
-
-    def _run(self, x: torch.Tensor, timestep: float, context_BPD: torch.Tensor) -> torch.Tensor:
-        timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        timestep = torch.full((x.shape[0],), sigma * _TIMESTEPS, dtype=torch.float32, device=x.device)
+        if known_BF is not None:
+            timestep = timestep[:, None] * ~known_BF
         options = {"optimized_attention_override": attention}
-        return self.model(x, timestep_B, context_BPD.to(x.device, self.dtype), transformer_options=options).float()
+        return self.model(x, timestep, context_BPD.to(x.device, self.dtype), transformer_options=options).float()
 
     def linears(self) -> dict[str, torch.nn.Linear]:
         """Every Linear by its path, in model order."""
@@ -124,9 +125,9 @@ def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device,
     model = patcher.model.diffusion_model
     if not hasattr(model, "blocks") or not hasattr(model, "text_embedding"):
         raise ValueError(f"the {role} {path} is a {type(model).__name__}, not a Wan model; pick a Wan2.2 text-to-video expert")
-    if model.out_dim != WanBackbone.latent_channels or model.model_type != "t2v":
+    if model.out_dim not in LATENT_CHANNELS or model.model_type != "t2v":
         raise ValueError(
-            f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains 16-channel models with "
-            "plain text conditioning (Wan2.2 T2V, I2V and Fun-InP 14B)"
+            f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains models with plain text "
+            "conditioning (Wan2.2 T2V, I2V and Fun-InP 14B, Wan2.2 5B)"
         )
     return WanBackbone(model if on_host else model.to(device), dtype=dtype, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from .. import needs
 from ..config import TrainConfig
 from ..lora.targets import select_targets
 from .choose import USABLE, choose, remedies, smallest
@@ -38,7 +39,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int = _REWAR
         adapted=adapted,
         adapted_outside=frozenset(chosen) & shape.outer_linears.keys(),
         lora_parameters=len(config.trained_experts) * config.lora.rank * sum(sum(shape.linears[path]) for path in chosen),
-        experts=2,
+        experts=len(needs.experts(config)),
         has_average=config.optimiser.ema_decay > 0,
         decode=(config.video.width_px * config.video.height_px, latents, config.batch),
         reward_bytes=reward_bytes,
