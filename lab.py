@@ -301,6 +301,7 @@ BENCHMARKS = {
     "stability": "benchmarks.stability",
     "learning": "pocket.learning",
     "pavrm": "pocket.pavrm_bench",
+    "gradients": "pocket.gradient_bench",
 }
 
 COMMANDS = {
