@@ -137,7 +137,8 @@ def measured(bench: Bench, way: Way, expert: str, wanted: torch.Tensor) -> dict[
     spread = math.sqrt(sum((value - mean) ** 2 for value in cosines) / (GROUPS - 1))
     batches, forwards = (sum(values) / GROUPS for values in zip(*counts, strict=True))
     return {
-        "way": way.name, "expert": expert, "cosine": mean, "standard_error": spread / math.sqrt(GROUPS), "cosine_of_all": cosine(torch.cat(every).mean(0), wanted),
+        "way": way.name, "expert": expert, "cosine": mean, "standard_error": spread / math.sqrt(GROUPS),
+        "cosine_of_all": cosine(torch.cat(every).mean(0), wanted),
         "micro_batches_per_budget": batches, "forwards_per_budget": forwards, "cpu_seconds": (time.process_time() - begun) / GROUPS,
     }  # fmt: skip
 
