@@ -1,6 +1,6 @@
 """`lab.py score-latent`: latents from a safetensors file through a PAVRM.
 
-One case: tensors `latent` [B, 16, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B]. Several: the same names behind `NAME.`; a timestep without a
+One case: tensors `latent` [B, C, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B] or [1]. Several: the same names behind `NAME.`; a timestep without a
 name serves all. Image-to-video trunks also read `image_embeds` (or `img_clip`) and `condition` (or `f1_black`, `y`). `feature_layers` behind
 `NAME.VARIANT.` asks for other tapped blocks on the same latent. Without a timestep, `--sigma` says how much noise the clean latent gets.
 """
@@ -25,12 +25,12 @@ _CONDITION = ("condition", "f1_black", "y")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A batch to score at one noise level."""
+    """A batch to score, each latent at its own noise level."""
 
     name: str
     latent_BCFHW: torch.Tensor
-    timestep: int
-    sigma: float
+    timesteps: list[int]
+    sigmas: list[float]
     texts_PD: list[torch.Tensor]
     image: pavrm.ImageCondition
     taps: tuple[int, ...] | None = None
@@ -58,6 +58,9 @@ def score(options: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[s
     layers = _numbers(options.get("layers"), int, "--layers")
     loaders: dict[tuple[int, ...] | None, pavrm.Pavrm] = {}
     videos, out = [], {} if options.get("tensors") else None
+    for sigma in _numbers(options.get("sigma"), float, "--sigma"):
+        if not 0 <= sigma <= 1:
+            raise ValueError(f"--sigma has {sigma}; it must be from 0 (clean) to 1 (noise).")
     for case in cases:
         taps = case.taps or (tuple(layers) if layers else None)
         if taps not in loaders:
@@ -73,14 +76,13 @@ def score(options: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[s
 def _load(options: Mapping[str, Any], taps: tuple[int, ...] | None, device: str, dtype: torch.dtype) -> pavrm.Pavrm:
     if options.get("generator"):
         return pavrm_lora.load(options["trunk"], options["generator"], device=device, dtype=dtype, use_folded=not options.get("exact_pooling"))
-    return pavrm.load(
-        options["trunk"], options.get("query"), options.get("head"), taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype
-    )
+    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
+    return pavrm.load(options["trunk"], **head, taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype)
 
 
 def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | None) -> list[dict[str, Any]]:
     latent = case.latent_BCFHW.float().to(model.device)
-    timestep_B = torch.full((len(latent),), case.timestep, device=model.device)
+    timestep_B = torch.tensor(case.timesteps, device=model.device)
     with training_mode(), torch.set_grad_enabled(out is not None):
         leaf = latent.clone().requires_grad_(out is not None)
         features = model.features(leaf, timestep_B, case.texts_PD, case.image)
@@ -93,7 +95,7 @@ def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | N
     for index, (logit, probability) in enumerate(zip(output.logit.tolist(), output.probability.tolist(), strict=True)):
         name = case.name if len(latent) == 1 else f"{case.name}[{index}]"
         numbers = {"logit": logit, "probability": probability, "reward": probability, "per_video": probability, "parts": {"logit": {"per_video": logit}}}
-        rows.append({"name": name or "latent", "timestep": case.timestep, "sigma": case.sigma, "layers": list(model.taps), **numbers})
+        rows.append({"name": name or "latent", "timestep": case.timesteps[index], "sigma": case.sigmas[index], "layers": list(model.taps), **numbers})
     return rows
 
 
@@ -114,17 +116,22 @@ def read_cases(tensors: Mapping[str, torch.Tensor], sigmas: list[float], seed: i
             latent = latent[None]
         image = pavrm.ImageCondition(clip_BPD=_find(tensors, prefix, _IMAGE), latent_BCFHW=_find(tensors, prefix, _CONDITION))
         common = {"texts_PD": _texts(tensors, prefix, len(latent)), "image": image}
-        levels = list(_levels(tensors, prefix, sigmas))
-        for timestep, sigma, is_noisy in levels:
-            noisy = latent if is_noisy else _noised(latent, sigma, seed)
-            shown = name if len(levels) == 1 else f"{name}@{sigma:g}".removeprefix("@")
-            yield Case(name=shown, latent_BCFHW=noisy, timestep=timestep, sigma=sigma, **common)
-            if len(levels) > 1:
-                continue
+        for sigma in sigmas:
+            shown = name if len(sigmas) == 1 else f"{name}@{sigma:g}".removeprefix("@")
+            timesteps = [int(sigma * pavrm.TIMESTEPS)] * len(latent)
+            case = Case(name=shown, latent_BCFHW=_noised(latent, sigma, seed), timesteps=timesteps, sigmas=[sigma] * len(latent), **common)
+            yield case
+        if not sigmas:
+            values = _timesteps(tensors, prefix, len(latent))
+            # Upstream feeds whole numbers; a fraction is cut, as its schedules do.
+            levels = {"timesteps": [int(value) for value in values], "sigmas": [value / pavrm.TIMESTEPS for value in values]}
+            case = Case(name=name, latent_BCFHW=latent, **levels, **common)
+            yield case
+        if len(sigmas) <= 1:
             for key in sorted(tensors):
                 if key.startswith(prefix) and key.endswith(".feature_layers"):
                     taps = tuple(int(tap) for tap in tensors[key].flatten().tolist())
-                    yield Case(name=key.removesuffix(".feature_layers"), latent_BCFHW=noisy, timestep=timestep, sigma=sigma, taps=taps, **common)
+                    yield dataclasses.replace(case, name=key.removesuffix(".feature_layers"), taps=taps)
 
 
 def _find(tensors: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ...]) -> torch.Tensor | None:
@@ -149,23 +156,15 @@ def _texts(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list
     return rows * (count if len(rows) == 1 else 1)
 
 
-def _levels(tensors: Mapping[str, torch.Tensor], prefix: str, sigmas: list[float]) -> Iterator[tuple[int, float, bool]]:
-    """Timestep, sigma, and whether the latent is noisy already."""
-    if sigmas:
-        for sigma in sigmas:
-            if not 0 <= sigma <= 1:
-                raise ValueError(f"--sigma has {sigma}; it must be from 0 (clean) to 1 (noise).")
-            yield int(sigma * pavrm.TIMESTEPS), sigma, False
-        return
+def _timesteps(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list[float]:
+    """A case's timesteps, one per latent."""
     timestep = _find(tensors, prefix, ("timestep", "timesteps"))
     if timestep is None:
         raise ValueError(f"The case {prefix.removesuffix('.') or 'of this file'} has no timestep; give {prefix}timestep, or --sigma for clean latents.")
-    values = {float(value) for value in timestep.flatten().tolist()}
-    if len(values) != 1 or not all(0 <= value <= pavrm.TIMESTEPS for value in values):
-        raise ValueError(f"{prefix}timestep holds {sorted(values)}; one number from 0 to {pavrm.TIMESTEPS} is needed for a case.")
-    (value,) = values
-    # Upstream feeds whole numbers; a fraction is cut, as its schedules do.
-    yield int(value), value / pavrm.TIMESTEPS, True
+    values = [float(value) for value in timestep.flatten().tolist()]
+    if len(values) not in (1, count) or not all(0 <= value <= pavrm.TIMESTEPS for value in values):
+        raise ValueError(f"{prefix}timestep holds {values} for {count} latents; one number from 0 to {pavrm.TIMESTEPS} is needed, or one each.")
+    return values * (count if len(values) == 1 else 1)
 
 
 def _noised(latent_BCFHW: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:

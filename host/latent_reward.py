@@ -44,7 +44,7 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     """Load a PAVRM for training.
 
     Args:
-        spec: its file; options `query`, `head` for upstream's parts, `generator` for the LoRA form.
+        spec: its file; options `query`, `head`, `num_heads`, `pooling` for upstream's parts, `generator` for the LoRA form.
         backbones: experts that are loaded.
         files: their paths; a LoRA form that was made for one of them runs on its weights, any other loads a generator of its own.
         dtype: of a trunk of its own.
@@ -57,4 +57,5 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     if generator:
         shared = next((backbone.model for expert, backbone in backbones.items() if files[expert] == generator), generator)
         return PavrmReward(pavrm_lora.load(spec.path, shared, device=device, dtype=dtype))
-    return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device=device, dtype=dtype))
+    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
+    return PavrmReward(pavrm.load(spec.path, **head, device=device, dtype=dtype))

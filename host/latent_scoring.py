@@ -124,7 +124,8 @@ def _loaded(spec: RewardModelSpec, device: torch.device) -> pavrm.Pavrm:
             if options.get("generator"):
                 model = pavrm_lora.load(spec.path, options["generator"], device=offload, dtype=dtype)
             else:
-                model = pavrm.load(spec.path, options.get("query"), options.get("head"), device=offload, dtype=dtype)
+                head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
+                model = pavrm.load(spec.path, **head, device=offload, dtype=dtype)
             _models[key] = model, [comfy.model_patcher.ModelPatcher(part, device, offload) for part in (model.model, model.head)]
         model, patchers = _models[key]
         comfy.model_management.load_models_gpu(patchers, force_full_load=True)

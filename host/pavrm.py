@@ -28,6 +28,8 @@ from .preflight import MASK_CHANNELS
 from .training_mode import attention
 
 TIMESTEPS = 1000
+# Options of a reward model, of a config and of the command line that say what HY-Video-PRFL's head files are; arguments of `load`.
+HEAD_OPTIONS = ("query", "head", "num_heads", "pooling")
 _VAES = {16: "Wan2.1", 48: "Wan2.2 5B"}
 # Channels of other VAEs, so that the message can say whose latent it is.
 _FOREIGN = {4: "an SD or SDXL VAE", 3: "pixels, not latents", 16: "the Wan2.1 VAE", 48: "the Wan2.2 5B VAE", 128: "an LTX VAE", 1: "a mask"}
@@ -139,7 +141,7 @@ class Pavrm:
 
     def _with_image(self, x_BCFHW: torch.Tensor, image: ImageCondition | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         image = image or ImageCondition()
-        extra = {} if image.clip_BPD is None else {"clip_fea": image.clip_BPD.to(self.device, self.dtype)}
+        extra = {} if image.clip_BPD is None else {"clip_fea": image.clip_BPD.to(self.device, self.dtype).expand(len(x_BCFHW), -1, -1)}
         if getattr(self.model, "img_emb", None) is not None and not extra:
             raise ValueError("This PAVRM is an image-to-video one and needs the CLIP vision tokens of the first frame (image_embeds, [B, 257, 1280]).")
         wanted = self.model.in_dim - self.latent_channels
@@ -185,6 +187,8 @@ def load(
     head: str | Path | None = None,
     *,
     taps: tuple[int, ...] | None = None,
+    num_heads: int | None = None,
+    pooling: str | None = None,
     use_folded: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -196,6 +200,7 @@ def load(
         query: `query_attention_step_N.ckpt`.
         head: `mlp_step_N.ckpt`.
         taps: tapped blocks counted from 1; None takes what the file says, else the last one.
+        num_heads, pooling: of HY-Video-PRFL's head files, see `reward_models.pavrm.load_head`.
         use_folded: see `reward_models.pavrm.PavrmHead`.
         device: where to put it.
         dtype: of the trunk; the head stays in float32.
@@ -204,9 +209,7 @@ def load(
         ValueError: see `pavrm_files.read_trunk` and `reward_models.pavrm.load_head`; keys are missing (named); trunk and head do not fit.
     """
     read = pavrm_files.read_trunk(trunk, taps=taps)
-    if query is None and head is not None:
-        raise ValueError(f"{head} is a score head without its query attention; give query_attention_step_N.ckpt as well.")
-    scorer = head_module.load_head(query or trunk, head, use_folded=use_folded)
+    scorer = head_module.load_head(query or (None if head else trunk), head, num_heads=num_heads, pooling=pooling or "query", use_folded=use_folded)
     with torch.inference_mode(False):
         model = build_trunk(read, str(trunk))
         return Pavrm(cast_trunk(model, dtype), scorer, read.taps, dtype=dtype).to(device)

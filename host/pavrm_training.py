@@ -184,7 +184,7 @@ def load(config: PavrmConfig, *, device: torch.device, autocast: torch.dtype) ->
 def _head(config: PavrmConfig, dim: int) -> head_module.PavrmHead:
     shape, models = config.shape, config.models
     if shape.head == "file":
-        head = head_module.load_head(models.query or models.trunk, models.head or None)
+        head = head_module.load_head(models.query or models.trunk, models.head or None, num_heads=shape.num_heads if models.query else None)
         if head.dim != dim:
             raise ValueError(f"the head reads features of width {head.dim}, the trunk {models.trunk} is {dim} wide; they belong to different PAVRMs")
         if head.pooling != shape.pooling:
