@@ -1,5 +1,6 @@
 """The training process: `python host/worker.py RUN_FOLDER --comfyui PATH [--resume] [--nice N]`.
 
+A launcher may start it as well, as one process: `torchrun --nproc_per_node 1 host/worker.py ...`; several are refused.
 Reads `config.json`, loads the models through the host, trains, and writes events to `metrics.jsonl`. A `stop` file or SIGTERM / SIGINT ends the run in
 order. Exit status: 0 finished or stopped, 2 failed (the reason stands in the last event).
 """
@@ -34,6 +35,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--nice", type=int, default=0, help="lower this process's priority")
     options = parser.parse_args(argv)
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        # Each of them would train the whole run, and all but one find its folder taken.
+        print(
+            f"error: a launcher started {processes} processes (WORLD_SIZE), but a run is trained by one process on one card; start it with one process "
+            "(torchrun --nproc_per_node 1), or a run of its own per card with CUDA_VISIBLE_DEVICES",
+            file=sys.stderr,
+        )
+        return 2
     _register_pack(options.comfyui.resolve())
     # The host reports much at INFO that has no place in a run's log.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
