@@ -135,10 +135,21 @@ def _check_widths(config: TrainConfig, headers: dict[str, Header | None]) -> Non
     width = next(iter(widths.values()))
     if encoder_width is not None and encoder_width != width:
         raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {width}; pick the text encoder of these models")
-    if config.reward.kind == "pavrm" and config.reward.path.endswith(".safetensors"):
-        pavrm_width = _text_width(read_header(config.reward.path, "PAVRM"))
-        if pavrm_width not in (None, width):
-            raise ValueError(f"the PAVRM reads text of width {pavrm_width}, but the experts read {width}; it belongs to another model")
+    if config.reward.kind == "pavrm":
+        _check_pavrm(config, width)
+
+
+def _check_pavrm(config: TrainConfig, text_width: int) -> None:
+    """A PAVRM must read the text and the latents of the experts. One in LoRA form has no trunk; its generator is looked at in its place."""
+    path = Path(config.reward.options.get("generator") or config.reward.path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    for header in (read_header(file, "PAVRM") for file in files):
+        found = _text_width(header)
+        if found not in (None, text_width):
+            raise ValueError(f"the PAVRM reads text of width {found}, but the experts read {text_width}; it belongs to another model")
+        channels, own = _input_channels(header), config.video.latent_channels
+        if channels is not None and channels not in (own, 2 * own + MASK_CHANNELS):
+            raise ValueError(f"the PAVRM reads {channels} channels, but latents of {config.video.vae} have {own}; it belongs to another model")
 
 
 def _text_width(header: Header) -> int | None:
