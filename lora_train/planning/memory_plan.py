@@ -20,7 +20,16 @@ _ALTERNATIVES = 4
 
 
 def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int = _REWARD_BYTES) -> Job:
-    """What one update holds at once."""
+    """What one update holds at once.
+
+    Raises:
+        ValueError: the model's latents are not those of `video.vae`.
+    """
+    if shape.latent_channels != config.video.latent_channels:
+        raise ValueError(
+            f"the model has latents of {shape.latent_channels} channels, but video.vae is {config.video.vae!r}, which has {config.video.latent_channels}; "
+            "Wan2.2 5B needs wan2.2, all others wan2.1"
+        )
     _, _, frames, height, width = config.video.latent_shape(1)
     chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
     adapted = frozenset(path.removeprefix("blocks.0.") for path in chosen if path.startswith("blocks.0."))

@@ -79,9 +79,24 @@ def test_shapes_by_name_and_from_a_header(tmp_path):
 def test_command_without_weights(toy, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(toy.settings()))
-    assert plan.main([str(path), "--json", "--shape", "wan-5b", "--card", "h200", "--ram-gb", "200"]) == 0
+    assert plan.main([str(path), "--json", "--shape", "wan-14b", "--card", "h200", "--ram-gb", "200"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"gpu_peak_bytes", "host_peak_bytes", "seconds_per_step", "fits", "knobs", "alternatives"} <= found.keys() and found["fits"]
     assert plan.main([str(path), "--shape", "wan-14b", "--card", "voodoo"]) == 2 and "must be one of" in capsys.readouterr().err
     assert plan.main([str(path), "--shape", "wan-14b", "--card-gb", "3", "--ram-gb", "200"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_the_5b_model_is_one_and_has_latents_of_its_own(toy, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(toy.settings()))
+    assert plan.main([str(path), "--shape", "wan-5b", "--card", "h200", "--ram-gb", "200"]) == 2
+    assert "latents of 48 channels, but video.vae is 'wan2.1', which has 16; Wan2.2 5B needs wan2.2" in capsys.readouterr().err
+    size = {"width_px": 1280, "height_px": 704, "frames": 121, "vae": "wan2.2"}
+    values = toy.settings(video=size, models={"low": ""}, expert="high")
+    del values["sampling"]["boundary"]
+    path.write_text(json.dumps(values))
+    assert plan.main([str(path), "--shape", "wan-5b", "--card", "rtx 4090", "--ram-gb", "100"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts"].keys() == {"high"} and found["tokens_per_video"] == 31 * 22 * 40
+    assert found["experts"]["high"]["parameters"] == pytest.approx(5.0e9, rel=0.01)
