@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import checks
 from .checks import choice as _choice
 from .checks import number as _number
 from .checks import require as _require
@@ -30,7 +30,6 @@ METHODS = ("reward_backprop", "prfl", "reward_flow")
 STARTS = ("noise", "real")
 DTYPES = ("auto", "fp32", "bf16")
 SAVE_DTYPES = ("bf16", "fp16", "fp32")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +231,7 @@ class TrainConfig:
     engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
-        name_rule = "letters, digits, '.', '_' and '-', at most 100 of them, starting with a letter or a digit"
-        _require(_NAME.fullmatch(self.name) is not None, f"name is {self.name!r}, but file names are made of it: use {name_rule}")
+        checks.name(self.name)
         _choice("method", self.method, METHODS)
         _choice("expert", self.expert, EXPERT_CHOICES)
         _choice("dtype", self.dtype, DTYPES)

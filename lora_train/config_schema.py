@@ -27,7 +27,7 @@ def schema() -> dict[str, Any]:
     root = _of(config.TrainConfig, "")
     root["properties"] = {
         "preset": {"enum": list(presets.PRESETS), "description": "Settings to start from; what is given here wins over them."},
-        "card": {"enum": list(presets.CARDS), "description": "Sizes that fit a card, laid over the preset."},
+        "card": {"enum": list(presets.CARD_SIZES), "description": "Sizes that fit a card, laid over the preset."},
         **root["properties"],
     }
     # A preset may bring the video; the rest of what a run needs, none does.

@@ -18,3 +18,23 @@ Run = io.Custom("RUN")
 Dataset = io.Custom("DATASET")
 WanVideoLora = io.Custom("WANVIDLORA")
 LoraStack = io.Custom("LORA_STACK")
+
+
+def seed_and_settings(seed_tooltip: str, placeholder: str) -> list[io.Input]:
+    """The last widgets of a node that starts a run: seed, and JSON laid over everything else."""
+    return [
+        io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed, tooltip=seed_tooltip),
+        io.String.Input(
+            "advanced",
+            multiline=True,
+            default="{}",
+            placeholder=placeholder,
+            tooltip="JSON that overrides single settings of the training config, by section. Unknown names are refused.",
+            advanced=True,
+        ),
+    ]
+
+
+def run_output() -> Run.Output:
+    """The only output of such a node."""
+    return Run.Output("run", display_name="run", tooltip="The run, for Run Result.")
