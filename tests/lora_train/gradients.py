@@ -10,13 +10,13 @@ from reward_lab.lora_train.lora.targets import select_targets
 from reward_lab.lora_train.trainee import new_trainee
 
 
-def trainee_of(config, parts, expert, stack):
-    """A trainee in float64 whose LoRA does something; installed as long as `stack` is open."""
+def trainee_of(config, parts, expert, stack, dtype=torch.float64):
+    """A trainee whose LoRA does something; installed as long as `stack` is open."""
     linears = parts.experts.backbones[expert].linears()
     adapter = new_adapter(linears, select_targets(linears, (), config.lora.skip), rank=3, alpha=1.5, seed=3, device=torch.device("cpu"))
     for index, layer in enumerate(adapter.layers.values()):
         layer.up_OR.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(index))
-        layer.down_RI.data, layer.up_OR.data = layer.down_RI.data.double(), layer.up_OR.data.double()
+        layer.down_RI.data, layer.up_OR.data = layer.down_RI.data.to(dtype), layer.up_OR.data.to(dtype)
     return new_trainee(expert, adapter, stack.enter_context(install(linears, adapter)), config.optimiser)
 
 
