@@ -48,13 +48,17 @@ def _velocity(config, parts, draw, guidance, told_of=lambda sigma: sigma):
 
     def of(x, sigma):
         backbone = parts.experts.backbones[expert_of(sigma, config.sampling.boundary)]
-        first = torch.where(is_known, _FIRST.to(x.dtype), x[:, :, :1])
-        seen = torch.cat([first, x[:, :, 1:]], dim=2)
-        known_BF = is_known.view(-1, 1) & (torch.arange(x.shape[2]) == 0) if bool(is_known.any()) else None
+        seen, known_BF = x, None
+        if bool(is_known.any()):
+            first = torch.where(is_known, _FIRST.to(x.dtype), x[:, :, :1])
+            seen = torch.cat([first, x[:, :, 1:]], dim=2)
+            known_BF = is_known.view(-1, 1) & (torch.arange(x.shape[2]) == 0)
         velocity = backbone.velocity(seen, told_of(sigma), context.prompt_BPD, known_BF)
         if guidance != 1:
             without = backbone.velocity(seen, told_of(sigma), context.negative_BPD, known_BF)
             velocity = without + guidance * (velocity - without)
+        if known_BF is None:
+            return velocity
         led = torch.where(is_known, (x[:, :, :1] - _FIRST) / sigma, velocity[:, :, :1])
         return torch.cat([led, velocity[:, :, 1:]], dim=2)
 
