@@ -142,8 +142,8 @@ def auc(labels: np.ndarray, logits: np.ndarray) -> float:
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
-def compared(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Difference in AUC of two variants over their common seeds, and its standard error by cause."""
+def compared(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Difference in AUC of two variants over their common seeds, and its standard error by cause; one seed tells nothing of what seeds do."""
     pairs = [(np.array(row["labels"]), np.array(row["logits"]), np.array(other["logits"])) for row, other in zip(rows, others, strict=False)]
     by_seed = [auc(labels, ours) - auc(labels, theirs) for labels, ours, theirs in pairs]
     generator, drawn = np.random.default_rng(0), []
@@ -151,8 +151,11 @@ def compared(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -
         chosen = generator.integers(0, HELD_OUT, HELD_OUT)
         drawn.append(np.mean([auc(labels[chosen], ours[chosen]) - auc(labels[chosen], theirs[chosen]) for labels, ours, theirs in pairs]))
     of_videos = float(np.std(drawn, ddof=1))
-    of_seeds = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else math.nan
-    return {"difference": float(np.mean(by_seed)), "error_of_videos": of_videos, "error_of_seeds": of_seeds, "error": math.hypot(of_videos, of_seeds)}
+    found = {"difference": float(np.mean(by_seed)), "error_of_videos": of_videos}
+    if len(by_seed) == 1:
+        return {**found, "error_of_seeds": None, "error": None}
+    of_seeds = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed))
+    return {**found, "error_of_seeds": of_seeds, "error": math.hypot(of_videos, of_seeds)}
 
 
 def row_of(variant: Variant, runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, Any]:
