@@ -309,6 +309,7 @@ BENCHMARKS = {
     "stability": "benchmarks.stability",
     "learning": "pocket.learning",
     "pavrm": "pocket.pavrm_bench",
+    "gradients": "pocket.gradient_bench",
 }
 
 COMMANDS = {

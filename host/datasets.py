@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..lora_train import annotations
+from ..lora_train.input_config import LATENTS
 from ..lora_train.pavrm_data import LatentVideo, Sample
 
 INDEX = "dataset.json"
 VERSION = 1
-LATENT_CHANNELS = 16
 # Other names under which HY-Video-PRFL's readers look for the same thing, in their order.
 ALIASES = {
     "latent": ("video_vae_latent_path", "vae_latent_path", "latents_path"),
@@ -158,8 +158,9 @@ def _shape(path: Path) -> tuple[int, ...]:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the latent {path} cannot be read ({error}); make it again") from error
     shape = tuple(shape[1:] if len(shape) == 5 and shape[0] == 1 else shape)
-    if len(shape) != 4 or shape[0] != LATENT_CHANNELS:
-        raise ValueError(f"the latent {path} has shape {list(shape)}; PAVRM reads Wan2.1 latents [{LATENT_CHANNELS}, F, H, W]")
+    channels = [layout.channels for layout in LATENTS.values()]
+    if len(shape) != 4 or shape[0] not in channels:
+        raise ValueError(f"the latent {path} has shape {list(shape)}; latents of Wan VAEs are [{' or '.join(map(str, channels))}, F, H, W]")
     return shape
 
 

@@ -90,7 +90,7 @@ def dry_run(
         trunk = _fake_backbone(replace(shape, blocks=judged_blocks)) if judged_blocks else None
         if trunk is not None:
             _mark_blocks(timeline, installed.enter_context(trunk.engine(knobs, slots)))
-        latent = torch.empty(batch, WanBackbone.latent_channels, *latent_FHW, device=CARD)
+        latent = torch.empty(batch, shape.latent_channels, *latent_FHW, device=CARD)
         context = torch.empty(batch, text_tokens, shape.text_width, device=CARD, dtype=torch.bfloat16)
         _watched(timeline)
         with torch.no_grad(), switch.merged():
@@ -147,7 +147,7 @@ def dry_decode(latents: int, width_px: int, height_px: int, keep_place: str, *, 
     decoder.keep_device = torch.device("cpu") if keep_place == "host" else CARD
     found = {}
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTimeline(CARD.type) as timeline:
-        latent = torch.empty(1, WanBackbone.latent_channels, latents, height_px // 8, width_px // 8, device=CARD).requires_grad_()
+        latent = torch.empty(1, decoder.latent_channels, latents, height_px // 8, width_px // 8, device=CARD).requires_grad_()
         frames = decoder.decode(latent)
         torch.autograd.grad(frames, latent, torch.empty_like(frames))
         del frames

@@ -96,6 +96,8 @@ class Engines:
             self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, slots, streams=streams))
         if self._decoder is not None:
             self._decoder.keep_device = torch.device("cpu") if self.knobs.keep_place == "host" else self._device
+            # On a card the plan counts layers that run again; without one, memory is rarely what is short, and time is.
+            self._decoder.graph_limit_bytes = self._host_bytes // 4 if self._device.type == "cpu" else 0
         return executors
 
     def close(self) -> None:

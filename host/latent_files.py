@@ -1,6 +1,6 @@
 """`lab.py score-latent`: latents from a safetensors file through a PAVRM.
 
-One case: tensors `latent` [B, 16, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B] or one for all. Several: the same names behind `NAME.`; what has
+One case: tensors `latent` [B, C, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B] or one for all. Several: the same names behind `NAME.`; what has
 no name of a case before it serves all. Image-to-video trunks also read `image_embeds` (or `img_clip`) and `condition` (or `f1_black`, `y`).
 `feature_layers` behind `NAME.VARIANT.` asks for other tapped blocks on the same latent. Without a timestep, `--sigma` says how much noise the clean
 latent gets.
@@ -87,9 +87,8 @@ def _load(options: Mapping[str, Any], taps: tuple[int, ...] | None, device: str,
         return pavrm_lora.load(
             options["trunk"], options["generator"], taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype
         )
-    return pavrm.load(
-        options["trunk"], options.get("query"), options.get("head"), taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype
-    )
+    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
+    return pavrm.load(options["trunk"], **head, taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype)
 
 
 def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | None) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ class PavrmReward:
         """Scores of noisy latents.
 
         Args:
-            latent_BCFHW: [B, 16, F, H, W] in model space.
+            latent_BCFHW: [B, C, F, H, W] in model space.
             sigma: the PAVRM is told the whole timestep below 1000 * sigma, as it was trained.
             context_BPD: text encoder output.
             condition_BCFHW: mask channels and first frame's latent, for image-to-video trunks.
@@ -66,7 +66,7 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     """Load a PAVRM for training.
 
     Args:
-        spec: its file; options `query`, `head` for upstream's parts, `generator` for the LoRA form.
+        spec: its file; options `query`, `head`, `num_heads`, `pooling` for upstream's parts, `generator` for the LoRA form.
         backbones: experts that are loaded.
         files: their paths; a LoRA form that was made for one of them runs on its weights, any other loads a generator of its own.
         dtype: of a trunk of its own.
@@ -83,4 +83,5 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
                 f"the PAVRM {spec.path} is a LoRA over {generator}, which is quantised; give the PAVRM's whole file, or the expert's bf16 file"
             )
         return PavrmReward(pavrm_lora.load(spec.path, generator if shared is None else shared.model, device=device, dtype=dtype))
-    return PavrmReward(pavrm.load(spec.path, options.get("query"), options.get("head"), device=device, dtype=dtype))
+    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
+    return PavrmReward(pavrm.load(spec.path, **head, device=device, dtype=dtype))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -18,6 +17,7 @@ import torch
 from ..reward_models.spec import RewardModelSpec
 from . import pavrm, pavrm_lora, score_files
 from .training_mode import training_mode
+from .vae import FORMATS
 
 _models: OrderedDict[str, Any] = OrderedDict()
 _lock = threading.Lock()
@@ -95,7 +95,7 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
         seed: Of the noise, the same for all levels.
 
     Raises:
-        ValueError: Not a PAVRM, not a Wan2.1 latent, or a wrong text width.
+        ValueError: Not a PAVRM, not a latent of its VAE, or a wrong text width.
     """
     if spec.kind != "pavrm":
         raise ValueError(f"The reward model is {spec.kind}, which scores frames. Choose kind pavrm, or use Score Video.")
@@ -111,12 +111,13 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
     with training_mode(), torch.no_grad(), score_files.collected_warnings() as warnings:
         model.check_latent(samples)
         # The workflow's latents are the VAE's own; the transformer sees them shifted and scaled channel by channel.
-        clean_BCFHW = comfy.latent_formats.Wan21().process_in(samples.clone().float())
+        into_model = FORMATS[model.latent_channels]().process_in
+        clean_BCFHW = into_model(samples.clone().float())
         noise = torch.randn(clean_BCFHW[:1].shape, generator=torch.Generator().manual_seed(seed))
         texts_BPD, extras = conditioning[0][0].clone(), conditioning[0][1]
         for index, clean in enumerate(clean_BCFHW):
             # One at a time: memory does not grow with the batch.
-            text_PD, image = texts_BPD[min(index, len(texts_BPD) - 1)], _image(extras, index)
+            text_PD, image = texts_BPD[min(index, len(texts_BPD) - 1)], _image(extras, index, into_model)
             outputs = []
             for sigma in sigmas:
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -129,11 +130,11 @@ def score(latent: dict[str, Any], conditioning: list, spec: RewardModelSpec, sig
     return LatentScore(sigmas=tuple(sigmas), logits=tuple(logits), probabilities=tuple(probabilities), warnings=told)
 
 
-def _image(extras: dict[str, Any], index: int = 0) -> pavrm.ImageCondition:
+def _image(extras: dict[str, Any], index: int, into_model: Callable[[torch.Tensor], torch.Tensor]) -> pavrm.ImageCondition:
     """What the host's image-to-video conditioning carries for a latent of the batch."""
     vision, first = extras.get("clip_vision_output"), extras.get("concat_latent_image")
     clip_BPD = None if vision is None else _row(vision.penultimate_hidden_states, index).clone()
-    first_BCFHW = None if first is None else comfy.latent_formats.Wan21().process_in(_row(first, index).clone().float())
+    first_BCFHW = None if first is None else into_model(_row(first, index).clone().float())
     return pavrm.ImageCondition(clip_BPD=clip_BPD, latent_BCFHW=first_BCFHW)
 
 
@@ -154,7 +155,8 @@ def _loaded(spec: RewardModelSpec, device: torch.device) -> pavrm.Pavrm:
             if options.get("generator"):
                 model = pavrm_lora.load(spec.path, options["generator"], device=offload, dtype=dtype)
             else:
-                model = pavrm.load(spec.path, options.get("query"), options.get("head"), device=offload, dtype=dtype)
+                head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
+                model = pavrm.load(spec.path, **head, device=offload, dtype=dtype)
             _models[key] = model, [comfy.model_patcher.ModelPatcher(part, device, offload) for part in (model.model, model.head)]
         model, patchers = _models[key]
         comfy.model_management.load_models_gpu(patchers, force_full_load=True)

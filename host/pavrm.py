@@ -25,16 +25,18 @@ from ..reward_models import pavrm as head_module
 from ..reward_models.pavrm import PavrmHead, PavrmOutput
 from ..reward_models.weights import load_into
 from . import pavrm_files
+from .preflight import MASK_CHANNELS
 from .training_mode import attention
 
 logger = logging.getLogger("reward_lab")
 
-LATENT_CHANNELS = 16
 TIMESTEPS = 1000
-_MASK_CHANNELS = 4
+# Options of a reward model, of a config and of the command line that say what HY-Video-PRFL's head files are; arguments of `load`.
+HEAD_OPTIONS = ("query", "head", "num_heads", "pooling")
 _CLIP_WIDTH = 1280
+_VAES = {16: "Wan2.1", 48: "Wan2.2 5B"}
 # Channels of other VAEs, so that the message can say whose latent it is.
-_FOREIGN = {4: "an SD or SDXL VAE", 3: "pixels, not latents", 48: "the Wan2.2 5B VAE", 128: "an LTX VAE", 1: "a mask"}
+_FOREIGN = {4: "an SD or SDXL VAE", 3: "pixels, not latents", 16: "the Wan2.1 VAE", 48: "the Wan2.2 5B VAE", 128: "an LTX VAE", 1: "a mask"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class ImageCondition:
 
     Attributes:
         clip_BPD: CLIP vision tokens [B, 257, 1280]; None for models without them (Wan2.2).
-        latent_BCFHW: latents of (first frame, then zeros), 16 channels in model space, or 20 with the four mask channels in front.
+        latent_BCFHW: latents of (first frame, then zeros) in model space, or with the four mask channels in front.
     """
 
     clip_BPD: torch.Tensor | None = None
@@ -67,6 +69,7 @@ class Pavrm:
         self.head = head
         self.taps = tuple(taps)
         self.dtype = dtype
+        self.latent_channels = model.out_dim
         self._adapted = adapted
         width = head.dim
         if model.dim != width:
@@ -124,17 +127,17 @@ class Pavrm:
             self.model(x_BCFHW, timestep_B.to(self.device, torch.float32), context_BPD, transformer_options=options, **extra)
         return [outputs[tap] for tap in self.taps]
 
-    @staticmethod
-    def check_latent(latent_BCFHW: torch.Tensor) -> None:
-        """Refuse what is not a Wan2.1 latent.
+    def check_latent(self, latent_BCFHW: torch.Tensor) -> None:
+        """Refuse what is not a latent of the trunk's VAE.
 
         Raises:
             ValueError: another rank or number of channels (whose VAE it is is named where it can be told), empty, NaN or infinity.
         """
-        shape = tuple(latent_BCFHW.shape)
-        if latent_BCFHW.ndim != 5 or shape[1] != LATENT_CHANNELS:
+        shape, channels = tuple(latent_BCFHW.shape), self.latent_channels
+        whose = _VAES.get(channels, "Wan")
+        if latent_BCFHW.ndim != 5 or shape[1] != channels:
             what = _FOREIGN.get(shape[1] if latent_BCFHW.ndim in (4, 5) else 1, "something else") if latent_BCFHW.ndim > 1 else "something else"
-            raise ValueError(f"The latent has shape {shape}, that is {what}; a Wan2.1 latent [B, {LATENT_CHANNELS}, F, H, W] is needed.")
+            raise ValueError(f"The latent has shape {shape}, that is {what}; a {whose} latent [B, {channels}, F, H, W] is needed.")
         if latent_BCFHW.numel() == 0 or not latent_BCFHW.isfinite().all():
             raise ValueError(f"The latent of shape {shape} is empty or holds NaN or infinity; the sampling before it failed.")
 
@@ -156,13 +159,13 @@ class Pavrm:
         extra = {} if image.clip_BPD is None else {"clip_fea": self._clip_tokens(image.clip_BPD, count)}
         if getattr(self.model, "img_emb", None) is not None and not extra:
             raise ValueError("This PAVRM is an image-to-video one and needs the CLIP vision tokens of the first frame (image_embeds, [B, 257, 1280]).")
-        wanted = self.model.in_dim - LATENT_CHANNELS
+        wanted = self.model.in_dim - self.latent_channels
         if wanted == 0:
             return x_BCFHW, extra
         condition = image.latent_BCFHW
         if condition is None:
             raise ValueError(f"This PAVRM reads {wanted} further channels: give the latents of the first frame followed by zeros (condition).")
-        channels = (wanted - _MASK_CHANNELS, wanted)
+        channels = (wanted - MASK_CHANNELS, wanted)
         is_fit = condition.ndim == 5 and condition.shape[1] in channels and condition.shape[2:] == x_BCFHW.shape[2:] and len(condition) in (1, count)
         if not is_fit:
             raise ValueError(
@@ -171,7 +174,7 @@ class Pavrm:
             )
         condition = condition.to(self.device, self.dtype)
         if condition.shape[1] != wanted:
-            mask = condition.new_zeros(len(condition), _MASK_CHANNELS, *condition.shape[2:])
+            mask = condition.new_zeros(len(condition), MASK_CHANNELS, *condition.shape[2:])
             mask[:, :, 0] = 1
             condition = torch.cat([mask, condition], dim=1)
         return torch.cat([x_BCFHW, condition.expand(count, -1, -1, -1, -1)], dim=1), extra
@@ -218,6 +221,8 @@ def load(
     head: str | Path | None = None,
     *,
     taps: tuple[int, ...] | None = None,
+    num_heads: int | None = None,
+    pooling: str | None = None,
     use_folded: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -229,6 +234,7 @@ def load(
         query: `query_attention_step_N.ckpt`.
         head: `mlp_step_N.ckpt`.
         taps: tapped blocks counted from 1; None takes what the file says, else the last one.
+        num_heads, pooling: of HY-Video-PRFL's head files, see `reward_models.pavrm.load_head`.
         use_folded: see `reward_models.pavrm.PavrmHead`.
         device: where to put it.
         dtype: of the trunk; the head stays in float32.
@@ -237,8 +243,8 @@ def load(
         ValueError: see `pavrm_files.read_trunk` and `reward_models.pavrm.load_head`; keys are missing (named); trunk and head do not fit.
     """
     read = pavrm_files.read_trunk(trunk, taps=taps)
-    query, head = pavrm_files.find_heads(trunk, query, head)
-    scorer = head_module.load_head(query or trunk, head, use_folded=use_folded)
+    query, head = pavrm_files.find_heads(trunk, query, head, needs_query=(pooling or "query") == "query")
+    scorer = head_module.load_head(query or (None if head else trunk), head, num_heads=num_heads, pooling=pooling or "query", use_folded=use_folded)
     with torch.inference_mode(False):
         model = build_trunk(read, str(trunk))
         return Pavrm(cast_trunk(model, dtype), scorer, read.taps, dtype=dtype).to(device)

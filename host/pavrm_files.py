@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from ..lora_train.input_config import LATENTS, PATCH
 from ..reward_models.weights import read_weights
+from .preflight import MASK_CHANNELS
 
 # HY-Video-PRFL keeps blocks 0 to 7 of 40 unless told otherwise.
 UPSTREAM_BLOCKS = 8
@@ -62,10 +64,15 @@ def read_trunk(path: str | Path, *, taps: tuple[int, ...] | None = None) -> Trun
     if not all(1 <= tap <= len(blocks) for tap in taps):
         raise ValueError(f"Tapped blocks are {list(taps)}, counted from 1, but {path} has {len(blocks)} blocks; choose among 1 to {len(blocks)}.")
     kept = {key: value for key, value in state.items() if not key.startswith("head.") and not _is_above(key, max(taps))}
-    return Trunk(state=kept, sizes=_sizes(path, kept, config.get("transformer", config), max(taps)), taps=tuple(taps))
+    sizes = _sizes(path, kept, config.get("transformer", config), max(taps))
+    if "head.head.weight" in state:
+        sizes["out_dim"] = state["head.head.weight"].shape[0] // PATCH**2
+    return Trunk(state=kept, sizes=sizes, taps=tuple(taps))
 
 
-def find_heads(trunk: str | Path, query: str | Path | None, head: str | Path | None) -> tuple[Path | None, Path | None]:
+def find_heads(
+    trunk: str | Path, query: str | Path | None, head: str | Path | None, *, needs_query: bool = True
+) -> tuple[Path | None, Path | None]:
     """The two head files: as given, found in a given folder, or where HY-Video-PRFL writes those of a checkpoint folder (`../../mlp`, the same step).
 
     Returns:
@@ -80,7 +87,7 @@ def find_heads(trunk: str | Path, query: str | Path | None, head: str | Path | N
         beside = [folder / f"{stem}_step_{step.group(1)}.ckpt" for stem in (_QUERY, _MLP)]
         if all(path.is_file() for path in beside):
             return beside[0], beside[1]
-    if query is None and (head is not None or trunk.is_dir()):
+    if needs_query and query is None and (head is not None or trunk.is_dir()):
         raise ValueError(f"{trunk} needs both heads: give the query attention ({_QUERY}_step_N.ckpt) and the score head ({_MLP}_step_N.ckpt).")
     return tuple(None if path is None else _only(Path(path), stem) for path, stem in ((query, _QUERY), (head, _MLP)))
 
@@ -194,4 +201,7 @@ def _sizes(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, A
     told["model_type"] = "i2v" if "img_emb.proj.1.weight" in state else "t2v"
     positions = state.get("img_emb.emb_pos")
     extra = {} if positions is None else {"flf_pos_embed_token_number": positions.shape[1]}
-    return {"out_dim": 16, "text_len": _TEXT_LEN, **told, **shown, "patch_size": (1, 2, 2), "num_layers": blocks, **extra}
+    # A saved trunk has no output head, which would show how many of its input channels are the latent, and how many an image condition.
+    with_image = {2 * layout.channels + MASK_CHANNELS: layout.channels for layout in LATENTS.values()}
+    latent = {"out_dim": with_image.get(shown["in_dim"], shown["in_dim"])}
+    return {**latent, "text_len": _TEXT_LEN, **told, **shown, "patch_size": (1, 2, 2), "num_layers": blocks, **extra}

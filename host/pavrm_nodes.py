@@ -75,7 +75,7 @@ def make_config(wan_files: Mapping[str, str], dataset: str, settings: Mapping[st
     Raises:
         ValueError: a value is out of range, a sweep without votes, or `advanced` is no JSON object or has an unknown name.
     """
-    trunk = {TRUNKS[0]: wan_files["low"], TRUNKS[1]: wan_files["high"]}.get(settings["trunk"])
+    trunk = {TRUNKS[0]: wan_files["low"] or wan_files["high"], TRUNKS[1]: wan_files["high"]}.get(settings["trunk"])
     if trunk is None:
         if settings["pavrm_file"] == NO_FILE:
             raise ValueError("trunk is 'PAVRM file', but no file is chosen. Choose one for pavrm_file, or begin with an expert.")

@@ -83,7 +83,7 @@ class TrainablePavrm:
 
     def _image(self, videos: Sequence[LatentVideo]) -> pavrm.ImageCondition | None:
         model = self.scorer.model
-        if model.in_dim == pavrm.LATENT_CHANNELS and getattr(model, "img_emb", None) is None:
+        if model.in_dim == self.scorer.latent_channels and getattr(model, "img_emb", None) is None:
             return None
         clips = [video.clip_PD for video in videos if video.clip_PD is not None]
         conditions = [video.condition_CFHW for video in videos if video.condition_CFHW is not None]
@@ -193,7 +193,7 @@ def load(config: PavrmConfig, *, device: torch.device, autocast: torch.dtype) ->
 def _head(config: PavrmConfig, dim: int) -> head_module.PavrmHead:
     shape, models = config.shape, config.models
     if shape.head == "file":
-        head = head_module.load_head(models.query or models.trunk, models.head or None)
+        head = head_module.load_head(models.query or models.trunk, models.head or None, num_heads=shape.num_heads if models.query else None)
         if head.dim != dim:
             raise ValueError(f"the head reads features of width {head.dim}, the trunk {models.trunk} is {dim} wide; they belong to different PAVRMs")
         if head.pooling != shape.pooling:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ..lora_train import needs
 from ..lora_train.config import TrainConfig
+from ..lora_train.input_config import LATENTS, PATCH
 from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
 from ..lora_train.weight_formats import quantised_weights
 from ..reward_models.spec import RewardModelSpec
 from .experts import guess_expert
 
-# 16 of the noisy latent, 4 of the mask, 16 of the first frame's latent.
-_IMAGE_CHANNELS = 36
+MASK_CHANNELS = 4
 _TEXT_KEY = "text_embedding.0.weight"
 ROLES = {"high": "high-noise expert", "low": "low-noise expert", "text_encoder": "text encoder", "vae": "VAE"}
 
@@ -26,12 +26,13 @@ def check(config: TrainConfig, folder: Path) -> None:
         folder: where checkpoints will be written.
 
     Raises:
-        ValueError: a missing or truncated file; an expert in the wrong slot, or quantised in a way that cannot be trained through; experts or text
-            encoder of widths that do not fit; not enough disk or memory.
+        ValueError: a missing or truncated file; an expert in the wrong slot, or quantised in a way that cannot be trained through; experts, text
+            encoder or VAE that do not fit together; not enough disk or memory.
     """
     roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
     _check_reward(config)
+    _check_latents(config, headers)
     _check_images(config, headers)
     for slot in needs.experts(config):
         _check_slot(slot, getattr(config.models, slot), headers[slot])
@@ -43,19 +44,55 @@ def check(config: TrainConfig, folder: Path) -> None:
     check_disk(config, folder)
 
 
+def why_no_images(in_channels: int, latent_channels: int, role: str) -> str:
+    """Why a model cannot be given start images; empty where it can.
+
+    It takes them as input channels (noisy latent, mask, first frame's latent), or, as the 5B model does, in place of the first noisy frame.
+    """
+    wanted = 2 * latent_channels + MASK_CHANNELS
+    is_5b = in_channels == latent_channels == LATENTS["wan2.2"].channels
+    if in_channels == wanted or is_5b:
+        return ""
+    return (
+        f"prompts have start images, but the {role} reads {in_channels} channels, not {wanted}: use Wan2.2 I2V, Fun-InP or 5B models, "
+        "or take the images out of the prompt set"
+    )
+
+
 def _check_images(config: TrainConfig, headers: dict[str, Header | None]) -> None:
     images = needs.start_images(config)
     for expert in needs.experts(config) if images else ():
-        header = headers[expert]
-        channels = next((shape[1] for key, shape in header.shapes.items() if key.endswith("patch_embedding.weight")), None) if header else None
-        if channels not in (None, _IMAGE_CHANNELS):
-            raise ValueError(
-                f"prompts have start images, but the {expert}-noise expert reads {channels} channels, not {_IMAGE_CHANNELS}: use Wan2.2 I2V or Fun-InP, "
-                "or take the images out of the prompt set"
-            )
+        read, made = _input_channels(headers[expert]), latent_channels(headers[expert])
+        refusal = why_no_images(read, made, ROLES[expert]) if read and made else ""
+        if refusal:
+            raise ValueError(refusal)
     missing = [path for path in images if not Path(path).is_file()]
     if missing:
         raise ValueError(f"{len(missing)} start images do not exist, the first is {missing[0]}; check the paths in the prompt set")
+
+
+def _check_latents(config: TrainConfig, headers: dict[str, Header | None]) -> None:
+    """Experts, VAE and `video.vae` must speak of the same latents."""
+    wanted = config.video.latent_channels
+    found = {ROLES[slot]: channels for slot in needs.experts(config) if (channels := latent_channels(headers[slot]))}
+    vae = next((shape[1] for key, shape in headers["vae"].shapes.items() if key.endswith("decoder.conv1.weight")), None) if headers.get("vae") else None
+    found |= {} if vae is None else {ROLES["vae"]: vae}
+    for role, channels in found.items():
+        if channels != wanted:
+            other = next((name for name, layout in LATENTS.items() if layout.channels == channels), None)
+            remedy = f'set video.vae to "{other}" if all files belong to that model' if other else "use the files of one Wan model"
+            raise ValueError(f"the {role} has latents of {channels} channels, but video.vae is {config.video.vae!r}, which has {wanted}: {remedy}")
+    if config.models.has_experts and wanted == LATENTS["wan2.2"].channels:
+        raise ValueError("the Wan2.2 5B model has no experts, one file makes all steps: give it as models.high, and leave models.low empty")
+
+
+def latent_channels(header: Header | None) -> int | None:
+    """Latent channels of a transformer; None where its header does not tell."""
+    return next((shape[0] // PATCH**2 for key, shape in (header.shapes if header else {}).items() if key.endswith("head.head.weight")), None)
+
+
+def _input_channels(header: Header | None) -> int | None:
+    return next((shape[1] for key, shape in (header.shapes if header else {}).items() if key.endswith("patch_embedding.weight")), None)
 
 
 def _check_reward(config: TrainConfig) -> None:
@@ -101,10 +138,21 @@ def _check_widths(config: TrainConfig, headers: dict[str, Header | None]) -> Non
     width = next(iter(widths.values()))
     if encoder_width is not None and encoder_width != width:
         raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {width}; pick the text encoder of these models")
-    if config.reward.kind == "pavrm" and config.reward.path.endswith(".safetensors"):
-        pavrm_width = _text_width(read_header(config.reward.path, "PAVRM"))
-        if pavrm_width not in (None, width):
-            raise ValueError(f"the PAVRM reads text of width {pavrm_width}, but the experts read {width}; it belongs to another model")
+    if config.reward.kind == "pavrm":
+        _check_pavrm(config, width)
+
+
+def _check_pavrm(config: TrainConfig, text_width: int) -> None:
+    """A PAVRM must read the text and the latents of the experts. One in LoRA form has no trunk; its generator is looked at in its place."""
+    path = Path(config.reward.options.get("generator") or config.reward.path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    for header in (read_header(file, "PAVRM") for file in files):
+        found = _text_width(header)
+        if found not in (None, text_width):
+            raise ValueError(f"the PAVRM reads text of width {found}, but the experts read {text_width}; it belongs to another model")
+        channels, own = _input_channels(header), config.video.latent_channels
+        if channels is not None and channels not in (own, 2 * own + MASK_CHANNELS):
+            raise ValueError(f"the PAVRM reads {channels} channels, but latents of {config.video.vae} have {own}; it belongs to another model")
 
 
 def _text_width(header: Header) -> int | None:

@@ -1,8 +1,9 @@
-"""Start images as the further input channels of an image-to-video model: 4 mask channels, then the latents of (image, grey frames).
+"""Start images as a model is told of them.
 
-The mask is 1 on the first latent frame, where the video is known. Wan2.2's I2V and Fun-InP read the same 20 channels; all zeros say that nothing is known,
-which is how VideoX-Fun trains its reward LoRAs.
-Source: Wan-Video/Wan2.2:wan/image2video.py (Apache-2.0), as ComfyUI's WanImageToVideo has it.
+Wan2.2's I2V and Fun-InP have further input channels: 4 mask channels, then the latents of (image, grey frames). The mask is 1 on the first latent frame,
+where the video is known; all zeros say that nothing is known, which is how VideoX-Fun trains its reward LoRAs. The 5B model (TI2V) has none: it sees
+the image's latent in place of the first noisy frame (`lora_train.rollout.FirstFrames`).
+Source: Wan-Video/Wan2.2:wan/image2video.py and textimage2video.py (Apache-2.0), as ComfyUI's WanImageToVideo and Wan22ImageToVideoLatent have them.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ import torch
 from ..lora_train.config import TrainConfig
 from ..reward_models.base import as_float
 from . import media
+from .preflight import MASK_CHANNELS, why_no_images
 from .vae import WanDecoder
 from .wan import WanBackbone
 
-MASK_CHANNELS = 4
 _GREY = 0.5
 
 
-def conditions(config: TrainConfig, paths: Sequence[str], backbones: Mapping[str, WanBackbone], decoder: WanDecoder) -> dict[str, torch.Tensor]:
-    """Input channels [20, F, H, W] fp32 of every image, on the CPU.
+def given(config: TrainConfig, paths: Sequence[str], backbones: Mapping[str, WanBackbone], decoder: WanDecoder) -> dict[str, dict[str, torch.Tensor]]:
+    """What the context cache is told of every image, on the CPU: `conditions` [20, F, H, W] or `first_frames` [C, 1, H, W], as the models take it.
 
     Raises:
         ValueError: an image cannot be read, or the experts take no image.
     """
-    for expert, backbone in backbones.items() if paths else ():
-        wanted = backbone.latent_channels * 2 + MASK_CHANNELS
-        if backbone.model.in_dim != wanted:
-            raise ValueError(
-                f"prompts have start images, but the {expert}-noise expert reads {backbone.model.in_dim} channels, not {wanted}: use Wan2.2 I2V or Fun-InP "
-                "experts, or take the images out"
-            )
-    return {path: condition(picture(path, config.video.width_px, config.video.height_px), config.video.frames, decoder) for path in paths}
+    if not paths:
+        return {}
+    for expert, backbone in backbones.items():
+        refusal = why_no_images(backbone.model.in_dim, backbone.latent_channels, f"{expert}-noise expert")
+        if refusal:
+            raise ValueError(refusal)
+    first = next(iter(backbones.values()))
+    pictures = {path: picture(path, config.video.width_px, config.video.height_px) for path in paths}
+    if first.model.in_dim == first.latent_channels:
+        return {"first_frames": {path: decoder.encode(pixels[None, None])[0].cpu() for path, pixels in pictures.items()}}
+    return {"conditions": {path: condition(pixels, config.video.frames, decoder) for path, pixels in pictures.items()}}
 
 
 def picture(path: str, width_px: int, height_px: int) -> torch.Tensor:
@@ -53,7 +57,7 @@ def picture(path: str, width_px: int, height_px: int) -> torch.Tensor:
 
 
 def condition(picture_CHW: torch.Tensor, frames: int, decoder: WanDecoder) -> torch.Tensor:
-    """Mask and latents [20, F, H, W] of a first frame [3, 8H, 8W]."""
+    """Mask and latents [4 + C, F, H, W] of a first frame [3, 8H, 8W]."""
     video = torch.full((1, frames, *picture_CHW.shape), _GREY)
     video[0, 0] = picture_CHW
     latent = decoder.encode(video)[0].cpu()

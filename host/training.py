@@ -88,8 +88,9 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         "models": {role: wan_files[role] for role in ("high", "low", "text_encoder", "vae")},
         "reward": reward_model.to_dict(),
         "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0), "image": prompt.get("image", "")} for prompt in prompts],
-        "expert": settings["expert"],
-        "video": {"width_px": settings["width"], "height_px": settings["height"], "frames": settings["frames"]},
+        # A model without experts is given in the place of the high-noise one.
+        "expert": settings["expert"] if wan_files["low"] else "high",
+        "video": {"width_px": settings["width"], "height_px": settings["height"], "frames": settings["frames"], "vae": wan_files.get("latents", "wan2.1")},
         "sampling": {"steps": settings["sampling_steps"], "guidance": settings["guidance"]},
         "lora": {"rank": settings["rank"], "alpha": settings["alpha"]},
         "optimiser": {"lr": settings["learning_rate"]},
@@ -287,7 +288,7 @@ def _wait(runs: RunStore, run_id: str) -> RunInfo:
 def _newest_loras(folder: Path, info: RunInfo) -> dict[str, Path]:
     """Return the newest LoRA of each expert that a run trained; finished ones count, and checkpoints only where there are none."""
     finished = [Path(file) for file in info.files if Path(file).is_file()]
-    checkpoints = sorted((folder / "checkpoints").glob("*-noise-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    checkpoints = sorted((folder / "checkpoints").glob("*-step*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     found = {guess_expert(file.name, read_header(file, "LoRA").metadata).expert or info.expert: file for file in finished or checkpoints}
     return {expert: found[expert] for expert in EXPERTS if expert in found}
 

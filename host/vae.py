@@ -1,4 +1,4 @@
-"""The Wan2.1 VAE as a differentiable decoder.
+"""The Wan2.1 and Wan2.2 VAEs as differentiable decoders.
 
 It calls the network itself, not the host's `VAE.decode`: that one falls back to tiles in inference mode when memory is short, and the gradient
 vanishes without a word. It decodes only as much as the asked frames need: the decoder is causal, so frames up to the last asked latent suffice, and a
@@ -13,18 +13,26 @@ from pathlib import Path
 
 import comfy.latent_formats
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.sd
 import comfy.utils
 import torch
 from comfy.ldm.wan.vae import count_cache_layers
 
 from ..lora_train.safetensors_file import read_header
+from ..reward_models.weights import load_into
 from . import vae22_gradient, vae_gradient
 from .wan import freeze
 
 FRAMES_PER_LATENT = 4
+FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 # The host's step through a video after its first frame: latents in decoding, pixel frames in encoding.
 _STEP = 2
+# What autograd keeps of a decode, for each pixel and each channel of the widest picture: 485 GB for 81 frames of 720p in bf16 (computed).
+_GRAPH_NUMBERS = 34
+# Only the Wan2.2 VAE has it; the host tells them apart by it as well.
+_WAN22_MARK = "decoder.upsamples.0.upsamples.0.residual.2.weight"
+_WAN22_CHANNELS = 48
 
 
 class WanDecoder:
@@ -32,7 +40,7 @@ class WanDecoder:
 
     def __init__(self, network: torch.nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
         """Args:
-        network: the host's WanVAE.
+        network: the host's WanVAE, of either kind.
         """
         freeze(network)
         self.network = _laid_out(network.to(device, dtype), device)
@@ -40,19 +48,22 @@ class WanDecoder:
         self.device = device
         # Where feature caches of a decode with gradient wait for backward; the plan may put them on the host.
         self.keep_device = device
+        # A decode with gradient whose graph is smaller than this keeps it instead of running layers again.
+        self.graph_limit_bytes = 0
         # The host's network for Wan2.1 walks through a video in pieces that can be had one by one; others run whole.
         self._has_pieces = isinstance(network, comfy.ldm.wan.vae.WanVAE)
-        self._format = comfy.latent_formats.Wan21()
+        self.latent_channels = network.z_dim
+        self._format = FORMATS[network.z_dim]()
 
     def decode(self, latent_BCFHW: torch.Tensor, selection: range | None = None) -> torch.Tensor:
         """Pixels of consecutive latent frames.
 
         Args:
-            latent_BCFHW: [B, 16, F, H, W] in model space.
+            latent_BCFHW: [B, C, F, H, W] in model space.
             selection: which latent frames, a range with step 1 inside 0..F; None takes all.
 
         Returns:
-            frames_BFCHW, [B, T, 3, 8H, 8W] fp32 in [0, 1], as reward models take them. Latent frame 0 gives one pixel frame, every later one
+            frames_BFCHW, [B, T, 3, 8H, 8W] (Wan2.2: 16H, 16W) fp32 in [0, 1], as reward models take them. Latent frame 0 gives one pixel frame, every later one
             four. Pixels outside of the range are clamped, as the host and VideoX-Fun do, so they get no gradient. Differentiable where the latent
             wants gradient.
 
@@ -66,8 +77,7 @@ class WanDecoder:
         latent = self._format.process_out(latent_BCFHW[:, :, : selection.stop].float()).to(self.dtype)
         first = pixel_frames(selection).start
         if torch.is_grad_enabled() and latent.requires_grad:
-            again = vae_gradient if self._has_pieces else vae22_gradient
-            return _shown(again.decode(self.network, latent, self.keep_device)[:, :, first:])
+            return _shown(self._with_gradient(latent)[:, :, first:])
         frames, done = None, 0
         for piece in self._pieces(latent, first):
             if frames is None:
@@ -75,6 +85,16 @@ class WanDecoder:
             frames[:, done : done + piece.shape[1]] = piece
             done += piece.shape[1]
         return frames
+
+    def _with_gradient(self, latent_BCFHW: torch.Tensor) -> torch.Tensor:
+        batch, _, latents, height, width = latent_BCFHW.shape
+        frames = 1 + FRAMES_PER_LATENT * (latents - 1)
+        # The Wan2.2 VAE folds 2 x 2 pixels into channels around its layers, so its widest picture has the same 64 pixels for one of the latent.
+        numbers = batch * frames * height * width * 64 * self.network.decoder.head[0].gamma.numel()
+        if numbers * _GRAPH_NUMBERS * latent_BCFHW.element_size() <= self.graph_limit_bytes:
+            return self.network.decode(latent_BCFHW)
+        again = vae_gradient if self._has_pieces else vae22_gradient
+        return again.decode(self.network, latent_BCFHW, self.keep_device)
 
     @torch.no_grad()
     def stream(self, latent_BCFHW: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -96,7 +116,10 @@ class WanDecoder:
                     yield _shown(wanted)
 
     def encode(self, frames_BFCHW: torch.Tensor) -> torch.Tensor:
-        """Latents in model space [B, 16, F, H/8, W/8] fp32 of pixels in [0, 1] [B, T, 3, H, W], T = 4n+1; frames go to the device piece by piece."""
+        """Latents in model space [B, C, F, H/8, W/8] (Wan2.2: H/16, W/16) fp32 of pixels in [0, 1] [B, T, 3, H, W], T = 4n+1.
+
+        Frames go to the device piece by piece.
+        """
         total = 1 + (frames_BFCHW.shape[1] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         return self.encode_pieces(frames_BFCHW[:, start:stop] for start, stop in _steps(total))
 
@@ -160,7 +183,7 @@ def pixel_frames(selection: range) -> range:
 
 
 def load_decoder(path: str | Path, *, dtype: torch.dtype, device: torch.device) -> WanDecoder:
-    """Load a Wan2.1-architecture VAE file by the host's loader.
+    """Load a Wan2.1 or Wan2.2 VAE file into the host's network.
 
     Raises:
         ValueError: missing or truncated file, or another VAE.
@@ -171,8 +194,22 @@ def load_decoder(path: str | Path, *, dtype: torch.dtype, device: torch.device) 
         raise ValueError(f"the VAE {path} does not exist; check the path or download the file")
     with torch.inference_mode(False):
         tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        if _WAN22_MARK in tensors:
+            return WanDecoder(_wan22(tensors, path), dtype=dtype, device=device)
         vae = comfy.sd.VAE(sd=tensors, metadata=metadata, device=device)
     network = vae.first_stage_model
-    if type(network).__name__ != "WanVAE" or vae.latent_channels != 16:
-        raise ValueError(f"the VAE {path} is a {type(network).__name__} with {vae.latent_channels} latent channels; Wan2.2 14B needs wan_2.1_vae.safetensors")
+    if type(network).__name__ != "WanVAE" or vae.latent_channels not in FORMATS:
+        raise ValueError(
+            f"the VAE {path} is a {type(network).__name__} with {vae.latent_channels} latent channels; Wan2.2 14B needs wan_2.1_vae.safetensors, 5B "
+            "wan2.2_vae.safetensors"
+        )
     return WanDecoder(network, dtype=dtype, device=device)
+
+
+def _wan22(tensors: dict[str, torch.Tensor], path: str | Path) -> torch.nn.Module:
+    """The host's Wan2.2 VAE with the widths that the tensors have; the host's own loader knows the published widths only."""
+    widths = {"dim": tensors["encoder.conv1.weight"].shape[0], "dec_dim": tensors["decoder.head.0.gamma"].shape[0]}
+    with torch.device("meta"):
+        network = comfy.ldm.wan.vae2_2.WanVAE(**widths, z_dim=_WAN22_CHANNELS, temperal_downsample=[False, True, True])
+    load_into(network, tensors, str(path))
+    return network

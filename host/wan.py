@@ -15,6 +15,7 @@ import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanSelfAttention, WanT2VCrossAttention
 from torch.utils.checkpoint import checkpoint
 
+from ..lora_train.input_config import LATENTS
 from ..lora_train.lora.linears import MASTERS_PLACE
 from ..lora_train.offload.executor import BlockExecutor
 from ..lora_train.offload.knobs import Knobs
@@ -25,6 +26,7 @@ from . import quantised_file
 from .training_mode import attention
 
 _TIMESTEPS = 1000.0
+LATENT_CHANNELS = tuple(layout.channels for layout in LATENTS.values())
 
 
 class WanBackbone:
@@ -41,31 +43,32 @@ class WanBackbone:
         self.quantised = quantised or {}
         self.dtype = dtype
         self.device = device
+        self.latent_channels = model.out_dim
         freeze(model)
 
-    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
+    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor, known_BF: torch.Tensor | None = None) -> torch.Tensor:
         """The transformer's output for latents in model space.
 
         Args:
-            latent_BCFHW: [B, 16, F, H, W], any float type; for image-to-video with the condition's channels behind. Channels that the model has beyond
+            latent_BCFHW: [B, C, F, H, W], any float type; for image-to-video with the condition's channels behind. Channels that the model has beyond
                 these are zero: its mask says then that nothing is known.
             sigma: in [0, 1]; the model is told 1000 * sigma.
             context_BPD: text encoder output, [B, P, text_dim].
+            known_BF: latent frames for which the model is told 0 (5B with a start image).
 
         Returns:
-            [B, 16, F, H, W] fp32.
+            [B, C, F, H, W] fp32.
         """
         x = latent_BCFHW.to(self.dtype)
         missing = self.model.in_dim - x.shape[1]
         if missing > 0:
             zeros = x.new_zeros((x.shape[0], missing, *x.shape[2:]))
             x = torch.cat([x, zeros], dim=1)
-        return self._run(x, sigma * _TIMESTEPS, context_BPD)
-
-    def _run(self, x: torch.Tensor, timestep: float, context_BPD: torch.Tensor) -> torch.Tensor:
-        timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        timestep = torch.full((x.shape[0],), sigma * _TIMESTEPS, dtype=torch.float32, device=x.device)
+        if known_BF is not None:
+            timestep = timestep[:, None] * ~known_BF
         options = {"optimized_attention_override": attention}
-        return self.model(x, timestep_B, context_BPD.to(x.device, self.dtype), transformer_options=options).float()
+        return self.model(x, timestep, context_BPD.to(x.device, self.dtype), transformer_options=options).float()
 
     def linears(self) -> dict[str, torch.nn.Linear]:
         """Every Linear by its path, in model order."""
@@ -150,10 +153,10 @@ def load_backbone(path: str | Path, *, dtype: torch.dtype, device: torch.device,
         model, quantised = _load_plain(path, dtype, torch.device("cpu") if on_host else device), {}
     if not hasattr(model, "blocks") or not hasattr(model, "text_embedding"):
         raise ValueError(f"the {role} {path} is a {type(model).__name__}, not a Wan model; pick a Wan2.2 text-to-video expert")
-    if model.out_dim != WanBackbone.latent_channels or model.model_type != "t2v":
+    if model.out_dim not in LATENT_CHANNELS or model.model_type != "t2v":
         raise ValueError(
-            f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains 16-channel models with "
-            "plain text conditioning (Wan2.2 T2V, I2V and Fun-InP 14B)"
+            f"the {role} {path} has {model.out_dim} latent channels and type {model.model_type}, but this version trains models with plain text "
+            "conditioning (Wan2.2 T2V, I2V and Fun-InP 14B, Wan2.2 5B)"
         )
     return WanBackbone(model if on_host or quantised else model.to(device), dtype=dtype, device=device, quantised=quantised)
 

@@ -1,4 +1,4 @@
-"""Finds, checks and loads the files of a Wan2.2 model: two experts, text encoder, VAE.
+"""Finds, checks and loads the files of a Wan2.2 model: two experts (or one model for all noise levels, as 5B is), text encoder, VAE.
 
 Every file's header is checked before the first one is loaded, so that a truncated file costs seconds, not minutes.
 """
@@ -15,16 +15,20 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..lora_train.flow import EXPERTS
+from ..lora_train.input_config import LATENTS
 from ..lora_train.safetensors_file import Header, read_header
 from . import paths
 from .experts import ExpertGuess, guess_expert
 from .lora_patch import EXPERT_ATTACHMENT
-from .preflight import ROLES
+from .preflight import ROLES, latent_channels
 from .text import load_text_encoder
 
 logger = logging.getLogger("reward_lab")
 
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+# Chosen for the low-noise expert of a model that has none.
+NO_EXPERT = "none (one model)"
 FOLDERS = {"high": "diffusion_models", "low": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 # A key that only files of that kind have; told apart by suffix, since full checkpoints put prefixes before it.
 MARKS = {
@@ -46,28 +50,36 @@ class LoadedWan:
 
 
 def resolve(high: str, low: str, text_encoder: str, vae: str, weight_dtype: str = "default") -> dict[str, str]:
-    """Find the four files and check them without loading.
+    """Find the files and check them without loading.
 
     Args:
         high: Name in models/diffusion_models.
-        low: Name in models/diffusion_models.
+        low: Name in models/diffusion_models, or NO_EXPERT; a 5B model's name stands for that as well.
         text_encoder: Name in models/text_encoders.
         vae: Name in models/vae.
         weight_dtype: One of WEIGHT_DTYPES.
 
     Returns:
-        WAN_FILES: absolute paths under `high`, `low`, `text_encoder`, `vae`, and `weight_dtype`.
+        WAN_FILES: absolute paths under `high`, `low` (empty for one model), `text_encoder`, `vae`, `weight_dtype`, and `latents`, a key of `LATENTS`.
 
     Raises:
         ValueError: A file is missing, truncated, of another kind, or an expert sits in the other's slot.
     """
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype is {weight_dtype!r}; it must be one of {', '.join(WEIGHT_DTYPES)}.")
-    found = {role: paths.model_path(FOLDERS[role], name) for role, name in (("high", high), ("low", low), ("text_encoder", text_encoder), ("vae", vae))}
+    names = {"high": high, "low": low, "text_encoder": text_encoder, "vae": vae}
+    names = {role: name for role, name in names.items() if name != NO_EXPERT}
+    found = {role: paths.model_path(FOLDERS[role], name) for role, name in names.items()}
     headers = {role: _checked_header(role, path) for role, path in found.items()}
-    _check_slots({expert: guess_expert(found[expert].name, headers[expert].metadata) for expert in ("high", "low")}, found)
-    _check_same_size(headers, found)
-    return {**{role: str(path) for role, path in found.items()}, "weight_dtype": weight_dtype}
+    if found.get("low") == found["high"] and latent_channels(headers["high"]) == LATENTS["wan2.2"].channels:
+        del found["low"], headers["low"]
+    experts = [expert for expert in EXPERTS if expert in found]
+    _check_slots({expert: guess_expert(found[expert].name, headers[expert].metadata) for expert in experts}, found)
+    if len(experts) == 2:
+        _check_same_size(headers, found)
+    channels = latent_channels(headers["high"])
+    latents = next((name for name, layout in LATENTS.items() if layout.channels == channels), "wan2.1")
+    return {"low": "", **{role: str(path) for role, path in found.items()}, "weight_dtype": weight_dtype, "latents": latents}
 
 
 def load(files: dict[str, str]) -> LoadedWan:
@@ -77,19 +89,20 @@ def load(files: dict[str, str]) -> LoadedWan:
         files: WAN_FILES.
 
     Returns:
-        The host's objects. Both experts carry their role, so that later nodes notice when they are swapped.
+        The host's objects. Both experts carry their role, so that later nodes notice when they are swapped; one model stands in both places.
     """
     dtype = WEIGHT_DTYPES[files["weight_dtype"]]
     model_options = {} if dtype is None else {"dtype": dtype}
     models = {}
-    for expert in ("high", "low"):
+    for expert in filter(files.get, EXPERTS):
         models[expert] = comfy.sd.load_diffusion_model(files[expert], model_options=dict(model_options))
-        models[expert].set_attachments(EXPERT_ATTACHMENT, expert)
+        if files["low"]:
+            models[expert].set_attachments(EXPERT_ATTACHMENT, expert)
     clip = load_text_encoder(files["text_encoder"], embedding_directory=folder_paths.get_folder_paths("embeddings"))
     tensors, metadata = comfy.utils.load_torch_file(files["vae"], return_metadata=True)
     vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
     vae.throw_exception_if_invalid()
-    return LoadedWan(model_high=models["high"], model_low=models["low"], clip=clip, vae=vae)
+    return LoadedWan(model_high=models["high"], model_low=models.get("low", models["high"]), clip=clip, vae=vae)
 
 
 def _checked_header(role: str, path: Path) -> Header:
@@ -113,7 +126,7 @@ def _check_slots(guesses: dict[str, ExpertGuess], found: dict[str, Path]) -> Non
         if len(wrong) == 2:
             raise ValueError(f"The experts are swapped: {message}. Exchange the two files.")
         raise ValueError(f"{message}. Choose the {slot}-noise expert; if the file's name is wrong, rename it.")
-    if found["high"] == found["low"]:
+    if found["high"] == found.get("low"):
         logger.warning("both experts are the same file, %s", found["high"].name)
 
 

@@ -1,5 +1,6 @@
 """The training process: `python host/worker.py RUN_FOLDER --comfyui PATH [--resume] [--nice N]`.
 
+A launcher may start it as well, as one process: `torchrun --nproc_per_node 1 host/worker.py ...`; several are refused.
 Reads `config.json`, loads the models through the host, trains, and writes events to `metrics.jsonl`. A `stop` file or SIGTERM / SIGINT ends the run in
 order. Exit status: 0 finished or stopped, 2 failed (the reason stands in the last event).
 """
@@ -34,6 +35,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--nice", type=int, default=0, help="lower this process's priority")
     options = parser.parse_args(argv)
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        # Each of them would train the whole run, and all but one find its folder taken.
+        print(
+            f"error: a launcher started {processes} processes (WORLD_SIZE), but a run is trained by one process on one card; start it with one process "
+            "(torchrun --nproc_per_node 1), or a run of its own per card with CUDA_VISIBLE_DEVICES",
+            file=sys.stderr,
+        )
+        return 2
     _register_pack(options.comfyui.resolve())
     # The host reports much at INFO that has no place in a run's log.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
@@ -151,7 +161,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from .training_mode import training_mode
     from .wan import load_backbone
 
-    real = _open_real(config.real.path) if needs.real_latents(config) else None
+    real = _open_real(config) if needs.real_latents(config) else None
     contexts, negative = _encode(config, real)
     backbones = {
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert", on_host=True)
@@ -175,7 +185,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
         parts = Parts(
             experts=Experts(backbones=backbones, sampling=config.sampling),
-            contexts=ContextCache(contexts, negative, device, start_images.conditions(config, needs.start_images(config), backbones, scorers["decoder"])),
+            contexts=ContextCache(contexts, negative, device, **start_images.given(config, needs.start_images(config), backbones, scorers["decoder"])),
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),
@@ -190,16 +200,25 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         train(config, parts, objectives.create(config, parts), folder, resume=resume)
 
 
-def _open_real(path: str):
-    """Real latents of a file, or of a dataset of encoded videos."""
+def _open_real(config):
+    """Real latents of a file, or of a dataset of encoded videos.
+
+    Raises:
+        ValueError: they cannot be read, or are those of another VAE.
+    """
     from ..lora_train.real import RealLatents, RealSamples
     from . import datasets
 
-    if Path(path).is_file() and path.endswith(".safetensors"):
-        return RealLatents(path)
-    real = RealSamples(datasets.read(path).samples)
-    if real.left_out:
+    path = config.real.path
+    is_file = Path(path).is_file() and path.endswith(".safetensors")
+    real = RealLatents(path) if is_file else RealSamples(datasets.read(path).samples)
+    if not is_file and real.left_out:
         logger.warning("%d of the real videos have no caption or another size than most, and are left out", real.left_out)
+    if real.shape[0] != config.video.latent_channels:
+        raise ValueError(
+            f"the real latents {path} have {real.shape[0]} channels, but video.vae is {config.video.vae!r}, which has {config.video.latent_channels}: "
+            "encode the videos with the VAE of these models"
+        )
     return real
 
 

@@ -51,6 +51,8 @@ def arguments_score_latent(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trunk", metavar="PATH", required=True, help="checkpoint folder of HY-Video-PRFL, a Wan file, or our single PAVRM file")
     parser.add_argument("--query", metavar="FILE", help="query_attention_step_N.ckpt")
     parser.add_argument("--head", metavar="FILE", help="mlp_step_N.ckpt")
+    parser.add_argument("--num-heads", type=int, metavar="N", help="heads of the query attention; its file does not tell (default: 8, as published)")
+    parser.add_argument("--pooling", choices=["query", "mean", "max"], help="mean, max: with --head alone (default: query)")
     parser.add_argument("--generator", metavar="FILE", help="the generator whose first blocks a PAVRM in LoRA form stands on")
     parser.add_argument("--sigma", metavar="LIST", help="noise levels, such as 0.2,0.5,0.8: the latents are clean and get this much noise")
     parser.add_argument("--seed", type=int, default=0, help="of that noise (default: 0)")

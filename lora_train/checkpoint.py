@@ -45,8 +45,9 @@ def reward_label(kind: str) -> str:
 
 
 def lora_file_name(config: TrainConfig, expert: str) -> str:
-    """`<name>-high-noise-<reward>.safetensors`."""
-    return f"{config.name}-{expert}-noise-{reward_label(config.reward.kind)}.safetensors"
+    """`<name>-high-noise-<reward>.safetensors`; of a model without experts `<name>-<reward>.safetensors`."""
+    side = f"-{expert}-noise" if config.models.has_experts else ""
+    return f"{config.name}{side}-{reward_label(config.reward.kind)}.safetensors"
 
 
 def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base_sha256: str, *, best: bool = False) -> None:
@@ -59,7 +60,7 @@ def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base
     alpha = config.lora.effective_alpha
     metadata = {
         "format": "pt",
-        "expert": trainee.expert,
+        **({"expert": trainee.expert} if config.models.has_experts else {}),
         "boundary": repr(config.sampling.boundary),
         "base_sha256": base_sha256,
         "base_file": Path(getattr(config.models, trainee.expert)).name,

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import checks
 from .checks import choice as _choice
 from .checks import number as _number
 from .checks import require as _require
 from .checks import whole as _whole
 from .config_reader import build
 from .flow import SCHEDULES, shifted_sigmas, steps_of_expert
+from .input_config import COMPARING_REWARDS, ModelFiles, Prompt, RewardSource, Video
 from .method_config import Guards, Optimiser, Prfl, Real, RewardFlow
 from .presets import with_preset
 
@@ -29,72 +30,6 @@ METHODS = ("reward_backprop", "prfl", "reward_flow")
 STARTS = ("noise", "real")
 DTYPES = ("auto", "fp32", "bf16")
 SAVE_DTYPES = ("bf16", "fp16", "fp32")
-# Equal to reward_models.spec.PATHLESS, which this layer may not import; a test compares them.
-PATHLESS_REWARDS = ("dynamic_degree", "flicker", "drift", "mix")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFiles:
-    """Paths of the four model files."""
-
-    high: str
-    low: str
-    text_encoder: str
-    vae: str
-
-    def __post_init__(self) -> None:
-        for name in ("high", "low", "text_encoder", "vae"):
-            _require(bool(getattr(self, name).strip()), f"models.{name} is empty; give the path of the file")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardSource:
-    """Which reward model: kind, weights file (empty for `PATHLESS_REWARDS`), and options for its loader (`resize`, `antialias`, ..., a mix's `rows`)."""
-
-    kind: str
-    path: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require(bool(self.kind.strip()), "reward.kind is empty; give the kind of reward model, such as hpsv2.1")
-        _require(bool(self.path.strip()) or self.kind in PATHLESS_REWARDS, "reward.path is empty; give the path of the reward model's weights")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A prompt and how often it is drawn relative to the others. `image`: path of a start image, empty for none."""
-
-    text: str
-    weight: float = 1.0
-    image: str = ""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.text.strip()), "a prompt is empty; remove it or write something")
-        _number(f"weight of prompt {self.text[:40]!r}", self.weight, above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Video:
-    """Size of the generated videos."""
-
-    width_px: int
-    height_px: int
-    frames: int
-
-    def __post_init__(self) -> None:
-        for name in ("width_px", "height_px"):
-            value = getattr(self, name)
-            _whole(f"video.{name}", value, 16)
-            nearest = max(16, round(value / 16) * 16)
-            _require(value % 16 == 0, f"video.{name} is {value}, but Wan needs a multiple of 16; use {nearest}")
-        _whole("video.frames", self.frames, 1)
-        remedy = f"use {max(1, (self.frames - 1) // 4 * 4 + 1)} or {(self.frames - 1) // 4 * 4 + 5}"
-        _require(self.frames % 4 == 1, f"video.frames is {self.frames}, but Wan needs 4n+1 frames; {remedy}")
-
-    def latent_shape(self, batch: int, channels: int = 16) -> tuple[int, int, int, int, int]:
-        """[B, C, F, H, W] of the latents of these videos (Wan2.1 VAE: 4 frames and 8 x 8 pixels a latent)."""
-        return (batch, channels, (self.frames - 1) // 4 + 1, self.height_px // 8, self.width_px // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +238,7 @@ class TrainConfig:
     engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
-        name_rule = "letters, digits, '.', '_' and '-', at most 100 of them, starting with a letter or a digit"
-        _require(_NAME.fullmatch(self.name) is not None, f"name is {self.name!r}, but file names are made of it: use {name_rule}")
+        checks.name(self.name)
         _choice("method", self.method, METHODS)
         _choice("expert", self.expert, EXPERT_CHOICES)
         _choice("dtype", self.dtype, DTYPES)
@@ -314,12 +248,26 @@ class TrainConfig:
             _whole(name, getattr(self, name), least)
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but it must be from 0 to 2^63 - 1")
         _number("frame_rate", self.frame_rate, above=0)
+        if not self.models.has_experts:
+            _require(self.expert == "high", f"expert is {self.expert!r}, but models.low is empty, so the model in models.high makes all steps: set expert high")
+            _require(self.sampling.boundary == 0, f"sampling.boundary is {self.sampling.boundary}, but there is one model (models.low is empty): set 0")
         for expert in self.trained_experts:
             self._check_steps(expert)
+        if self.method != "prfl" and self.reward.kind in COMPARING_REWARDS:
+            self._check_scored_frames()
         needs_real = self.objective.start == "real" or (self.method == "prfl" and self.prfl.real_weight > 0)
         _require(bool(self.real.path) or not needs_real, "real.path is empty; give a file of real latents, or set objective.start noise and prfl.real_weight 0")
         needs_looks = self.guards.needs_looks or self.held_out.judge is not None
         _require(bool(self.held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
+
+    def _check_scored_frames(self) -> None:
+        objective, latents = self.objective, self.video.latent_shape(1)[2]
+        has_one_latent = latents == 1 or (objective.decode in ("first", "random") and objective.decode_count == 1)
+        _require(
+            not has_one_latent and objective.score_frames != 1,
+            f"the reward {self.reward.kind} compares frames, but only one may be scored with objective.decode {objective.decode!r}, decode_count "
+            f"{objective.decode_count}, score_frames {objective.score_frames} and {self.video.frames} frames; use objective.decode \"all\"",
+        )
 
     def _check_steps(self, expert: str) -> None:
         own = steps_of_expert(self.sampling.sigmas(), self.sampling.boundary, expert)
@@ -358,12 +306,15 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Read settings; a `preset` key is expanded first.
+        """Read settings; a `preset` key is expanded first, and without a low-noise expert the boundary is 0 unless it is given.
 
         Raises:
             ValueError: an unknown key (with the nearest known one), a wrong type, or a value out of range.
         """
-        return build(cls, with_preset(values), "")
+        merged, models = with_preset(values), values.get("models") if isinstance(values, dict) else None
+        if isinstance(models, dict) and models.get("low") == "" and "boundary" not in (values.get("sampling") or {}):
+            merged["sampling"] = {**(merged.get("sampling") or {}), "boundary": 0.0}
+        return build(cls, merged, "")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values; `from_dict` of it gives an equal config."""

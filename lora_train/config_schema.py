@@ -11,12 +11,12 @@ import typing
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from . import config, flow, method_config, presets
+from . import config, flow, input_config, method_config, presets
 
 _CHOICES = {
     "method": config.METHODS, "expert": config.EXPERT_CHOICES, "dtype": config.DTYPES, "save_dtype": config.SAVE_DTYPES,
     "sampling.schedule": flow.SCHEDULES, "objective.mode": config.MODES, "objective.strategy": config.STRATEGIES, "objective.decode": config.DECODES,
-    "objective.start": config.STARTS, "prfl.solver": method_config.SOLVERS, "prfl.loss": method_config.PRFL_LOSSES,
+    "objective.start": config.STARTS, "video.vae": tuple(input_config.LATENTS), "prfl.solver": method_config.SOLVERS, "prfl.loss": method_config.PRFL_LOSSES,
     "optimiser.kind": method_config.OPTIMISERS, "optimiser.schedule": method_config.LR_SCHEDULES,
 }  # fmt: skip
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
@@ -27,7 +27,7 @@ def schema() -> dict[str, Any]:
     root = _of(config.TrainConfig, "")
     root["properties"] = {
         "preset": {"enum": list(presets.PRESETS), "description": "Settings to start from; what is given here wins over them."},
-        "card": {"enum": list(presets.CARDS), "description": "Sizes that fit a card, laid over the preset."},
+        "card": {"enum": list(presets.CARD_SIZES), "description": "Sizes that fit a card, laid over the preset."},
         **root["properties"],
     }
     # A preset may bring the video; the rest of what a run needs, none does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import checks
 from .checks import choice, number, require, whole
 
 SOLVERS = ("euler", "unipc")
@@ -149,12 +150,4 @@ class Optimiser:
         choice("optimiser.schedule", self.schedule, LR_SCHEDULES)
         number("optimiser.lr", self.lr, above=0, most=1)
         number("optimiser.final_lr", self.final_lr, least=0, most=1)
-        require(len(self.betas) == 2, f"optimiser.betas has {len(self.betas)} numbers, but AdamW takes 2")
-        for beta in self.betas:
-            number("optimiser.betas", beta, least=0, most=0.999999)
-        number("optimiser.weight_decay", self.weight_decay, least=0)
-        number("optimiser.eps", self.eps, above=0)
-        number("optimiser.clip_norm", self.clip_norm, least=0)
-        whole("optimiser.warmup", self.warmup, 0)
-        whole("optimiser.accumulate", self.accumulate, 1)
-        number("optimiser.ema_decay", self.ema_decay, least=0, most=0.999999)
+        checks.updates(self)

@@ -28,7 +28,9 @@ def start_images(config: TrainConfig) -> list[str]:
 
 
 def experts(config: TrainConfig) -> tuple[str, ...]:
-    """Experts to load: both, unless no video is finished and the trained one makes every step that is made."""
+    """Experts to load: both, unless there is one model, or no video is finished and the trained one makes every step that is made."""
+    if not config.models.has_experts:
+        return ("high",)
     if decodes(config):
         return EXPERTS
     # From noise, the low-noise expert's steps come after the other's; looks always start there.

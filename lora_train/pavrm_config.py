@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import random
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import checks
+from .checks import choice, number, require, whole
 from .config_reader import build
 from .flow import shift_sigma
 from .labels import MISSING, MIXED, QUALITIES
@@ -30,27 +31,6 @@ SAVE_DTYPES = ("fp32", "bf16", "fp16")
 TIMESTEPS = 1000
 # Noise levels that accuracy is told for, as in the paper's table 5.
 BUCKETS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    _require(value >= least, f"{name} is {value}, but it must be a whole number of at least {least}")
-
-
-def _number(name: str, value: float, *, above: float | None = None, least: float | None = None, most: float | None = None) -> None:
-    _require(math.isfinite(value), f"{name} is {value}, but it must be a finite number")
-    _require(above is None or value > above, f"{name} is {value}, but it must be greater than {above}")
-    _require(least is None or value >= least, f"{name} is {value}, but it must be at least {least}")
-    _require(most is None or value <= most, f"{name} is {value}, but it must be at most {most}")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +42,8 @@ class Models:
     head: str = ""
 
     def __post_init__(self) -> None:
-        _require(bool(self.trunk.strip()), "models.trunk is empty; give a Wan model, a PAVRM file or a checkpoint folder")
-        _require(bool(self.query) == bool(self.head), "models.query and models.head belong together; give both or neither")
+        require(bool(self.trunk.strip()), "models.trunk is empty; give a Wan model, a PAVRM file or a checkpoint folder")
+        require(bool(self.query) == bool(self.head), "models.query and models.head belong together; give both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +74,13 @@ class Data:
     validation: str = ""
 
     def __post_init__(self) -> None:
-        _require(bool(self.source.strip()), "data.source is empty; give a dataset folder or a list file of metas")
-        _choice("data.quality", self.quality, QUALITIES)
-        _choice("data.missing", self.missing, MISSING)
-        _choice("data.mixed", self.mixed, MIXED)
-        _choice("data.caption", self.caption, CAPTIONS)
-        _choice("data.pairing", self.pairing, PAIRINGS)
-        _number("data.validation_share", self.validation_share, least=0, most=0.9)
+        require(bool(self.source.strip()), "data.source is empty; give a dataset folder or a list file of metas")
+        choice("data.quality", self.quality, QUALITIES)
+        choice("data.missing", self.missing, MISSING)
+        choice("data.mixed", self.mixed, MIXED)
+        choice("data.caption", self.caption, CAPTIONS)
+        choice("data.pairing", self.pairing, PAIRINGS)
+        number("data.validation_share", self.validation_share, least=0, most=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +100,16 @@ class SigmaDraw:
     sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _choice("sigma.kind", self.kind, SIGMA_KINDS)
-        _number("sigma.shift", self.shift, above=0)
-        _number("sigma.low", self.low, least=0, most=1)
-        _number("sigma.high", self.high, least=0, most=1)
-        _require(self.low < self.high, f"sigma.low is {self.low}, but it must be below sigma.high, {self.high}")
-        _number("sigma.mean", self.mean)
-        _number("sigma.std", self.std, above=0)
-        _require(bool(self.sigmas) == (self.kind == "list"), "sigma.sigmas goes with kind 'list': give both or neither")
+        choice("sigma.kind", self.kind, SIGMA_KINDS)
+        number("sigma.shift", self.shift, above=0)
+        number("sigma.low", self.low, least=0, most=1)
+        number("sigma.high", self.high, least=0, most=1)
+        require(self.low < self.high, f"sigma.low is {self.low}, but it must be below sigma.high, {self.high}")
+        number("sigma.mean", self.mean)
+        number("sigma.std", self.std, above=0)
+        require(bool(self.sigmas) == (self.kind == "list"), "sigma.sigmas goes with kind 'list': give both or neither")
         for value in self.sigmas:
-            _number("sigma.sigmas", value, least=0, most=1)
+            number("sigma.sigmas", value, least=0, most=1)
 
     def draw(self, rng: random.Random, position: int) -> float:
         """A sigma in [0, 1] for sample number `position`."""
@@ -161,18 +141,18 @@ class Shape:
     head: str = "fresh"
 
     def __post_init__(self) -> None:
-        _whole("shape.blocks", self.blocks, 0)
-        _whole("shape.train_blocks", self.train_blocks, -1)
-        _whole("shape.lora_rank", self.lora_rank, 0)
-        _whole("shape.num_heads", self.num_heads, 1)
-        _choice("shape.pooling", self.pooling, POOLINGS)
-        _choice("shape.head", self.head, HEADS)
-        _require(
+        whole("shape.blocks", self.blocks, 0)
+        whole("shape.train_blocks", self.train_blocks, -1)
+        whole("shape.lora_rank", self.lora_rank, 0)
+        whole("shape.num_heads", self.num_heads, 1)
+        choice("shape.pooling", self.pooling, POOLINGS)
+        choice("shape.head", self.head, HEADS)
+        require(
             not self.lora_rank or (self.train_blocks != 0 and self.pooling == "query"),
             f"shape.lora_rank is {self.lora_rank}, so blocks must be trained (train_blocks {self.train_blocks}) and pooled by query (pooling {self.pooling!r})",
         )
-        _require(all(tap >= 1 for tap in self.taps), f"shape.taps is {list(self.taps)}, but blocks are counted from 1")
-        _require(not self.blocks or all(tap <= self.blocks for tap in self.taps), f"shape.taps {list(self.taps)} lie above shape.blocks {self.blocks}")
+        require(all(tap >= 1 for tap in self.taps), f"shape.taps is {list(self.taps)}, but blocks are counted from 1")
+        require(not self.blocks or all(tap <= self.blocks for tap in self.taps), f"shape.taps {list(self.taps)} lie above shape.blocks {self.blocks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,17 +170,9 @@ class Optimiser:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _number("optimiser.block_lr", self.block_lr, least=0, most=1)
-        _number("optimiser.head_lr", self.head_lr, least=0, most=1)
-        _require(len(self.betas) == 2, f"optimiser.betas has {len(self.betas)} numbers, but AdamW takes 2")
-        for beta in self.betas:
-            _number("optimiser.betas", beta, least=0, most=0.999999)
-        _number("optimiser.weight_decay", self.weight_decay, least=0)
-        _number("optimiser.eps", self.eps, above=0)
-        _number("optimiser.clip_norm", self.clip_norm, least=0)
-        _whole("optimiser.warmup", self.warmup, 0)
-        _whole("optimiser.accumulate", self.accumulate, 1)
-        _number("optimiser.ema_decay", self.ema_decay, least=0, most=0.999999)
+        number("optimiser.block_lr", self.block_lr, least=0, most=1)
+        number("optimiser.head_lr", self.head_lr, least=0, most=1)
+        checks.updates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,22 +201,21 @@ class PavrmConfig:
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.kind == KIND, f"kind is {self.kind!r}, but a PAVRM run has the kind {KIND!r}")
-        name_rule = "letters, digits, '.', '_' and '-', at most 100 of them, starting with a letter or a digit"
-        _require(_NAME.fullmatch(self.name) is not None, f"name is {self.name!r}, but file names are made of it: use {name_rule}")
-        _choice("loss", self.loss, LOSSES)
-        _choice("dtype", self.dtype, DTYPES)
-        _choice("save_dtype", self.save_dtype, SAVE_DTYPES)
+        require(self.kind == KIND, f"kind is {self.kind!r}, but a PAVRM run has the kind {KIND!r}")
+        checks.name(self.name)
+        choice("loss", self.loss, LOSSES)
+        choice("dtype", self.dtype, DTYPES)
+        choice("save_dtype", self.save_dtype, SAVE_DTYPES)
         for name, least in (("steps", 1), ("batch", 1), ("validate_every", 0), ("validation_draws", 1), ("checkpoint_every", 0), ("keep_checkpoints", 1)):
-            _whole(name, getattr(self, name), least)
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but it must be from 0 to 2^63 - 1")
+            whole(name, getattr(self, name), least)
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, but it must be from 0 to 2^63 - 1")
         has_pairs = bool(self.data.pairs or self.data.losers)
-        _require(self.loss != "ce" or not has_pairs, "data.pairs and data.losers need loss 'bt' (or 'both'): 'ce' learns from labels")
-        _require(
+        require(self.loss != "ce" or not has_pairs, "data.pairs and data.losers need loss 'bt' (or 'both'): 'ce' learns from labels")
+        require(
             not (self.save_upstream and self.shape.lora_rank),
             f"save_upstream goes with whole blocks, not with shape.lora_rank {self.shape.lora_rank}: HY-Video-PRFL's files hold whole trunks",
         )
-        _require(
+        require(
             not (self.save_upstream and self.shape.pooling != "query"),
             f"save_upstream needs pooling 'query', not {self.shape.pooling!r}: HY-Video-PRFL's files have no other",
         )

@@ -76,11 +76,8 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
         loss, correct, sigma = (sum(getattr(batch, name) for batch in batches) / len(batches) for name in ("loss", "correct", "sigma"))
         grad_norm = trainee.update(step) if math.isfinite(loss) else math.nan
         if not math.isfinite(grad_norm):
-            recent = ", ".join(f"{value:.3g}" for value in (*progress.last_rewards[-2:], correct))
-            raise NonFiniteError(
-                f"step {step} at mean sigma {sigma:.4f}: loss {loss}, gradient norm {grad_norm}; last three batch accuracies: {recent}. "
-                "The last checkpoint is good; resume from it with smaller learning rates (optimiser.block_lr, optimiser.head_lr)"
-            )
+            remedy = "smaller learning rates (optimiser.block_lr, optimiser.head_lr)"
+            raise NonFiniteError(step, f"mean sigma {sigma:.4f}", loss, grad_norm, (*progress.last_rewards, correct), "batch accuracies", remedy)
         progress = replace(progress, step=step, forwards=progress.forwards + len(batches) * config.batch, last_rewards=(*progress.last_rewards[-2:], correct))
         held_out = None
         if config.validate_every and has_held_out and (step % config.validate_every == 0 or step == config.steps):

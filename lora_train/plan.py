@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .lora.targets import select_targets
 from .pavrm_config import KIND as PAVRM
 from .planning import table
-from .planning.job import guidance_of, latent_shape
+from .planning.job import guidance_of, video_of
 from .planning.memory_plan import least_host, memory_plan, refusal, remedies
 from .planning.shapes import NAMES, ModelShape, header_shape, shape_of
 from .planning.speed import CARDS, GIB, Card
@@ -130,7 +130,7 @@ def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | N
         }
     first = config.trained_experts[0]
     shape = shape or header_shape(read_header(getattr(config.models, first)), Path(getattr(config.models, first)).name)
-    _, _, frames, height, width = latent_shape(config, shape)
+    _, _, frames, height, width = video_of(config, shape).latent_shape(1)
     copies = 2 if config.output_folder else 1
     found = {
         "experts": experts,

@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # Sizes to begin with on a card, laid over a preset; nothing of this has been run on these cards (`lab.py plan` says what is predicted).
-CARDS: dict[str, dict[str, Any]] = {
+CARD_SIZES: dict[str, dict[str, Any]] = {
     "24GB": {"video": {"width_px": 256, "height_px": 256, "frames": 33}, "lora": {"rank": 16}, "batch": 1, "dtype": "bf16"},
     "48GB": {"video": {"width_px": 256, "height_px": 256, "frames": 81}, "lora": {"rank": 32}, "batch": 1, "dtype": "bf16"},
     "80GB": {"video": {"width_px": 832, "height_px": 480, "frames": 33}, "lora": {"rank": 64}, "batch": 1, "dtype": "bf16"},
@@ -97,7 +97,7 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         return copy.deepcopy(values)
     merged: dict[str, Any] = {}
-    for key, table in (("preset", PRESETS), ("card", CARDS)):
+    for key, table in (("preset", PRESETS), ("card", CARD_SIZES)):
         if key in values:
             merged = _merge(merged, _named(key, values[key], table))
     return _merge(merged, {key: value for key, value in values.items() if key not in ("preset", "card")})

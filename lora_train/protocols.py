@@ -23,8 +23,14 @@ class Backbone(Protocol):
     device: torch.device
     latent_channels: int
 
-    def velocity(self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor) -> torch.Tensor:
-        """Predicted velocity [B, C, F, H, W], fp32, at `sigma` in [0, 1]; differentiable in the latent and in installed LoRAs."""
+    def velocity(
+        self, latent_BCFHW: torch.Tensor, sigma: float, context_BPD: torch.Tensor, known_BF: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predicted velocity [B, C, F, H, W], fp32, at `sigma` in [0, 1]; differentiable in the latent and in installed LoRAs.
+
+        Args:
+            known_BF: latent frames that are given as they are, so that the model is told noise level 0 for them; None: none.
+        """
 
     def linears(self) -> Mapping[str, torch.nn.Linear]:
         """Every Linear of the model by its path (`blocks.0.self_attn.q`)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,16 @@ from .trainee import Trainee, new_trainee
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is not finite; the last checkpoint is good."""
+
+    def __init__(self, step: int, where: str, loss: float, grad_norm: float, recent: Sequence[float], what: str, remedy: str) -> None:
+        """Args:
+        where: noise level, and what is trained.
+        recent: last rewards or accuracies, the present one last; `what` says which.
+        remedy: what to make smaller.
+        """
+        shown = ", ".join(f"{value:.6g}" for value in recent[-3:])
+        facts = f"step {step} at {where}: loss {loss}, gradient norm {grad_norm}; last three {what}: {shown}"
+        super().__init__(f"{facts}. The last checkpoint is good; resume from it with {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +123,9 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
 
             grad_norm = trainee.update(step) if math.isfinite(loss) else math.nan
             if not math.isfinite(grad_norm):
-                recent = ", ".join(f"{value:.6g}" for value in (*progress.last_rewards[-2:], reward))
-                raise NonFiniteError(
-                    f"step {step} at sigma {sigma:.4f} ({expert}-noise expert): loss {loss}, gradient norm {grad_norm}; last three rewards: {recent}. "
-                    "The last checkpoint is good; resume from it with a smaller learning rate (optimiser.lr) or reward_scale"
-                )
+                where = f"sigma {sigma:.4f} ({expert}-noise expert)"
+                remedy = "a smaller learning rate (optimiser.lr) or reward_scale"
+                raise NonFiniteError(step, where, loss, grad_norm, (*progress.last_rewards, reward), "rewards", remedy)
             watch, stop = guards.after_update(config, progress.watch, kl)
             progress = replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=(*progress.last_rewards[-2:], reward), watch=watch)
 

@@ -18,19 +18,20 @@ class WanModels(io.ComfyNode):
             node_id="RewardLabWanModels",
             display_name="Load Wan2.2 Models",
             category="Reward Lab/models",
-            description="Loads both Wan2.2 experts (high noise and low noise), the umT5 text encoder and the Wan VAE. "
+            description="Loads both Wan2.2 experts (high noise and low noise), or the one 5B model, the umT5 text encoder and the Wan VAE. "
             "A file in the wrong expert's slot is detected from its metadata or its name.",
             search_aliases=["wan loader", "wan2.2", "unet loader", "two experts"],
             inputs=[
                 io.Combo.Input(
                     "high_noise_model",
                     options=paths.model_files("diffusion_models"),
-                    tooltip="The high-noise expert. It does the first part of sampling, from pure noise down to the boundary.",
+                    tooltip="The high-noise expert. It does the first part of sampling, from pure noise down to the boundary. "
+                    "A model without experts (5B) stands here alone.",
                 ),
                 io.Combo.Input(
                     "low_noise_model",
-                    options=paths.model_files("diffusion_models"),
-                    tooltip="The low-noise expert. It does the rest of sampling, from the boundary down to the finished video.",
+                    options=[*paths.model_files("diffusion_models"), wan_files.NO_EXPERT],
+                    tooltip="The low-noise expert. It does the rest of sampling, from the boundary down to the finished video. 'none' for the 5B model.",
                 ),
                 io.Combo.Input(
                     "text_encoder",
@@ -38,7 +39,7 @@ class WanModels(io.ComfyNode):
                     tooltip="The umT5 text encoder, for example umt5_xxl_fp8_e4m3fn_scaled.safetensors.",
                 ),
                 io.Combo.Input(
-                    "vae", options=paths.model_files("vae"), tooltip="The Wan2.1 VAE. The 14B experts of Wan2.2 use this one too, not the Wan2.2 VAE."
+                    "vae", options=paths.model_files("vae"), tooltip="The Wan2.1 VAE for the 14B experts; the Wan2.2 VAE belongs to the 5B model."
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -49,7 +50,7 @@ class WanModels(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("model_high", display_name="model_high", tooltip="The high-noise expert."),
-                io.Model.Output("model_low", display_name="model_low", tooltip="The low-noise expert."),
+                io.Model.Output("model_low", display_name="model_low", tooltip="The low-noise expert; the same model again where there is one."),
                 io.Clip.Output("clip", display_name="clip", tooltip="The text encoder, for CLIP Text Encode."),
                 io.Vae.Output("vae_out", display_name="vae", tooltip="The VAE, for VAE Decode."),
                 WanFiles.Output("wan_files", display_name="wan_files", tooltip="The four files, for Train Reward LoRA."),

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..host import paths, pavrm_nodes, training
 from ..lora_train.labels import QUALITIES
 from ..lora_train.pavrm_config import LOSSES, POOLINGS
-from .types import Dataset, Run, WanFiles
+from .types import Dataset, WanFiles, run_output, seed_and_settings
 
 
 class VideoDataset(io.ComfyNode):
@@ -110,24 +110,9 @@ class TrainPAVRM(io.ComfyNode):
                 io.Int.Input("batch", default=1, min=1, max=256, tooltip="Videos (or pairs) per step."),
                 io.Float.Input("block_lr", default=1e-6, min=0.0, max=1.0, step=1e-7, round=1e-10, tooltip="Learning rate of the blocks. Published: 1e-6."),
                 io.Float.Input("head_lr", default=1e-5, min=0.0, max=1.0, step=1e-6, round=1e-9, tooltip="Learning rate of pooling and head. Published: 1e-5."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0x7FFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of noise, order, held-out videos and head.",
-                ),
-                io.String.Input(
-                    "advanced",
-                    multiline=True,
-                    default="{}",
-                    placeholder='{"optimiser": {"accumulate": 8, "ema_decay": 0.99}}',
-                    tooltip="JSON that overrides single settings of the config, by section. Unknown names are refused.",
-                    advanced=True,
-                ),
+                *seed_and_settings("Seed of noise, order, held-out videos and head.", '{"optimiser": {"accumulate": 8, "ema_decay": 0.99}}'),
             ],
-            outputs=[Run.Output("run", display_name="run", tooltip="The run, for Run Result.")],
+            outputs=[run_output()],
             is_output_node=True,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import plan_report, queue, training
-from .types import Prompts, RewardModel, Run, WanFiles
+from .types import Prompts, RewardModel, Run, WanFiles, run_output, seed_and_settings
 
 _ALPHA = "Alpha of the LoRA; its change is scaled by alpha / rank. Official reward LoRAs: 64 at rank 128."
 
@@ -21,7 +21,7 @@ def run_inputs() -> list[io.Input]:
             "expert",
             options=["high", "low", "both"],
             default="low",
-            tooltip="Which expert gets a LoRA. 'both' trains one after the other and writes two files.",
+            tooltip="Which expert gets a LoRA. 'both' trains them in turn and writes two files. Of the 5B model, which has no experts, the one model.",
         ),
         io.Combo.Input(
             "preset",
@@ -44,22 +44,7 @@ def run_inputs() -> list[io.Input]:
         io.Int.Input("frames", default=81, min=1, max=1001, step=4, tooltip="Frames of the training videos: 4 n + 1."),
         io.Int.Input("sampling_steps", default=40, min=1, max=1000, tooltip="Sampling steps of each training video."),
         io.Float.Input("guidance", default=6.0, min=1.0, max=100.0, step=0.1, tooltip="Guidance scale (CFG) while sampling the training videos."),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0x7FFFFFFF,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Seed of noise, prompt order and LoRA initialisation.",
-        ),
-        io.String.Input(
-            "advanced",
-            multiline=True,
-            default="{}",
-            placeholder='{"objective": {"kl_weight": 0.1}}',
-            tooltip="JSON that overrides single settings of the training config, by section. Unknown names are refused.",
-            advanced=True,
-        ),
+        *seed_and_settings("Seed of noise, prompt order and LoRA initialisation.", '{"objective": {"kl_weight": 0.1}}'),
     ]
 
 
@@ -78,7 +63,7 @@ class TrainLoRA(io.ComfyNode):
             "trained again: change the seed or the name.",
             search_aliases=["train lora", "reward training", "draft", "reward backpropagation"],
             inputs=run_inputs(),
-            outputs=[Run.Output("run", display_name="run", tooltip="The run, for Run Result.")],
+            outputs=[run_output()],
             is_output_node=True,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import layouts
-from .weights import load_into, read_weights
+from .weights import Weights, load_into, read_weights
 
 HEADS = 8
 POOLINGS = ("query", "mean", "max")
@@ -154,35 +154,30 @@ def build_head(dim: int, num_heads: int = HEADS, *, pooling: str = "query") -> P
 
 
 def load_head(
-    query: str | Path, mlp: str | Path | None = None, *, num_heads: int | None = None, use_folded: bool = True
+    query: str | Path | None, mlp: str | Path | None = None, *, num_heads: int | None = None, pooling: str = "query", use_folded: bool = True
 ) -> PavrmHead:
     """Read a frozen head, float32 on the CPU.
 
     Args:
         query: HY-Video-PRFL's `query_attention_step_N.ckpt` (tensors in it may be marked `cuda:0`), or our single file with the prefixes
-            `trunk.`, `query_attention.`, `mlp.`.
+            `trunk.`, `query_attention.`, `mlp.`; None where `pooling` has no query.
         mlp: `mlp_step_N.ckpt`; None for the single file.
-        num_heads: None takes the single file's metadata, else 8.
+        num_heads: of the query attention; None takes the single file's metadata, else 8, as published. The weights do not show it.
+        pooling: of HY-Video-PRFL's files, which do not tell it; our single file does.
         use_folded: see `PavrmHead`.
 
     Raises:
         ValueError: a file is unreadable or is something else; the two belong to different widths; keys are missing.
     """
-    first = read_weights(query)
-    pooling = "query"
-    if first.kind == "pavrm":
+    first = read_weights(query) if query else None
+    if first is not None and first.kind == "pavrm":
         if mlp is not None:
             raise ValueError(f"{query} is a single-file PAVRM and holds its score head already; give no second file.")
         config = json.loads(first.metadata.get("config", "{}"))
         num_heads, pooling = num_heads or int(config.get("num_heads", HEADS)), str(config.get("pooling", pooling))
         query_state, mlp_state = split_single_file(first.state)
     else:
-        _expect(first.kind, "pavrm_query", query)
-        if mlp is None:
-            raise ValueError(f"{query} holds the query attention only; give the score head (mlp_step_N.ckpt) as well.")
-        second = read_weights(mlp)
-        _expect(second.kind, "pavrm_mlp", mlp)
-        query_state, mlp_state = first.state, second.state
+        query_state, mlp_state = _two_files(query, first, mlp, pooling)
     with torch.inference_mode(False):
         with torch.device("meta"):
             head = build_head(mlp_state["fc1.weight"].shape[1], num_heads or HEADS, pooling=pooling)
@@ -191,6 +186,19 @@ def load_head(
         load_into(head.mlp, mlp_state, f"{mlp or query} (score head)")
         head.use_folded = use_folded
         return head.float().eval().requires_grad_(False)
+
+
+def _two_files(query: str | Path | None, first: Weights | None, mlp: str | Path | None, pooling: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Query attention (empty without one) and score head of HY-Video-PRFL's files."""
+    if first is not None:
+        _expect(first.kind, "pavrm_query", query)
+    if mlp is None:
+        raise ValueError(f"{query} holds the query attention only; give the score head (mlp_step_N.ckpt) as well.")
+    if (first is None) == (pooling == "query"):
+        raise ValueError(f"{mlp} with pooling {pooling!r}: give query_attention_step_N.ckpt as well for 'query', and only then.")
+    second = read_weights(mlp)
+    _expect(second.kind, "pavrm_mlp", mlp)
+    return (first.state if first else {}), second.state
 
 
 def split_single_file(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -22,7 +22,7 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "pickscore": (*_PICTURE, "scale"),
     "aesthetic": (*_PICTURE, "clip"),
     "face": ("detector", "landmarks", "reference", "missing"),
-    "pavrm": ("query", "head", "generator"),
+    "pavrm": ("query", "head", "generator", "num_heads", "pooling"),
     **dict.fromkeys(PATHLESS, ()),
     "mix": ("rows",),
 }

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .. import needs
 from ..config import TrainConfig
+from ..input_config import LATENTS, PATCH, Video
 from ..lora.targets import select_targets
 from ..safetensors_file import read_header
 from .memory import Job
 from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
 from .shapes import ModelShape
 
-_CHANNELS_5B = 48
 _VAE_WIDTH = 96
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
@@ -32,7 +32,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
     Args:
         reward_bytes: of reward model and VAE on the card; None takes those of published models.
     """
-    _, _, frames, height, width = latent_shape(config, shape)
+    _, _, frames, height, width = video_of(config, shape).latent_shape(1)
     chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
     branches = 1 if guidance_of(config) == 1.0 else 2
     element_bytes = 4 if config.dtype == "fp32" else 2
@@ -83,25 +83,23 @@ def _towers(reward: Mapping[str, Any]) -> list[float]:
     return [sum(math.prod(size) for size in read_header(str(path), "reward model").shapes.values()) / (CLIP_BYTES / 4)]
 
 
-def latent_shape(config: TrainConfig, shape: ModelShape) -> tuple[int, int, int, int, int]:
-    """[B, C, F, H, W] of a latent; the Wan2.2 VAE (48 channels) has 16 x 16 pixels in one.
+def video_of(config: TrainConfig, shape: ModelShape) -> Video:
+    """The settings' video with the latents that the model makes: a plan may ask of settings what they would take with another model.
 
     Raises:
-        ValueError: a size that the larger cells do not divide.
+        ValueError: a size that the larger cells of the Wan2.2 VAE do not divide.
     """
-    batch, _, frames, height, width = config.video.latent_shape(1)
-    step = size_step(shape)
-    for name, size in (("width_px", config.video.width_px), ("height_px", config.video.height_px)):
-        if size % step:
-            raise ValueError(f"video.{name} is {size}, but the 5B model needs a multiple of {step}; use {max(step, round(size / step) * step)}")
-    if shape.latent_channels != _CHANNELS_5B:
-        return batch, shape.latent_channels, frames, height, width
-    return batch, shape.latent_channels, frames, height // 2, width // 2
+    vae = _vae_of(shape)
+    return config.video if vae == config.video.vae else replace(config.video, vae=vae)
 
 
 def size_step(shape: ModelShape) -> int:
     """What width and height of a video must be multiples of: a latent's cell and two of them for a token."""
-    return 32 if shape.latent_channels == _CHANNELS_5B else 16
+    return LATENTS[_vae_of(shape)].pixels * PATCH
+
+
+def _vae_of(shape: ModelShape) -> str:
+    return next(name for name, layout in LATENTS.items() if layout.channels == shape.latent_channels)
 
 
 def guidance_of(config: TrainConfig) -> float:

@@ -101,7 +101,7 @@ def _on_cpu(choice: Choice) -> Choice:
 def _note(config: TrainConfig, shape: ModelShape) -> str:
     notes = ["predicted from operations and assumed rates; not measured on this card"]
     if shape.latent_channels != 16:
-        notes.append(f"this pack cannot train a model of {shape.latent_channels} latent channels yet; its decoder is counted as that of 14B models")
+        notes.append("the 5B model's decoder is counted as that of 14B models, and its blocks as without a start image, with which they run whole")
     if config.reward.options.get("generator"):
         notes.append("a PAVRM in LoRA form runs its blocks whole: more than is counted here")
     return "; ".join(notes)

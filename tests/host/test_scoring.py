@@ -16,7 +16,7 @@ import folder_paths  # noqa: E402
 import torch  # noqa: E402
 
 from reward_lab.host import paths, score_pictures, scoring  # noqa: E402
-from reward_lab.lora_train.config import PATHLESS_REWARDS  # noqa: E402
+from reward_lab.lora_train.input_config import PATHLESS_REWARDS  # noqa: E402
 from reward_lab.nodes.rewards import RewardModelNode, ScoreVideo  # noqa: E402
 from reward_lab.reward_models.base import reward_and_frame_gradient  # noqa: E402
 from reward_lab.reward_models.spec import KINDS, PATHLESS  # noqa: E402

@@ -108,7 +108,7 @@ def test_zero_mask_form_is_what_missing_channels_become(image_models):
 
 def test_batch_mixes_prompts_with_and_without_images(image_models):
     config = TrainConfig.from_dict({
-        "models": image_models, "reward": {"kind": "flicker"}, "prompts": [{"text": "a"}], "video": {"width_px": 32, "height_px": 32, "frames": 5},
+        "models": image_models, "reward": {"kind": "mix"}, "prompts": [{"text": "a"}], "video": {"width_px": 32, "height_px": 32, "frames": 5},
         "sampling": {"guidance": 2.0},
     })  # fmt: skip
     backbones = {expert: load_backbone(image_models[expert], dtype=torch.float32, device=CPU) for expert in ("high", "low")}
@@ -146,19 +146,19 @@ def test_worker_trains_image_to_video(comfyui, image_models, pocket_models, phot
 
 def test_text_to_video_experts_refuse_images(tiny_models, photo, tmp_path):
     config = TrainConfig.from_dict({
-        "models": tiny_models, "reward": {"kind": "flicker"}, "prompts": [{"text": "a", "image": photo}],
+        "models": tiny_models, "reward": {"kind": "mix"}, "prompts": [{"text": "a", "image": photo}],
         "video": {"width_px": 32, "height_px": 32, "frames": 5},
     })  # fmt: skip
     backbone = load_backbone(tiny_models["high"], dtype=torch.float32, device=CPU)
     with pytest.raises(ValueError, match="reads 16 channels, not 36"):
-        start_images.conditions(config, [photo], {"high": backbone}, None)
+        start_images.given(config, [photo], {"high": backbone}, None)
     with pytest.raises(ValueError, match="the high-noise expert reads 16 channels, not 36: use Wan2.2 I2V"):
         preflight.check(config, tmp_path)
 
 
 def test_missing_image_is_named_before_any_work(image_models, tmp_path):
     config = TrainConfig.from_dict({
-        "models": image_models, "reward": {"kind": "flicker"}, "prompts": [{"text": "a", "image": str(tmp_path / "gone.png")}],
+        "models": image_models, "reward": {"kind": "mix"}, "prompts": [{"text": "a", "image": str(tmp_path / "gone.png")}],
         "video": {"width_px": 32, "height_px": 32, "frames": 5},
     })  # fmt: skip
     with pytest.raises(ValueError, match="1 start images do not exist, the first is .*gone.png"):

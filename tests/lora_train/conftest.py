@@ -33,8 +33,10 @@ class ToyBackbone:
     def linears(self):
         return self.layers
 
-    def velocity(self, latent_BCFHW, sigma, context_BPD):
+    def velocity(self, latent_BCFHW, sigma, context_BPD, known_BF=None):
         x = latent_BCFHW.to(self.dtype).movedim(1, -1)
+        if known_BF is not None:
+            sigma = sigma * (~known_BF)[:, :, None, None, None]
         text = self.layers["text_embedding.0"](context_BPD.to(self.dtype)).mean(1)
         hidden = torch.tanh(self.layers["blocks.0.self_attn.q"](x) + text[:, None, None, None] + sigma)
         hidden = torch.tanh(self.layers["blocks.0.ffn.0"](hidden)) + hidden
@@ -105,11 +107,11 @@ def toy():
 
     sent = []
 
-    def parts(config, dtype=torch.float32, stop_after=None, more_prompts=(), **changes):
+    def parts(config, dtype=torch.float32, stop_after=None, more_prompts=(), first_frames=None, **changes):
         generator = torch.Generator().manual_seed(9)
         texts = dict.fromkeys([*all_prompts(config), *more_prompts])
         contexts = {text: torch.randn(3 + index % 2, TEXT_WIDTH, generator=generator) for index, text in enumerate(texts)}
-        cache = ContextCache(contexts, torch.zeros(4, TEXT_WIDTH), torch.device("cpu"))
+        cache = ContextCache(contexts, torch.zeros(4, TEXT_WIDTH), torch.device("cpu"), first_frames=first_frames)
         backbones = {"high": ToyBackbone(1, dtype), "low": ToyBackbone(2, dtype)}
         wiring = {
             "experts": Experts(backbones=backbones, sampling=config.sampling),

@@ -40,7 +40,7 @@ def test_presets_are_valid_and_yield_to_the_user(toy, name):
         ({"stepz": 3}, "unknown setting 'stepz'; the nearest known one is 'steps'"),
         ({"objective": {"stratgy": "last"}}, "'objective.stratgy'.*'objective.strategy'"),
         ({"preset": "videoxfun"}, "nearest is 'videox-fun'"),
-        ({"video": {"width_px": 250}}, "multiple of 16; use 256"),
+        ({"video": {"width_px": 250}}, "multiple of 16 with the wan2.1 VAE; use 256"),
         ({"video": {"frames": 16}}, "4n.1 frames; use 13 or 17"),
         ({"optimiser": {"lr": float("nan")}}, "optimiser.lr is nan"),
         ({"optimiser": {"lr": 0}}, "greater than 0"),
@@ -57,6 +57,9 @@ def test_presets_are_valid_and_yield_to_the_user(toy, name):
         ({"sampling": {"boundary": 1.0, "steps": 1}, "expert": "low"}, "makes no step"),
         ({"models": {"high": ""}}, "models.high is empty"),
         ({"held_out": {"every": 2}}, "held_out.prompts is empty"),
+        ({"reward": {"kind": "flicker"}}, "flicker compares frames, but only one may be scored"),
+        ({"reward": {"kind": "drift"}, "objective": {"decode": "random"}}, "drift compares frames"),
+        ({"reward": {"kind": "drift"}, "objective": {"decode": "last", "score_frames": 1}}, "drift compares frames"),
     ],
 )
 def test_refusals(toy, changes, message):

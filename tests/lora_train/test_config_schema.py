@@ -8,7 +8,7 @@ import pytest
 
 from reward_lab.lora_train.config import TrainConfig
 from reward_lab.lora_train.config_schema import as_text, schema
-from reward_lab.lora_train.presets import CARDS, PRESETS
+from reward_lab.lora_train.presets import CARD_SIZES, PRESETS
 
 
 def _allows(part: dict, value) -> bool:
@@ -40,11 +40,11 @@ def test_every_config_that_is_read_fits(toy):
     assert _allows(rules, json.loads(json.dumps(full)))
     base = {key: toy.settings()[key] for key in ("models", "reward", "prompts")}
     for preset in PRESETS:
-        for card in CARDS:
+        for card in CARD_SIZES:
             values = {**base, "preset": preset, "card": card, "real": {"path": "real.safetensors"}}
             assert _allows(rules, values)
             config = TrainConfig.from_dict(values)
-            assert _allows(rules, config.to_dict()) and config.video.width_px == CARDS[card]["video"]["width_px"]
+            assert _allows(rules, config.to_dict()) and config.video.width_px == CARD_SIZES[card]["video"]["width_px"]
 
 
 @pytest.mark.parametrize("changes", [{"stepz": 1}, {"method": "prlf"}, {"optimiser": {"kind": "adam"}}, {"steps": "many"}, {"lora": {"rnk": 2}}])

@@ -19,9 +19,9 @@ INSTANTS = 30
 STEPS = 12
 METHODS = {
     "reward_backprop": {"expert": "both", "optimiser": {"accumulate": 2, "ema_decay": 0.9, "lr": 1e-2}},
-    "reward_flow": {"method": "reward_flow", "expert": "low", "reward_flow": {"measure_videos": 4}, "objective": {"decode": "all", "kl_weight": 0.1}},
+    "reward_flow": {"method": "reward_flow", "expert": "both", "reward_flow": {"measure_videos": 4}, "objective": {"decode": "all", "kl_weight": 0.1}},
     "prfl": {
-        "method": "prfl", "expert": "high", "reward": {"kind": "pavrm", "path": "x"}, "prfl": {"real_weight": 1.0, "null_rate": 0.2},
+        "method": "prfl", "expert": "both", "reward": {"kind": "pavrm", "path": "x"}, "prfl": {"real_weight": 1.0, "null_rate": 0.2},
         "held_out": {"every": 3, "prompts": ["x"]}, "guards": {"keep_best": True},
     },
 }  # fmt: skip

@@ -158,13 +158,14 @@ def test_shapes_by_name_and_from_a_header(tmp_path):
 def test_command_without_weights(toy, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(toy.settings()))
-    assert plan.main([str(path), "--shape", "wan-5b"]) == 2 and "video.height_px is 16, but the 5B model needs a multiple of 32" in capsys.readouterr().err
+    assert plan.main([str(path), "--shape", "wan-5b"]) == 2
+    assert "video.height_px is 16, but Wan needs a multiple of 32 with the wan2.2 VAE" in capsys.readouterr().err
     path.write_text(json.dumps(toy.settings(video={"width_px": 64, "height_px": 32})))
     assert plan.main([str(path), "--json", "--shape", "wan-5b", "--card", "h200", "--ram-gb", "200"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"gpu_peak_bytes", "host_peak_bytes", "seconds_per_step", "fits", "knobs", "alternatives"} <= found.keys() and found["fits"]
-    # The 5B model's VAE has 16 x 16 pixels in a latent, and its passes a quarter of the tokens; what cannot be trained yet is said.
-    assert found["tokens_per_video"] == 2 * 1 * 2 and "cannot train a model of 48" in found["note"]
+    # The 5B model's VAE has 16 x 16 pixels in a latent, and its passes a quarter of the tokens; what is counted otherwise is said.
+    assert found["tokens_per_video"] == 2 * 1 * 2 and "5B model's decoder is counted as" in found["note"]
     assert plan.main([str(path), "--json", "--shape", "wan-14b", "--card-gb", "3", "--ram-gb", "200"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] is False
     assert plan.main([str(path), "--shape", "wan-14b", "--base", "fp8", "--card-gb", "3", "--ram-gb", "200"]) == 0
@@ -192,3 +193,15 @@ def test_bad_arguments(toy, tmp_path, capsys, arguments, words):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(toy.settings()))
     assert plan.main([str(path), "--shape", "wan-14b", *arguments]) == 2 and words in capsys.readouterr().err
+
+
+def test_the_5b_model_is_one_and_has_latents_of_its_own(toy, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    size = {"width_px": 1280, "height_px": 704, "frames": 121, "vae": "wan2.2"}
+    values = toy.settings(video=size, models={"low": ""}, expert="high")
+    del values["sampling"]["boundary"]
+    path.write_text(json.dumps(values))
+    assert plan.main([str(path), "--shape", "wan-5b", "--card", "rtx 4090", "--ram-gb", "100"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts"].keys() == {"high"} and found["tokens_per_video"] == 31 * 22 * 40
+    assert found["experts"]["high"]["parameters"] == pytest.approx(5.0e9, rel=0.01)

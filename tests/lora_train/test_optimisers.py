@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 
@@ -11,7 +12,8 @@ import torch
 from reward_lab.lora_train import objectives, optimisers, run
 from reward_lab.lora_train.method_config import Optimiser
 
-KINDS = ("adamw", "adafactor", "muon")
+# bitsandbytes is no requirement; where it is installed, the real one is tested as well.
+KINDS = ("adamw", "adafactor", "muon", *(["adamw8bit"] if importlib.util.find_spec("bitsandbytes") else []))
 
 
 def _needs(kind):
