@@ -88,7 +88,10 @@ def find_heads(
         if all(path.is_file() for path in beside):
             return beside[0], beside[1]
     if needs_query and query is None and (head is not None or trunk.is_dir()):
-        raise ValueError(f"{trunk} needs both heads: give the query attention ({_QUERY}_step_N.ckpt) and the score head ({_MLP}_step_N.ckpt).")
+        raise ValueError(
+            f"{trunk} needs both heads: give the query attention ({_QUERY}_step_N.ckpt) and the score head ({_MLP}_step_N.ckpt), or the pooling (mean or max) "
+            "of a head that has no query."
+        )
     return tuple(None if path is None else _only(Path(path), stem) for path, stem in ((query, _QUERY), (head, _MLP)))
 
 

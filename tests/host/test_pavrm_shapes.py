@@ -99,7 +99,7 @@ def test_what_does_not_go_together_is_told(shared_fixtures, tmp_path, capsys):
     options = {"input": str(folder / "inputs.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), "json": True}
     heads = {"query": str(folder / "mlp" / "query_attention_step_100.ckpt"), "head": str(folder / "mlp" / "mlp_step_100.ckpt")}
     for changes, message in (
-        ({"head": heads["head"]}, "give query_attention_step_N.ckpt as well for 'query'"),
+        ({"head": heads["head"]}, "needs both heads: give the query attention"),
         ({**heads, "pooling": "mean"}, "only then"),
         ({**heads, "num_heads": 5}, "width 96 is not a multiple of 5 heads"),
     ):

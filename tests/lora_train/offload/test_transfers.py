@@ -12,13 +12,15 @@ from reward_lab.lora_train.offload.transfers import Transfers
 
 
 def test_refused_pinned_memory_becomes_pageable_with_one_warning(monkeypatch, caplog):
-    transfers = Transfers(torch.device("cpu"))
+    transfers, empty = Transfers(torch.device("cpu")), torch.empty
     transfers.can_pin = True  # as on a card
 
-    def refuse(self):
-        raise RuntimeError("CUDA error: out of memory (cudaHostAlloc)")
+    def refuse(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory (cudaHostAlloc)")
+        return empty(*args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    monkeypatch.setattr(torch, "empty", refuse)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: False)
     first, second = torch.arange(6.0), torch.arange(3.0)
     with caplog.at_level(logging.WARNING, logger="reward_lab.offload"):
