@@ -56,12 +56,12 @@ def _check_images(config: TrainConfig, headers: dict[str, Header | None]) -> Non
 
 
 def _check_reward(config: TrainConfig) -> None:
-    is_latent = config.method == "prfl"
+    is_latent = needs.scores_latents(config)
     if is_latent != (config.reward.kind == "pavrm"):
         has = "scores latents" if config.reward.kind == "pavrm" else "scores frames"
-        remedy = "give a PAVRM" if is_latent else "use an image or video reward, a mix of them, or the method prfl"
+        remedy = "give a PAVRM" if is_latent else "use an image or video reward, a mix of them, or the method prfl or one_pass"
         raise ValueError(f"the reward is {config.reward.kind}, which {has}; the method {config.method} scores {'latents' if is_latent else 'frames'}: {remedy}")
-    for source in filter(None, (config.reward, config.held_out.judge)):
+    for source in filter(None, (config.reward, config.one_pass.pavrm, config.held_out.judge)):
         for file in RewardModelSpec.from_dict(asdict(source)).files():
             # A PAVRM's trunk may be a folder; its reader checks that.
             if not Path(file).is_dir():
@@ -98,8 +98,9 @@ def _check_widths(config: TrainConfig, headers: dict[str, Header | None]) -> Non
     width = next(iter(widths.values()))
     if encoder_width is not None and encoder_width != width:
         raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {width}; pick the text encoder of these models")
-    if config.reward.kind == "pavrm" and config.reward.path.endswith(".safetensors"):
-        pavrm_width = _text_width(read_header(config.reward.path, "PAVRM"))
+    pavrm = needs.pavrm(config)
+    if pavrm and pavrm.path.endswith(".safetensors"):
+        pavrm_width = _text_width(read_header(pavrm.path, "PAVRM"))
         if pavrm_width not in (None, width):
             raise ValueError(f"the PAVRM reads text of width {pavrm_width}, but the experts read {width}; it belongs to another model")
 

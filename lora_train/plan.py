@@ -52,12 +52,12 @@ def passes_per_update(config: TrainConfig, expert: str) -> dict[str, float]:
 
     For steps that are drawn: the mean (a shortened rollout is reckoned at the mean step).
     """
-    own_guidance = {"prfl": config.prfl.guidance, "reward_flow": config.reward_flow.guidance or config.sampling.guidance}
+    own_guidance = {"prfl": config.prfl.guidance, "one_pass": 1.0, "reward_flow": config.reward_flow.guidance or config.sampling.guidance}
     guidance = own_guidance.get(config.method, config.sampling.guidance)
     first, last, selected = _gradient_span(config, expert)
     is_chain = config.method == "reward_backprop" and config.objective.mode == "chain"
     end = config.sampling.steps - 1 if is_chain else last
-    if config.objective.start == "real":
+    if config.starts_from_clips:
         skipped = first
     else:
         skipped = max(0.0, first - config.objective.rollout_steps) if config.objective.rollout_steps else 0.0

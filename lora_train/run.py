@@ -39,7 +39,8 @@ class NonFiniteError(RuntimeError):
 class Parts:
     """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else.
 
-    None is what the config has no use for: decoder and reward without videos, latent_reward without PRFL, motion and judge without their guards.
+    None is what the config has no use for: decoder and reward without videos, latent_reward without a PAVRM, motion and judge without their guards.
+    clip_forwards: what the clips of `real` cost that the base model made for this run (`replay.py`).
     """
 
     experts: Experts
@@ -52,6 +53,7 @@ class Parts:
     motion: RewardModel | None = None
     judge: RewardModel | None = None
     real: RealLatents | RealSamples | None = None
+    clip_forwards: float = 0.0
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
     base_sha256: Callable[[str], str] = lambda expert: ""
@@ -78,7 +80,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
     with ExitStack() as installed:
         trainees = {expert: _new_trainee(config, parts, expert, installed) for expert in config.trained_experts}
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
-        parts.experts.count.total = progress.forwards
+        parts.experts.count.total = progress.forwards if progress.step else parts.clip_forwards
         parts.sink(_started(config, parts, trainees, progress))
         if progress.step == 0:
             progress = _look_at_base(config, parts, objective, trainees, progress)

@@ -17,6 +17,9 @@ from .quality import held_out_scenes
 from .stages import dit, hps, mps, pavrm, text, vae
 
 BASE = "base"
+RENDERED = "rendered"  # the truth: no model
+OURS, CONTROL = "reward-lab", "real-clips-one-pass"
+SEEDS = (0, 1, 2)
 BUDGET = 4500.0
 LOOK_PROMPTS = 16
 _REWARDS = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME, "pavrm": pavrm.FILE_NAME}
@@ -104,8 +107,9 @@ def settings(experiment: Experiment, weights: Path, seed: int, prompts: Sequence
     }
     for part in (_POCKET, experiment.changes):
         values = _laid_over(values, part)
-    if "judge" in values["held_out"]:
-        values["held_out"]["judge"] = reward(weights, values["held_out"]["judge"]["kind"])
+    for section, key in (("held_out", "judge"), ("one_pass", "pavrm")):
+        if key in values.get(section, {}):
+            values[section][key] = reward(weights, values[section][key]["kind"])
     return values
 
 
@@ -118,8 +122,9 @@ def _laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def plan(seeds: Sequence[int], only: Sequence[str] | None = None) -> list[tuple[str, int]]:
     """(experiment, seed) in the order in which they run; the base first, then seed by seed, so that a part is a comparison already."""
-    names = list(only) if only else [BASE, *EXPERIMENTS]
-    unknown = [name for name in names if name != BASE and name not in EXPERIMENTS]
+    known = [BASE, RENDERED, *EXPERIMENTS]
+    names = list(only) if only else known
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown experiments {', '.join(unknown)}; known: {', '.join([BASE, *EXPERIMENTS])}")
-    return [(name, seed) for seed in seeds for name in names if name == BASE or EXPERIMENTS[name].seeds is None or seed in EXPERIMENTS[name].seeds]
+        raise ValueError(f"unknown experiments {', '.join(unknown)}; known: {', '.join(known)}")
+    return [(name, seed) for seed in seeds for name in names if name not in EXPERIMENTS or EXPERIMENTS[name].seeds is None or seed in EXPERIMENTS[name].seeds]
