@@ -27,6 +27,7 @@ class Draw:
     steps: indices into `sigmas` of the steps with gradient, rising.
     latents: latent frames to decode.
     images: paths of start images, one each, empty for none.
+    captions: the prompts, also of videos whose own was taken away (`null_rate`).
     velocity_BCFHW: noise - x0 of a noised clip, which is what flow matching aims at; None where the start is noise.
     """
 
@@ -36,6 +37,7 @@ class Draw:
     steps: list[int]
     latents: range
     images: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
     velocity_BCFHW: torch.Tensor | None = None
 
 
@@ -78,10 +80,13 @@ def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | 
         prompts, images = parted(sampler.draw(position, config.batch))
         start = torch.randn(config.video.latent_shape(config.batch), generator=generator)
         sigmas, steps = shortened(sigmas, steps, config.objective.rollout_steps)
+    captions = prompts
     if null_rate(config) > 0:
         prompts = [NULL_PROMPT if draws.random() < null_rate(config) else prompt for prompt in prompts]
     latents = choose_latents(config.objective, start.shape[2], draws)
-    return Draw(prompts=prompts, start_BCFHW=start, sigmas=sigmas, steps=steps, latents=latents, images=images, velocity_BCFHW=velocity)
+    return Draw(
+        prompts=prompts, start_BCFHW=start, sigmas=sigmas, steps=steps, latents=latents, images=images, captions=captions, velocity_BCFHW=velocity
+    )  # fmt: skip
 
 
 def _gradient_steps(config: TrainConfig, expert: str, draws: random.Random) -> list[int]:

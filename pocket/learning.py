@@ -174,9 +174,11 @@ def run_one(bench: Bench, name: str, seed: int, pairs: int, made_of: str) -> dic
     oracle = bench.judged(result.pop("files"), seed, pairs)
     forwards = {point["step"]: point["forwards"] for point in result["curve"]}
     looks = []
-    for step in sorted(forwards)[:-1] if experiment.looks else ():
-        if files := [str(path) for path in sorted((folder / "checkpoints").glob(f"*-noise-*-step{step:06d}.safetensors"))]:
-            looks.append({"step": step, "forwards": forwards[step], "oracle": bench.judged(files, seed, pairs)})
+    for step in sorted(set(experiment.looks) & set(forwards)):
+        files = [str(path) for path in sorted((folder / "checkpoints").glob(f"*-noise-*-step{step:06d}.safetensors"))]
+        if not files:
+            raise ValueError(f"{name} looks at update {step}, but kept no checkpoint of it; make checkpoint_every divide it and keep_checkpoints larger")
+        looks.append({"step": step, "forwards": forwards[step], "oracle": bench.judged(files, seed, pairs)})
     cost = {"budget": experiment.budget, "seconds": time.perf_counter() - begun}
     return {"experiment": name, "seed": seed, "recipe": made_of, **result, **cost, "oracle": oracle, "looks": looks}
 

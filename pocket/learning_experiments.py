@@ -27,13 +27,13 @@ _REWARDS = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME, "pavrm": pavrm.FILE_
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One training; `looks`: judge its checkpoints as well. `seeds`: None takes those of the comparison."""
+    """One training. `looks`: updates whose checkpoints are judged as well. `seeds`: None takes those of the comparison."""
 
     preset: str
     reward: str = "hpsv2.1"
     budget: float = BUDGET
     changes: dict[str, Any] = field(default_factory=dict)
-    looks: bool = False
+    looks: Sequence[int] = ()
     seeds: tuple[int, ...] | None = None
 
 
@@ -49,35 +49,42 @@ _POCKET = {
     "save_dtype": "fp32",
 }
 _FIRST_SEED = (0,)
+_OURS = {"expert": "high"}
+_QUARTER = 94  # updates of 12 forwards: a quarter of the budget
+# A reward of no weight is a PAVRM's, which costs no decoding.
+_NO_REWARD = {"reward_scale": 1e-12}
 EXPERIMENTS: dict[str, Experiment] = {
-    "reward-lab": Experiment(preset="reward-lab", changes={"expert": "low"}),
-    "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
+    OURS: Experiment(preset="reward-lab", changes={**_OURS, "checkpoint_every": _QUARTER, "keep_checkpoints": 10}, looks=(_QUARTER,)),
+    # What the clips alone teach: the same updates without a reward.
+    CONTROL: Experiment(preset="reward-lab", reward="pavrm", changes={**_OURS, "objective": _NO_REWARD}),
     "hy-video-prfl": Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}),
-    # The same objective without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
+    "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
+    # Without real clips: the base model makes 32 and the reward picks them out of 64.
+    "reward-lab-replayed": Experiment(preset="reward-lab", changes={"expert": "high", "real": {"path": "", "replay": 32, "tries": 2}}),
+    # PRFL without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
     "prfl-logit": Experiment(
         preset="hy-video-prfl",
         reward="pavrm",
         changes={"expert": "high", "objective": {"kl_weight": 0.1}, "prfl": {"loss": "logit", "even_gradient": True, "real_weight": 0.0, "null_rate": 0.0}},
     ),
-    # And what the real videos alone do: the same runs with a reward of no weight.
-    "real-clips-only": Experiment(
-        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "objective": {"reward_scale": 1e-12}}, seeds=_FIRST_SEED
-    ),
+    # And hy-video-prfl's runs with a reward of no weight.
+    "real-clips-only": Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}, seeds=_FIRST_SEED),
+    "reward-lab-backprop": Experiment(preset="reward-lab-backprop", changes={"expert": "low"}),
     "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
     "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
-    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
+    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}, seeds=_FIRST_SEED),
     "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
     "guarded-5x": Experiment(
         preset="reward-lab",
         budget=5 * BUDGET,
         changes={
-            "expert": "low",
-            "held_out": {"every": 15, "judge": {"kind": "mps"}},
-            "guards": {"motion_floor": 0.9, "patience": 3, "kl_budget": 1.0},
-            "checkpoint_every": 30,
+            "expert": "high",
+            "held_out": {"every": 94, "judge": {"kind": "mps"}},
+            "guards": {"motion_floor": 0.9, "patience": 4, "kl_budget": 1.0},
+            "checkpoint_every": 188,
             "keep_checkpoints": 100,
         },
-        looks=True,
+        looks=range(188, 2000, 188),
         seeds=_FIRST_SEED,
     ),
 }

@@ -96,7 +96,7 @@ def _flow_matching(config: TrainConfig, velocity: torch.Tensor, target: torch.Te
 
 
 def _is_told(draw: Draw, latent: torch.Tensor) -> torch.Tensor:
-    """1 for videos with a prompt, 0 for those whose prompt was taken away, which have no reward to follow."""
+    """1 for videos with a prompt, 0 for those whose prompt was taken away: the network cannot follow a reward of words that it does not see."""
     return latent.new_tensor([float(prompt != NULL_PROMPT) for prompt in draw.prompts], dtype=torch.float32)
 
 

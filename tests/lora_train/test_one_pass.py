@@ -43,7 +43,7 @@ def _naive_loss(config, parts, trainee, draw):
     told = torch.tensor([prompt != "" for prompt in draw.prompts])
     if needs.decodes_training_videos(config):
         frames = parts.decoder.decode(latent - sigma * velocity, draw.latents)
-        loss = loss - config.objective.reward_scale * (1 - sigma) * (parts.reward.score(frames, draw.prompts).per_video * told).mean()
+        loss = loss - config.objective.reward_scale * (1 - sigma) * (parts.reward.score(frames, draw.captions).per_video * told).mean()
     if needs.pavrm(config) and next_sigma > 0:
         logit = parts.latent_reward.score(latent + (next_sigma - sigma) * velocity, next_sigma, context.prompt_BPD).logit_B
         sigmas, steps = config.sampling.sigmas(), config.gradient_steps(trainee.expert)

@@ -118,7 +118,7 @@ def test_report_without_base_says_so(tmp_path):
 
 
 def test_a_run_is_trained_judged_and_not_repeated(pocket_models, repo, tmp_path, monkeypatch, capsys):
-    tiny = learning_experiments.Experiment(preset="reward-lab", budget=24.0, changes={"batch": 1, "expert": "both", "checkpoint_every": 4}, looks=True)
+    tiny = learning_experiments.Experiment(preset="reward-lab", budget=24.0, changes={"batch": 1, "expert": "both", "checkpoint_every": 4}, looks=(4, 99))
     monkeypatch.setitem(learning_experiments.EXPERIMENTS, "tiny", tiny)
     monkeypatch.setattr(learning, "REAL_CLIPS", 2)
     results = tmp_path / "results"
