@@ -81,7 +81,7 @@ class OnePass:
     flow_weight: float = 1.0
     null_rate: float = 0.1
     pavrm: RewardSource | None = None
-    pavrm_scale: float = 0.1
+    pavrm_scale: float = 0.3
 
     def __post_init__(self) -> None:
         number("one_pass.flow_weight", self.flow_weight, least=0)

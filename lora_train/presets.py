@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "one_pass",
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
         "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "simple"},
-        "objective": {"decode": "first", "decode_count": 1, "reward_scale": 5.0},
+        "objective": {"decode": "first", "decode_count": 1, "reward_scale": 2.0},
         "one_pass": {"flow_weight": 1.0, "null_rate": 0.1},
         "real": {"replay": 16, "tries": 2},
         "lora": {"rank": 32, "skip": ["ffn"]},

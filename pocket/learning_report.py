@@ -176,7 +176,7 @@ def write(folder: Path, results: Path, picture: Path) -> None:
     found = learning_store.read(folder)
     if BASE not in found:
         raise ValueError(f"{folder} holds no {BASE}-SEED.json; run the base first: lab.py bench learning --only {BASE}")
-    table = summary(found)
+    table = {**{name: {**row, "looks": [], "is_earlier": True} for name, row in learning_store.earlier(folder).items()}, **summary(found)}
     reached = goals(table, found)
     document = {
         "command": "python lab.py bench learning",
