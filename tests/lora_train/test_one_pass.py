@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from reward_lab.lora_train import needs, objectives, replay, run
 from reward_lab.lora_train.draws import draw_batch, prompt_sampler
 from reward_lab.lora_train.objectives.one_pass import OnePass
+from reward_lab.lora_train.prompts import derived_seed
 from reward_lab.lora_train.real import RealLatents, write_real
 
 from .test_prfl import ToyLatentReward, _trainee
@@ -131,7 +133,7 @@ def test_clips_of_the_base_are_the_best_of_each_prompt_and_are_paid_for(one_pass
     sampler, several = prompt_sampler(config), []
     context = parts.contexts.batch([ready.real.prompts[0]])
     for number in range(4):
-        generator = torch.Generator().manual_seed(run.derived_seed(config.seed, "replay", 0, number))
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "replay", 0, number))
         several.append(parts.experts.roll(torch.randn(config.video.latent_shape(1), generator=generator), config.sampling.sigmas(), context))
     assert sampler.draw(0, 1)[0].startswith(ready.real.prompts[0])
     rewards = [float(parts.reward.score(parts.decoder.decode(latent), [ready.real.prompts[0]]).per_video) for latent in several]
@@ -148,7 +150,7 @@ def test_clips_of_the_base_are_the_best_of_each_prompt_and_are_paid_for(one_pass
 
 def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, toy, tmp_path):
     config, parts = one_pass(real={"path": "", "replay": 3})
-    stopped = run.replace(parts, stop_requested=lambda: True)
+    stopped = replace(parts, stop_requested=lambda: True)
     ready = replay.with_clips(config, stopped, tmp_path / "run")
     finished = run.train(config, ready, objectives.create(config, ready), tmp_path / "run")
     assert (finished.reason, finished.step) == ("stopped", 0) and not (tmp_path / "run" / replay.FILE).exists()
@@ -163,6 +165,7 @@ def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, to
         ({"one_pass": {"pavrm": {"kind": "hpsv2.1", "path": "x"}}}, "one_pass.pavrm is a hpsv2.1, but latents are scored by a pavrm"),
         ({"one_pass": {"flow_wait": 1.0}}, "flow_wait.*flow_weight"),
         ({"one_pass": {"null_rate": 1.5}}, "one_pass.null_rate is 1.5"),
+        ({"prompts": [{"text": "a cat", "image": "cat.png"}]}, "1 prompts have start images, which one_pass does not read"),
         ({"real": {"path": "", "replay": 2, "tries": 0}}, "real.tries is 0"),
         ({"reward": PAVRM, "expert": "low", "sampling": {"steps": 2}}, "the PAVRM, which scores no clean latent, leaves the low-noise expert none"),
     ],

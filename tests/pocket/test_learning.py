@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,6 @@ def test_a_run_is_trained_judged_and_not_repeated(pocket_models, repo, tmp_path,
     assert min(learning_store.read(results)["rendered"][9]["oracle"]["motion"]) == 1
     capsys.readouterr()
     assert learning.main(arguments) == 0 and capsys.readouterr().out == ""
-    monkeypatch.setitem(learning_experiments.EXPERIMENTS, "tiny", learning_experiments.replace(tiny, budget=12.0))
+    monkeypatch.setitem(learning_experiments.EXPERIMENTS, "tiny", replace(tiny, budget=12.0))
     assert learning.main(arguments) == 0 and "tiny-9.json was made with other settings or models and is made again" in capsys.readouterr().out
     assert learning_store.read(results)["tiny"][9]["updates"] == 4
