@@ -80,7 +80,8 @@ def forwards_to_reach(entry: Mapping[str, Any], gain: float) -> float | None:
 def goals(table: Mapping[str, Any], found: Mapping[str, Runs]) -> list[dict[str, Any]]:
     """What was aimed at, what was measured, and whether it was reached."""
     ours, out = table.get(OURS), []
-    rivals = {name: table[name] for name in _RIVALS if name in table}
+    # Seeds differ in how much the base leaves to gain, so only rows of the same seeds are compared.
+    rivals = {name: table[name] for name in _RIVALS if ours and name in table and table[name]["seeds"] == ours["seeds"]}
     if ours and rivals:
         out += _cost_goals(table, ours, rivals)
         text = {name: 100 * entry["gain"]["text"]["mean"] for name, entry in {**rivals, OURS: ours}.items()}
