@@ -51,14 +51,16 @@ _POCKET = {
 _FIRST_SEED = (0,)
 # The published presets' clips and PAVRM, and their image reward.
 _OURS = {"expert": "high", "one_pass": {"pavrm": {"kind": "pavrm"}}}
-_QUARTER = 94  # updates of 12 forwards: a quarter of the budget
+_QUARTER = 94  # updates of 12 forwards: a quarter of the budget; 36 of hy-video-prfl's cost about as much
 # A reward of no weight is a PAVRM's, which costs no decoding.
 _NO_REWARD = {"reward_scale": 1e-12}
 EXPERIMENTS: dict[str, Experiment] = {
     OURS: Experiment(preset="reward-lab", changes={**_OURS, "checkpoint_every": _QUARTER, "keep_checkpoints": 10}, looks=(_QUARTER,)),
     # What the clips alone teach: the same updates without a reward.
     CONTROL: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}),
-    "hy-video-prfl": Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}),
+    "hy-video-prfl": Experiment(
+        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "checkpoint_every": 36, "keep_checkpoints": 10}, looks=(36,)
+    ),
     "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
     # Without real clips: the base model makes 32 and the reward picks them out of 64.
     "reward-lab-replayed": Experiment(preset="reward-lab", changes={"expert": "high", "real": {"path": "", "replay": 32, "tries": 2}}),

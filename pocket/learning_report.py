@@ -18,6 +18,8 @@ _DIRECTIONS = (
     ("prfl-logit", 1, "PRFL on the logit alone raises the"),
     ("videox-fun-high", -1, "a reward of the first frame lowers the"),
 )  # fmt: skip
+# Near its ceiling a gain is flat and its last points are noise, so costs are compared at this share of the better preset's.
+_ENOUGH = 0.9
 _RIVALS = ("videox-fun-high", "videox-fun-low", "hy-video-prfl")
 
 Runs = Mapping[int, Mapping[str, Any]]
@@ -118,13 +120,12 @@ def _cost_goals(table: Mapping[str, Any], ours: Mapping[str, Any], rivals: Mappi
     ceiling = table[RENDERED]["gain"]["reward"]["mean"] if RENDERED in table else None
     most = f"; rendered truth, {ceiling:+.3f}, would be {ceiling / rivals[best]['gain']['reward']['mean']:.2f} x" if ceiling else ""
     out = [_goal("reward gain at the equal budget at least twice that of the better published preset", ratio >= 2, f"{ratio:.2f} x {best}{most}")]
-    target = rivals[best]["gain"]["reward"]["mean"]
-    reached = forwards_to_reach(ours, target)
-    is_met = reached is not None and 2 * reached <= rivals[best]["forwards"]
-    times = f"{rivals[best]['forwards'] / reached:.1f} x {best}" if reached else ""
-    shown = f"{target:+.3f} after {reached:.0f} forwards: {times}" if reached else f"never reaches {target:+.3f}"
-    out.append(_goal("reward gain per forward, where the better published preset ends: at least twice as much", is_met, shown))
-    return out
+    target = _ENOUGH * rivals[best]["gain"]["reward"]["mean"]
+    reached, theirs = forwards_to_reach(ours, target), forwards_to_reach(rivals[best], target)
+    is_met = reached is not None and 2 * reached <= theirs
+    shown = f"{reached:.0f} against {theirs:.0f} forwards: {theirs / reached:.1f} x {best}" if reached else f"never reaches {target:+.3f}"
+    words = f"forwards to {100 * _ENOUGH:.0f} % of what the better published preset gains in the end: at most half of what it takes"
+    return [*out, _goal(words, is_met, shown)]
 
 
 def _goal(words: str, is_met: bool, measured: str) -> dict[str, Any]:
