@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..lora_train import needs
 from ..lora_train.config import TrainConfig
-from ..lora_train.input_config import LATENTS, PATCH
+from ..lora_train.input_config import LATENTS, PATCH, RewardSource
 from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
 from ..lora_train.weight_formats import quantised_weights
@@ -96,12 +96,12 @@ def _input_channels(header: Header | None) -> int | None:
 
 
 def _check_reward(config: TrainConfig) -> None:
-    is_latent = config.method == "prfl"
+    is_latent = needs.scores_latents(config)
     if is_latent != (config.reward.kind == "pavrm"):
         has = "scores latents" if config.reward.kind == "pavrm" else "scores frames"
-        remedy = "give a PAVRM" if is_latent else "use an image or video reward, a mix of them, or the method prfl"
+        remedy = "give a PAVRM" if is_latent else "use an image or video reward, a mix of them, or the method prfl or one_pass"
         raise ValueError(f"the reward is {config.reward.kind}, which {has}; the method {config.method} scores {'latents' if is_latent else 'frames'}: {remedy}")
-    for source in filter(None, (config.reward, config.held_out.judge)):
+    for source in filter(None, (config.reward, config.one_pass.pavrm, config.held_out.judge)):
         for file in RewardModelSpec.from_dict(asdict(source)).files():
             # A PAVRM's trunk may be a folder; its reader checks that.
             if not Path(file).is_dir():
@@ -138,13 +138,14 @@ def _check_widths(config: TrainConfig, headers: dict[str, Header | None]) -> Non
     width = next(iter(widths.values()))
     if encoder_width is not None and encoder_width != width:
         raise ValueError(f"the text encoder is {encoder_width} wide, but the experts read {width}; pick the text encoder of these models")
-    if config.reward.kind == "pavrm":
-        _check_pavrm(config, width)
+    pavrm = needs.pavrm(config)
+    if pavrm:
+        _check_pavrm(config, pavrm, width)
 
 
-def _check_pavrm(config: TrainConfig, text_width: int) -> None:
+def _check_pavrm(config: TrainConfig, pavrm: RewardSource, text_width: int) -> None:
     """A PAVRM must read the text and the latents of the experts. One in LoRA form has no trunk; its generator is looked at in its place."""
-    path = Path(config.reward.options.get("generator") or config.reward.path)
+    path = Path(pavrm.options.get("generator") or pavrm.path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
     for header in (read_header(file, "PAVRM") for file in files):
         found = _text_width(header)

@@ -30,7 +30,7 @@ from .lora_keys import normalise, split_key
 
 logger = logging.getLogger("reward_lab")
 
-PRESETS = ("reward-lab", "reward-lab-prfl", "videox-fun", "hy-video-prfl", "roll-reward-flow", "pocket")
+PRESETS = ("reward-lab", "reward-lab-backprop", "reward-lab-prfl", "videox-fun", "hy-video-prfl", "roll-reward-flow", "pocket")
 ACTIVE_STATES = ("created", "running", "stopping")
 POLL_S = 0.25
 # How long a run that was asked to stop may take for its step, checkpoint and LoRA before it is ended by force: a step of a 14B model takes minutes.

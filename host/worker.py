@@ -150,7 +150,7 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from ..lora_train import needs, objectives
+    from ..lora_train import needs, objectives, replay
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
     from ..runs import lease
@@ -197,6 +197,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             real=real,
             **scorers,
         )
+        parts = replay.with_clips(config, parts, folder)
         train(config, parts, objectives.create(config, parts), folder, resume=resume)
 
 
@@ -246,18 +247,23 @@ def _load_scorers(config, backbones: dict, device, dtype) -> dict:
     from . import latent_reward, reward_loading
     from .vae import load_decoder
 
-    spec = RewardModelSpec.from_dict(asdict(config.reward))
-    judge = config.held_out.judge
+    judge, pavrm = config.held_out.judge, needs.pavrm(config)
     files = {expert: getattr(config.models, expert) for expert in backbones}
-    is_latent = config.method == "prfl"
+    is_latent = needs.scores_latents(config)
     return {
         "decoder": load_decoder(config.models.vae, dtype=dtype, device=device) if needs.decodes(config) else None,
-        "reward": None if is_latent else reward_loading.load(spec, device),
+        "reward": None if is_latent else reward_loading.load(_spec(config.reward), device),
         # On the host: the engine brings its trunk to the device, or streams it.
-        "latent_reward": latent_reward.load(spec, backbones, files, device=torch.device("cpu"), dtype=dtype) if is_latent else None,
+        "latent_reward": latent_reward.load(_spec(pavrm), backbones, files, device=torch.device("cpu"), dtype=dtype) if pavrm else None,
         "motion": reward_loading.load(RewardModelSpec(kind="dynamic_degree", path=""), device) if config.guards.motion_floor > 0 else None,
-        "judge": reward_loading.load(RewardModelSpec.from_dict(asdict(judge)), device) if judge else None,
+        "judge": reward_loading.load(_spec(judge), device) if judge else None,
     }
+
+
+def _spec(source):
+    from ..reward_models.spec import RewardModelSpec
+
+    return RewardModelSpec.from_dict(asdict(source))
 
 
 def _log(event) -> None:

@@ -19,14 +19,14 @@ from .checks import whole as _whole
 from .config_reader import build
 from .flow import SCHEDULES, shifted_sigmas, steps_of_expert
 from .input_config import COMPARING_REWARDS, ModelFiles, Prompt, RewardSource, Video
-from .method_config import Guards, Optimiser, Prfl, Real, RewardFlow
+from .method_config import Guards, OnePass, Optimiser, Prfl, Real, RewardFlow
 from .presets import with_preset
 
 STRATEGIES = ("last", "tail", "uniform", "random", "list")
 MODES = ("chain", "x0")
 DECODES = ("first", "last", "random", "all")
 EXPERT_CHOICES = ("high", "low", "both")
-METHODS = ("reward_backprop", "prfl", "reward_flow")
+METHODS = ("reward_backprop", "prfl", "reward_flow", "one_pass")
 STARTS = ("noise", "real")
 DTYPES = ("auto", "fp32", "bf16")
 SAVE_DTYPES = ("bf16", "fp16", "fp32")
@@ -218,6 +218,7 @@ class TrainConfig:
     sampling: Sampling = field(default_factory=Sampling)
     objective: Objective = field(default_factory=Objective)
     prfl: Prfl = field(default_factory=Prfl)
+    one_pass: OnePass = field(default_factory=OnePass)
     reward_flow: RewardFlow = field(default_factory=RewardFlow)
     real: Real = field(default_factory=Real)
     guards: Guards = field(default_factory=Guards)
@@ -255,8 +256,11 @@ class TrainConfig:
             self._check_steps(expert)
         if self.method != "prfl" and self.reward.kind in COMPARING_REWARDS:
             self._check_scored_frames()
-        needs_real = self.objective.start == "real" or (self.method == "prfl" and self.prfl.real_weight > 0)
-        _require(bool(self.real.path) or not needs_real, "real.path is empty; give a file of real latents, or set objective.start noise and prfl.real_weight 0")
+        is_told = bool(self.real.path) or self.real.replay > 0 or not self.uses_clips
+        without = {"prfl": ", or set prfl.real_weight 0", "one_pass": ""}.get(self.method, ", or set objective.start noise")
+        _require(is_told, f"real.path is empty; give real videos, or set real.replay to let the base model make so many{without}")
+        with_image = sum(bool(prompt.image) for prompt in self.prompts) if self.method == "one_pass" else 0
+        _require(with_image == 0, f"{with_image} prompts have start images, which one_pass does not read; take them out, or use preset reward-lab-backprop")
         needs_looks = self.guards.needs_looks or self.held_out.judge is not None
         _require(bool(self.held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
 
@@ -275,9 +279,11 @@ class TrainConfig:
         _require(len(own) > 0, f"the {expert}-noise expert makes no step with {facts}; change these or train the other expert")
         eligible, limit = self.gradient_steps(expert), f"{own[0]} to {own[-1]} with {facts}"
         if self.method != "reward_backprop":
-            name = f"{self.method}.first_step and last_step"
-            _require(len(eligible) > 0, f"{name} leave the {expert}-noise expert none of its steps, which are {limit}; widen them")
-            count, setting = (self.prfl.points, "prfl.points") if self.method == "prfl" else (1, name)
+            name, remedy = f"{self.method}.first_step and last_step leave", "widen them"
+            if self.method == "one_pass":
+                name, remedy = "the PAVRM, which scores no clean latent, leaves", "take more steps"
+            _require(len(eligible) > 0, f"{name} the {expert}-noise expert none of its steps, which are {limit}; {remedy}")
+            count, setting = (self.prfl.points, "prfl.points") if self.method == "prfl" else (1, "steps")
         elif self.objective.strategy == "list":
             wrong = sorted(set(self.objective.step_list) - set(own))
             is_both = self.expert == "both" and len(wrong) < len(self.objective.step_list)
@@ -293,11 +299,23 @@ class TrainConfig:
         if self.method == "prfl":
             last = self.sampling.steps - 2 if self.prfl.last_step < 0 else self.prfl.last_step
             return range(max(own.start, self.prfl.first_step), min(own.stop, last + 1))
+        if self.method == "one_pass" and self.reward.kind == "pavrm":
+            return range(own.start, min(own.stop, self.sampling.steps - 1))  # the clean latent is never scored
         if self.method == "reward_flow":
             last = own.stop - 1 if self.reward_flow.last_step < 0 else min(own.stop - 1, self.reward_flow.last_step)
             first = last - 3 if self.reward_flow.first_step < 0 else self.reward_flow.first_step
             return range(max(own.start, first), last + 1)
         return own
+
+    @property
+    def starts_from_clips(self) -> bool:
+        """Whether an update noises a clip, in place of rolling out from noise."""
+        return self.objective.start == "real" or self.method == "one_pass"
+
+    @property
+    def uses_clips(self) -> bool:
+        """Whether clips are needed, real ones or replayed."""
+        return self.starts_from_clips or (self.method == "prfl" and self.prfl.real_weight > 0)
 
     @property
     def trained_experts(self) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ class Draw:
     steps: indices into `sigmas` of the steps with gradient, rising.
     latents: latent frames to decode.
     images: paths of start images, one each, empty for none.
+    captions: the prompts, also of videos whose own was taken away (`null_rate`).
+    velocity_BCFHW: noise - x0 of a noised clip, which is what flow matching aims at; None where the start is noise.
     """
 
     prompts: list[str]
@@ -35,11 +37,24 @@ class Draw:
     steps: list[int]
     latents: range
     images: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    velocity_BCFHW: torch.Tensor | None = None
 
 
 def prompt_sampler(config: TrainConfig) -> PromptSampler:
     """Draws prompts together with their start images."""
     return PromptSampler([replace(prompt, text=f"{prompt.text}{_SEPARATOR}{prompt.image}") for prompt in config.prompts], config.seed)
+
+
+def null_rate(config: TrainConfig) -> float:
+    """Share of prompts that are replaced by the empty one."""
+    return {"prfl": config.prfl.null_rate, "one_pass": config.one_pass.null_rate}.get(config.method, 0.0)
+
+
+def parted(drawn: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Prompts and start images of what such a sampler drew."""
+    prompts, images = zip(*(key.split(_SEPARATOR) for key in drawn), strict=True)
+    return list(prompts), list(images)
 
 
 def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | RealSamples | None, expert: str, step: int, micro: int) -> Draw:
@@ -53,22 +68,25 @@ def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | 
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "noise", *((0, 0) if is_fixed else (step, micro))))
     position = ((step - 1) * config.optimiser.accumulate + micro) * config.batch
     steps = _gradient_steps(config, expert, draws)
-    sigmas = config.sampling.sigmas()
-    if config.objective.start == "real":
+    sigmas, velocity = config.sampling.sigmas(), None
+    if config.starts_from_clips:
         clean, prompts = real.draw(config.seed, position, config.batch)
         images = [""] * len(prompts)
         noise = torch.randn(clean.shape, generator=generator)
         sigma = sigmas[steps[0]]
-        start = (1 - sigma) * clean + sigma * noise
+        start, velocity = (1 - sigma) * clean + sigma * noise, noise - clean
         sigmas, steps = sigmas[steps[0] :], [index - steps[0] for index in steps]
     else:
-        prompts, images = (list(part) for part in zip(*(key.split(_SEPARATOR) for key in sampler.draw(position, config.batch)), strict=True))
+        prompts, images = parted(sampler.draw(position, config.batch))
         start = torch.randn(config.video.latent_shape(config.batch), generator=generator)
         sigmas, steps = shortened(sigmas, steps, config.objective.rollout_steps)
-    if config.method == "prfl":
-        prompts = [NULL_PROMPT if draws.random() < config.prfl.null_rate else prompt for prompt in prompts]
+    captions = prompts
+    if null_rate(config) > 0:
+        prompts = [NULL_PROMPT if draws.random() < null_rate(config) else prompt for prompt in prompts]
     latents = choose_latents(config.objective, start.shape[2], draws)
-    return Draw(prompts=prompts, start_BCFHW=start, sigmas=sigmas, steps=steps, latents=latents, images=images)
+    return Draw(
+        prompts=prompts, start_BCFHW=start, sigmas=sigmas, steps=steps, latents=latents, images=images, captions=captions, velocity_BCFHW=velocity
+    )  # fmt: skip
 
 
 def _gradient_steps(config: TrainConfig, expert: str, draws: random.Random) -> list[int]:
@@ -77,6 +95,8 @@ def _gradient_steps(config: TrainConfig, expert: str, draws: random.Random) -> l
         return sorted(draws.sample(list(eligible), config.prfl.points))
     if config.method == "reward_flow":
         return list(eligible)
+    if config.method == "one_pass":
+        return [draws.choice(eligible)]
     return choose_steps(config.objective, eligible, draws)
 
 

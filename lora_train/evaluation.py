@@ -16,8 +16,8 @@ import torch
 from ..reward_models.base import score_in_chunks
 from . import events
 from .config import TrainConfig
-from .draws import NULL_PROMPT
-from .needs import looks_at_videos
+from .draws import NULL_PROMPT, null_rate
+from .needs import looks_at_videos, scores_latents
 from .prompts import derived_seed
 from .rollout import PromptContext
 from .trainee import Trainee
@@ -49,7 +49,7 @@ def evaluate(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee])
     """Score every held-out prompt with every held-out seed."""
     items = [(prompt, seed) for prompt in config.held_out.prompts for seed in range(config.held_out.seeds)]
     spent = parts.experts.count.total
-    rewards = _latent_rewards(config, parts, trainees, items) if config.method == "prfl" else []
+    rewards = _latent_rewards(config, parts, trainees, items) if scores_latents(config) else []
     motion, judged = [], []
     if looks_at_videos(config):
         for prompts, latent in _finished(config, parts, trainees, items):
@@ -72,7 +72,7 @@ def _latent_rewards(config: TrainConfig, parts: Parts, trainees: Mapping[str, Tr
     for prompts, latent, context in _starts(config, parts, trainees, items):
         total_B = torch.zeros(len(prompts))
         for index in range(len(sigmas) - 1):
-            latent = parts.experts.roll(latent, sigmas[index : index + 2], context, guidance=config.prfl.guidance)
+            latent = parts.experts.roll(latent, sigmas[index : index + 2], context, guidance=config.prfl.guidance if config.method == "prfl" else 1.0)
             if index in scored:
                 scores = parts.latent_reward.score(latent, sigmas[index + 1], context.prompt_BPD, context.condition_BCFHW)
                 total_B += scores.probability_B.cpu()
@@ -103,7 +103,7 @@ def sample_prompts(config: TrainConfig) -> list[str]:
 
 def all_prompts(config: TrainConfig) -> list[str]:
     """Every text that the run will ever encode, the negative prompt and those of real latents apart, each once."""
-    null = [NULL_PROMPT] if config.method == "prfl" and config.prfl.null_rate > 0 else []
+    null = [NULL_PROMPT] if null_rate(config) > 0 else []
     return list(dict.fromkeys([*(prompt.text for prompt in config.prompts), *config.held_out.prompts, *config.sample_prompts, *null]))
 
 

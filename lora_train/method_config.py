@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from . import checks
 from .checks import choice, number, require, whole
+from .input_config import RewardSource
 
 SOLVERS = ("euler", "unipc")
 PRFL_LOSSES = ("hinge", "logit")
@@ -54,6 +55,29 @@ class Prfl:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnePass:
+    """One pass: a clip (`real`) is noised, and one velocity with gradient serves flow matching and the reward; nothing is rolled out.
+
+    flow_weight: weight of the flow-matching loss on the clips. objective.reward_scale weighs the reward: of the decoded prediction, or, where
+        `reward` is a PAVRM, its logit for the next latent.
+    null_rate: share of prompts replaced by the empty one, which only flow matching then learns from; keeps guidance in shape.
+    pavrm: a PAVRM beside an image reward, on the same velocity; pavrm_scale: weight of its logit.
+    """
+
+    flow_weight: float = 1.0
+    null_rate: float = 0.1
+    pavrm: RewardSource | None = None
+    pavrm_scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        number("one_pass.flow_weight", self.flow_weight, least=0)
+        number("one_pass.null_rate", self.null_rate, least=0, most=1)
+        number("one_pass.pavrm_scale", self.pavrm_scale, above=0)
+        is_pavrm = self.pavrm is None or self.pavrm.kind == "pavrm"
+        require(is_pavrm, f"one_pass.pavrm is a {self.pavrm and self.pavrm.kind}, but latents are scored by a pavrm; give other rewards as `reward`")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardFlow:
     """Reward flow: gradient through several steps in a row, back-propagated through time, with a KL to the base at each.
 
@@ -90,10 +114,21 @@ class RewardFlow:
 
 @dataclass(frozen=True, kw_only=True)
 class Real:
-    """Real videos as latents. `path`: a dataset (the folder that Video Dataset makes, or HY-Video-PRFL's list of metas), or a `.safetensors` file with
-    `latents` [N, C, F, H, W] in model space and, in its metadata, `prompts`, a JSON list of N."""
+    """Clips as latents, to learn from and to start from.
+
+    path: a dataset (the folder that Video Dataset makes, or HY-Video-PRFL's list of metas), or a `.safetensors` file with `latents`
+        [N, C, F, H, W] in model space and, in its metadata, `prompts`, a JSON list of N.
+    replay: without a path, the base model makes so many clips of the prompts before the first update.
+    tries: videos that it makes for each of them; the one that the reward likes best is kept.
+    """
 
     path: str = ""
+    replay: int = 0
+    tries: int = 1
+
+    def __post_init__(self) -> None:
+        whole("real.replay", self.replay, 0)
+        whole("real.tries", self.tries, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from .config import TrainConfig
 from .flow import EXPERTS
+from .input_config import RewardSource
+
+
+def scores_latents(config: TrainConfig) -> bool:
+    """Whether the reward is a PAVRM: always in PRFL, and in one pass where one is given."""
+    return config.method == "prfl" or (config.method == "one_pass" and config.reward.kind == "pavrm")
+
+
+def pavrm(config: TrainConfig) -> RewardSource | None:
+    """The PAVRM that training asks: the reward itself, or the one beside it."""
+    return config.reward if scores_latents(config) else config.one_pass.pavrm if config.method == "one_pass" else None
 
 
 def decodes_training_videos(config: TrainConfig) -> bool:
-    """Whether training itself decodes and scores frames; PRFL scores latents."""
-    return config.method != "prfl"
+    """Whether training itself decodes and scores frames."""
+    return not scores_latents(config)
 
 
 def looks_at_videos(config: TrainConfig) -> bool:
@@ -31,13 +42,19 @@ def experts(config: TrainConfig) -> tuple[str, ...]:
     """Experts to load: both, unless there is one model, or no video is finished and the trained one makes every step that is made."""
     if not config.models.has_experts:
         return ("high",)
-    if decodes(config):
+    is_finished = looks_at_videos(config) or config.sample_every > 0 or replays(config) or bool(start_images(config))
+    if is_finished or (decodes_training_videos(config) and config.method != "one_pass"):
         return EXPERTS
     # From noise, the low-noise expert's steps come after the other's; looks always start there.
-    is_rolled_out = config.objective.start == "noise" or config.held_out.every > 0
+    is_rolled_out = not config.starts_from_clips or config.held_out.every > 0
     return EXPERTS if is_rolled_out and config.trained_experts != ("high",) else config.trained_experts
 
 
 def real_latents(config: TrainConfig) -> bool:
     """Whether real latents are read."""
-    return config.objective.start == "real" or (config.method == "prfl" and config.prfl.real_weight > 0)
+    return config.uses_clips and bool(config.real.path)
+
+
+def replays(config: TrainConfig) -> bool:
+    """Whether the base model makes the clips."""
+    return config.uses_clips and not config.real.path

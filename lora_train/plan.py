@@ -61,7 +61,7 @@ def passes_per_update(config: TrainConfig, expert: str) -> dict[str, float]:
     first, last, selected = _gradient_span(config, expert)
     is_chain = config.method == "reward_backprop" and config.objective.mode == "chain"
     end = config.sampling.steps - 1 if is_chain else last
-    if config.objective.start == "real":
+    if config.starts_from_clips:
         skipped = first
     else:
         skipped = max(0.0, first - config.objective.rollout_steps) if config.objective.rollout_steps else 0.0

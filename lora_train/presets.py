@@ -8,8 +8,10 @@ without guidance, hinge on the PAVRM's probability, flow-matching loss on real l
 both gradients make one update together.
 `roll-reward-flow` follows ROLL's reward_fl (alibaba/ROLL@e98e9f89, Apache-2.0): 8 steps of a few-step model, gradient through the last four, whole
 video decoded, KL 1. Its constants belonged to one face scorer; centre and scale are measured.
-`reward-lab` is our default: one short rollout serves three random steps of the trained expert, each decoded at its prediction of the clean latent (a random
-latent frame, so that motion is not traded for a pretty first frame), with a KL to the base.
+`reward-lab` is our default: nothing is rolled out; one velocity of a noised clip serves flow matching and the reward. With `real.path` the clips are the
+user's, without it the base model makes some first.
+`reward-lab-backprop` is reward backpropagation as we run it: one short rollout serves three random steps of the trained expert, each decoded at its prediction
+of the clean latent (a random latent frame, so that motion is not traded for a pretty first frame), with a KL to the base.
 `reward-lab-prfl` is PRFL as we would run it where there are no real videos: on the logit, every step's gradient of one size, held by a KL to the base.
 `pocket` is for the pocket models: random steps through the finished chain, because at their few steps the x0 prediction of a high sigma is too
 blurred for a reward model.
@@ -50,6 +52,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimiser": {"lr": 2.5e-6, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
     },
     "reward-lab": {
+        "method": "one_pass",
+        "video": {"width_px": 256, "height_px": 256, "frames": 81},
+        "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "simple"},
+        "objective": {"decode": "first", "decode_count": 1, "reward_scale": 2.0},
+        "one_pass": {"flow_weight": 1.0, "null_rate": 0.1},
+        "real": {"replay": 16, "tries": 2},
+        "lora": {"rank": 32, "skip": ["ffn"]},
+        "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
+    },
+    "reward-lab-backprop": {
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
         "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "simple"},
         "objective": {

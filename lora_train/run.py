@@ -51,7 +51,8 @@ class Parts:
     """What the loop is wired with; `pause` is called between updates and may wait, to leave the card to somebody else. `shrink` goes to the next smaller
     plan and says what changed, or None where there is none. With a `meter` the largest step is rehearsed before the first one.
 
-    None is what the config has no use for: decoder and reward without videos, latent_reward without PRFL, motion and judge without their guards.
+    None is what the config has no use for: decoder and reward without videos, latent_reward without a PAVRM, motion and judge without their guards.
+    clip_forwards: what the clips of `real` cost that the base model made for this run (`replay.py`).
     """
 
     experts: Experts
@@ -64,6 +65,7 @@ class Parts:
     motion: RewardModel | None = None
     judge: RewardModel | None = None
     real: RealLatents | RealSamples | None = None
+    clip_forwards: float = 0.0
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
     shrink: Callable[[], Shrunk | None] | None = None
@@ -93,7 +95,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
     with ExitStack() as installed:
         trainees = {expert: _new_trainee(config, parts, expert, installed) for expert in config.trained_experts}
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
-        parts.experts.count.total = progress.forwards
+        parts.experts.count.total = progress.forwards if progress.step else parts.clip_forwards
         parts.sink(_started(config, parts, trainees, progress))
         rehearsal.rehearse(config, parts, objective, trainees)
         if progress.step == 0:

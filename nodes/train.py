@@ -27,10 +27,10 @@ def run_inputs() -> list[io.Input]:
             "preset",
             options=list(training.PRESETS),
             default="reward-lab",
-            tooltip="Method and settings. reward-lab: this pack's defaults. videox-fun: the published recipe of the official reward LoRAs. "
-            "reward-lab-prfl: PRFL, on the score of noisy latents by a PAVRM. hy-video-prfl: its published recipe, which needs real videos. "
-            "roll-reward-flow: gradient through several steps in a row. "
-            "The widgets below override each.",
+            tooltip="Method and settings. reward-lab: this pack's defaults, which sample nothing and learn from your clips (real.path) or from some "
+            "that the base model makes first. reward-lab-backprop: reward backpropagation as we run it. videox-fun: the published recipe of the "
+            "official reward LoRAs. reward-lab-prfl: PRFL, on the score of noisy latents by a PAVRM. hy-video-prfl: its published recipe, which needs "
+            "real videos. roll-reward-flow: gradient through several steps in a row. The widgets below override each.",
         ),
         io.Int.Input("steps", default=100, min=1, max=1_000_000, tooltip="Optimiser steps."),
         io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. Official reward LoRAs: 128."),
@@ -58,9 +58,9 @@ class TrainLoRA(io.ComfyNode):
             node_id="RewardLabTrainLoRA",
             display_name="Train Reward LoRA",
             category="Reward Lab/training",
-            description="Trains a LoRA by reward backpropagation, PRFL or reward flow, in the background. The queue stays free; follow the run "
-            "in the Reward Lab sidebar tab, stop it there, and use Run Result to fetch the LoRA. Settings that have been trained already are not "
-            "trained again: change the seed or the name.",
+            description="Trains a LoRA by one pass over clips, reward backpropagation, PRFL or reward flow, in the background. The queue stays free; follow "
+            "the run in the Reward Lab sidebar tab, stop it there, and use Run Result to fetch the LoRA. Settings that have been trained already are "
+            "not trained again: change the seed or the name.",
             search_aliases=["train lora", "reward training", "draft", "reward backpropagation"],
             inputs=run_inputs(),
             outputs=[run_output()],

@@ -3,8 +3,8 @@
 Every run has the same budget of DiT forward-equivalents (a pass of one video through one expert; a backward is two; decoders and reward models are not
 counted) and ends with the update that spends it. Its LoRA is judged on held-out prompts and seeds that are the same for all.
 
-Results are kept per (experiment, seed) in the work folder, so the bench can run in pieces: `--only NAME`, `--seeds 0,1`, `--limit-s 450`. When all
-are there, it writes benchmarks/results/learning.json and docs/images/learning.png (learning_report.py).
+Results are kept per (experiment, seed) in benchmarks/results/learning/ (learning_store.py), so the bench can run in pieces, on several machines: `--only NAME`,
+`--seeds 0,1`, `--limit-s 450`. It ends by writing benchmarks/results/learning.json and docs/images/learning.png from what is there (learning_report.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ import torch
 
 from ..host import latent_reward, reward_loading
 from ..host.training_mode import training_mode
-from ..lora_train import objectives
-from ..lora_train.config import TrainConfig
+from ..lora_train import needs, objectives, replay
+from ..lora_train.config import RewardSource, TrainConfig
 from ..lora_train.evaluation import all_prompts
 from ..lora_train.real import RealLatents, write_real
 from ..lora_train.rollout import Experts
 from ..lora_train.run import Parts, train
+from ..reward_models.base import RewardModel
 from ..reward_models.spec import RewardModelSpec
-from . import learning_experiments, learning_report, world
+from . import learning_experiments, learning_report, learning_store, world
 from .build import WEIGHTS
 from .generate import Generator
 from .quality import held_out_scenes
@@ -38,10 +39,12 @@ from .stages.loras import training_prompts
 from .table import score_row
 
 REPO = Path(__file__).resolve().parents[1]
-RESULTS = REPO / "benchmarks" / "results" / "learning.json"
+RESULTS = REPO / "benchmarks" / "results" / "learning"
+SUMMARY = REPO / "benchmarks" / "results" / "learning.json"
 PICTURE = REPO / "docs" / "images" / "learning.png"
 WORK = REPO / ".lab" / "learning"
 REAL_CLIPS = 96
+TRAINING_PROMPTS = 128
 PAVRM_SIGMAS = (0.3, 0.6, 0.9)
 
 
@@ -62,41 +65,41 @@ class Bench:
         if not path.exists():
             rng = random.Random(77)
             scenes = [world.sample_scene(rng, held_out=False, two_share=0.0) for _ in range(REAL_CLIPS)]
-            latents = []
-            for start in range(0, REAL_CLIPS, 16):
-                clips = torch.stack([torch.from_numpy(world.render(scene)) for scene in scenes[start : start + 16]])
-                with training_mode(), torch.no_grad():
-                    latents.append(self.generator.decoder.encode(clips.permute(0, 1, 4, 2, 3)))
-            write_real(path, torch.cat(latents), [world.caption(scene) for scene in scenes])
+            write_real(path, self._encoded(scenes), [world.caption(scene) for scene in scenes])
         return path
 
-    def config(self, experiment: learning_experiments.Experiment, seed: int) -> TrainConfig:
-        """Settings of a run."""
-        values = learning_experiments.settings(experiment, self.weights, seed, training_prompts(128, 500 + seed), self.real_latents())
-        return TrainConfig.from_dict(values)
+    @torch.no_grad()
+    def _encoded(self, scenes: Sequence[world.Scene]) -> torch.Tensor:
+        """Rendered clips as latents in model space."""
+        latents = []
+        for start in range(0, len(scenes), 16):
+            clips = torch.stack([torch.from_numpy(world.render(scene)) for scene in scenes[start : start + 16]])
+            with training_mode(), torch.no_grad():
+                latents.append(self.generator.decoder.encode(clips.permute(0, 1, 4, 2, 3)))
+        return torch.cat(latents)
 
     def train(self, experiment: learning_experiments.Experiment, seed: int, folder: Path) -> dict[str, Any]:
         """Run the training; returns its curve and what it cost."""
-        config = self.config(experiment, seed)
+        config = TrainConfig.from_dict(settings(experiment, seed, self.real_latents()))
         experts = Experts(backbones=self.generator.backbones, sampling=config.sampling)
         steps: list = []
-        real = RealLatents(config.real.path)
-        contexts = self.generator.contexts([*all_prompts(config), *real.prompts])
-        is_latent = config.method == "prfl"
+        real = RealLatents(config.real.path) if needs.real_latents(config) else None
+        contexts = self.generator.contexts([*all_prompts(config), *(real.prompts if real else ())])
         parts = Parts(
             experts=experts,
             contexts=contexts,
             sink=lambda event: steps.append(event) if event.name in ("step", "finished") else None,
             stop_requested=lambda: experts.count.total >= experiment.budget,
             decoder=self.generator.decoder,
-            reward=None if is_latent else reward_loading.load(RewardModelSpec.from_dict(asdict(config.reward))),
-            latent_reward=self.pavrm if is_latent else None,
+            reward=None if needs.scores_latents(config) else _loaded(config.reward),
+            latent_reward=self.pavrm if needs.pavrm(config) else None,
             motion=RewardModelSpec(kind="dynamic_degree", path="").load() if config.guards.motion_floor > 0 else None,
-            judge=reward_loading.load(RewardModelSpec.from_dict(asdict(config.held_out.judge))) if config.held_out.judge else None,
+            judge=_loaded(config.held_out.judge) if config.held_out.judge else None,
             real=real,
         )
         begun = time.perf_counter()
         with training_mode():
+            parts = replay.with_clips(config, parts, folder)
             finished = train(config, parts, objectives.create(config, parts), folder, resume=folder.exists())
         updates = [event for event in steps if event.name == "step"]
         curve = [
@@ -107,18 +110,26 @@ class Bench:
             for event in updates
         ]  # fmt: skip
         ended = {"reason": finished.reason, "detail": finished.detail, "files": finished.files, "seconds": time.perf_counter() - begun}
-        return {"curve": curve, "forwards": experts.count.total, "updates": len(updates), **ended, "config": config.to_dict()}
+        return {"curve": curve, "forwards": experts.count.total, "updates": len(updates), **ended}
 
     def judged(self, files: list[str], seed: int, pairs: int) -> dict[str, list[float]]:
         """Every measure of every held-out video."""
         loras = [(Path(file), "high" if "-high-noise-" in Path(file).name else "low", 1.0) for file in files]
-        scenes = held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
+        scenes = _judged_scenes(seed, pairs)
         prompts = [world.caption(scene) for scene in scenes]
         latents = self.generator.latents(prompts, [seed * 1_000_003 + index for index in range(pairs)], loras)
+        return self._measured(latents, scenes, seed)
+
+    def rendered(self, seed: int, pairs: int) -> dict[str, list[float]]:
+        """The same of the truth: what the prompts tell, rendered, through the VAE. No generator does better without pleasing a reward beyond it."""
+        scenes = _judged_scenes(seed, pairs)
+        return self._measured(self._encoded(scenes), scenes, seed)
+
+    def _measured(self, latents: torch.Tensor, scenes: Sequence[world.Scene], seed: int) -> dict[str, list[float]]:
         row = score_row(self.generator, self.judge, "", latents, scenes)
         values = {name: numbers.tolist() for name, numbers in row.values.items()}
         values["text"] = [colour * shape for colour, shape in zip(values["colour"], values["shape"], strict=True)]
-        return {**values, "pavrm": self._pavrm(latents, prompts, seed)}
+        return {**values, "pavrm": self._pavrm(latents, [world.caption(scene) for scene in scenes], seed)}
 
     @torch.no_grad()
     def _pavrm(self, clean: torch.Tensor, prompts: list[str], seed: int) -> list[float]:
@@ -130,18 +141,46 @@ class Bench:
         return torch.stack(scores).mean(0).tolist()
 
 
-def run_one(bench: Bench, name: str, seed: int, pairs: int) -> dict[str, Any]:
-    """Train and judge one (experiment, seed), or judge the base."""
+def _judged_scenes(seed: int, pairs: int) -> list[world.Scene]:
+    return held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
+
+
+def _loaded(source: RewardSource) -> RewardModel:
+    return reward_loading.load(RewardModelSpec.from_dict(asdict(source)))
+
+
+def settings(experiment: learning_experiments.Experiment, seed: int, real: Path) -> dict[str, Any]:
+    """Settings of a run, for `TrainConfig.from_dict`."""
+    return learning_experiments.settings(experiment, WEIGHTS, seed, training_prompts(TRAINING_PROMPTS, 500 + seed), real)
+
+
+def recipe(name: str, seed: int, pairs: int) -> str:
+    """What a result depends on, the pocket models included."""
+    models = json.loads((REPO / "pocket" / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
+    experiment = learning_experiments.EXPERIMENTS.get(name)
+    values = settings(experiment, seed, Path("real.safetensors")) if experiment else {}
+    return learning_store.recipe({**values, "files": [file["sha256"] for file in models]}, experiment.budget if experiment else 0.0, pairs)
+
+
+def run_one(bench: Bench, name: str, seed: int, pairs: int, made_of: str) -> dict[str, Any]:
+    """Train and judge one (experiment, seed), or judge the base or rendered clips; `made_of` is its recipe."""
     begun = time.perf_counter()
-    if name == learning_experiments.BASE:
-        return {"experiment": name, "seed": seed, "oracle": bench.judged([], seed, pairs), "seconds": time.perf_counter() - begun}
+    if name in (learning_experiments.BASE, learning_experiments.RENDERED):
+        oracle = bench.judged([], seed, pairs) if name == learning_experiments.BASE else bench.rendered(seed, pairs)
+        return {"experiment": name, "seed": seed, "recipe": made_of, "oracle": oracle, "seconds": time.perf_counter() - begun}
     experiment = learning_experiments.EXPERIMENTS[name]
-    result = bench.train(experiment, seed, bench.work / f"run-{name}-{seed}")
-    oracle = bench.judged(result["files"], seed, pairs)
-    looks = {}
-    for state in sorted((bench.work / f"run-{name}-{seed}" / "checkpoints").glob("*-noise-*.safetensors")) if experiment.looks else ():
-        looks[state.stem.rsplit("step", 1)[1]] = _means(bench.judged([str(state)], seed, pairs // 2))
-    return {"experiment": name, "seed": seed, **result, "oracle": oracle, "looks": looks, "seconds": time.perf_counter() - begun}
+    folder = bench.work / f"run-{name}-{seed}-{made_of}"
+    result = bench.train(experiment, seed, folder)
+    oracle = bench.judged(result.pop("files"), seed, pairs)
+    forwards = {point["step"]: point["forwards"] for point in result["curve"]}
+    looks = []
+    for step in sorted(set(experiment.looks) & set(forwards)):
+        files = [str(path) for path in sorted((folder / "checkpoints").glob(f"*-noise-*-step{step:06d}.safetensors"))]
+        if not files:
+            raise ValueError(f"{name} looks at update {step}, but kept no checkpoint of it; make checkpoint_every divide it and keep_checkpoints larger")
+        looks.append({"step": step, "forwards": forwards[step], "oracle": bench.judged(files, seed, pairs)})
+    cost = {"budget": experiment.budget, "seconds": time.perf_counter() - begun}
+    return {"experiment": name, "seed": seed, "recipe": made_of, **result, **cost, "oracle": oracle, "looks": looks}
 
 
 def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
@@ -151,32 +190,34 @@ def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     """Run what is missing, then report."""
     parser = argparse.ArgumentParser(prog="lab.py bench learning", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a file for each result; what is there is not run again")
+    parser.add_argument("--work", type=Path, default=WORK, help="clips and run folders")
     parser.add_argument("--seeds", default="0,1,2", help="of the comparison (default: 0,1,2); tune on others")
     parser.add_argument("--only", default="", help="names of experiments, with commas between (default: all)")
     parser.add_argument("--pairs", type=int, default=64, help="held-out prompt/seed pairs per seed (default: 64)")
     parser.add_argument("--limit-s", type=float, default=0.0, help="start no run after so many seconds; the same command goes on")
-    parser.add_argument("--report", action="store_true", help="write the results of what there is")
+    parser.add_argument("--report", action="store_true", help="run nothing; sum up what there is")
     options = parser.parse_args(argv)
     begun = time.monotonic()
     bench = None
     todo = learning_experiments.plan([int(seed) for seed in options.seeds.split(",")], options.only.split(",") if options.only else None)
-    for name, seed in todo:
-        target = options.work / f"{name}-{seed}.json"
+    for name, seed in () if options.report else todo:
+        made_of = recipe(name, seed, options.pairs)
+        target = learning_store.path(options.results, name, seed)
         if target.exists():
-            continue
+            if learning_store.read_one(target)["recipe"] == made_of:
+                continue
+            print(f"{target.name} was made with other settings or models and is made again", flush=True)
         if options.limit_s and time.monotonic() - begun > options.limit_s:
             print(f"not started yet: {name}, seed {seed}; run the same command again", flush=True)
             return 3
         bench = bench or Bench(WEIGHTS, options.work)
-        result = run_one(bench, name, seed, options.pairs)
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(result), encoding="utf-8")
-        partial.replace(target)
+        result = run_one(bench, name, seed, options.pairs, made_of)
+        learning_store.write(options.results, result)
         means = _means(result["oracle"])
         shown = ", ".join(f"{key} {means[key]:.4f}" for key in ("reward", "text", "colour", "shape", "motion", "dynamic_degree", "pavrm"))
         cost = f"{result.get('updates', 0)} updates, {result.get('forwards', 0):.0f} forwards, {result['seconds']:.0f} s"
         print(f"{name} seed {seed}: {cost}; {shown}", flush=True)
     if options.report or not options.only:
-        learning_report.write(options.work, RESULTS, PICTURE)
+        learning_report.write(options.results, SUMMARY, PICTURE)
     return 0

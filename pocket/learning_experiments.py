@@ -17,6 +17,9 @@ from .quality import held_out_scenes
 from .stages import dit, hps, mps, pavrm, text, vae
 
 BASE = "base"
+RENDERED = "rendered"  # the truth: no model
+OURS, CONTROL = "reward-lab", "real-clips-one-pass"
+SEEDS = (0, 1, 2)
 BUDGET = 4500.0
 LOOK_PROMPTS = 16
 _REWARDS = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME, "pavrm": pavrm.FILE_NAME}
@@ -24,13 +27,13 @@ _REWARDS = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME, "pavrm": pavrm.FILE_
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One training; `looks`: judge its checkpoints as well. `seeds`: None takes those of the comparison."""
+    """One training. `looks`: updates whose checkpoints are judged as well. `seeds`: None takes those of the comparison."""
 
     preset: str
     reward: str = "hpsv2.1"
     budget: float = BUDGET
     changes: dict[str, Any] = field(default_factory=dict)
-    looks: bool = False
+    looks: Sequence[int] = ()
     seeds: tuple[int, ...] | None = None
 
 
@@ -46,35 +49,45 @@ _POCKET = {
     "save_dtype": "fp32",
 }
 _FIRST_SEED = (0,)
+# The published presets' clips and PAVRM, and their image reward.
+_OURS = {"expert": "high", "one_pass": {"pavrm": {"kind": "pavrm"}}}
+_QUARTER = 94  # updates of 12 forwards: a quarter of the budget; 36 of hy-video-prfl's cost about as much
+# A reward of no weight is a PAVRM's, which costs no decoding.
+_NO_REWARD = {"reward_scale": 1e-12}
 EXPERIMENTS: dict[str, Experiment] = {
-    "reward-lab": Experiment(preset="reward-lab", changes={"expert": "low"}),
+    OURS: Experiment(preset="reward-lab", changes={**_OURS, "checkpoint_every": _QUARTER, "keep_checkpoints": 10}, looks=(_QUARTER,)),
+    # What the clips alone teach: the same updates without a reward.
+    CONTROL: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}),
+    "hy-video-prfl": Experiment(
+        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "checkpoint_every": 36, "keep_checkpoints": 10}, looks=(36,)
+    ),
     "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
-    "hy-video-prfl": Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}),
-    # The same objective without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
+    # Without real clips: the base model makes 32 and the reward picks them out of 64.
+    "reward-lab-replayed": Experiment(preset="reward-lab", changes={"expert": "high", "real": {"path": "", "replay": 32, "tries": 2}}),
+    # PRFL without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
     "prfl-logit": Experiment(
         preset="hy-video-prfl",
         reward="pavrm",
         changes={"expert": "high", "objective": {"kl_weight": 0.1}, "prfl": {"loss": "logit", "even_gradient": True, "real_weight": 0.0, "null_rate": 0.0}},
     ),
-    # And what the real videos alone do: the same runs with a reward of no weight.
-    "real-clips-only": Experiment(
-        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "objective": {"reward_scale": 1e-12}}, seeds=_FIRST_SEED
-    ),
+    # And hy-video-prfl's runs with a reward of no weight.
+    "real-clips-only": Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}, seeds=_FIRST_SEED),
+    "reward-lab-backprop": Experiment(preset="reward-lab-backprop", changes={"expert": "low"}),
     "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
     "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
-    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
+    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}, seeds=_FIRST_SEED),
     "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
     "guarded-5x": Experiment(
         preset="reward-lab",
         budget=5 * BUDGET,
         changes={
-            "expert": "low",
-            "held_out": {"every": 15, "judge": {"kind": "mps"}},
-            "guards": {"motion_floor": 0.9, "patience": 3, "kl_budget": 1.0},
-            "checkpoint_every": 30,
+            "expert": "high",
+            "held_out": {"every": 94, "judge": {"kind": "mps"}},
+            "guards": {"motion_floor": 0.9, "patience": 4, "kl_budget": 1.0},
+            "checkpoint_every": 188,
             "keep_checkpoints": 100,
         },
-        looks=True,
+        looks=range(188, 2000, 188),
         seeds=_FIRST_SEED,
     ),
 }
@@ -104,8 +117,9 @@ def settings(experiment: Experiment, weights: Path, seed: int, prompts: Sequence
     }
     for part in (_POCKET, experiment.changes):
         values = _laid_over(values, part)
-    if "judge" in values["held_out"]:
-        values["held_out"]["judge"] = reward(weights, values["held_out"]["judge"]["kind"])
+    for section, key in (("held_out", "judge"), ("one_pass", "pavrm")):
+        if key in values.get(section, {}):
+            values[section][key] = reward(weights, values[section][key]["kind"])
     return values
 
 
@@ -118,8 +132,9 @@ def _laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def plan(seeds: Sequence[int], only: Sequence[str] | None = None) -> list[tuple[str, int]]:
     """(experiment, seed) in the order in which they run; the base first, then seed by seed, so that a part is a comparison already."""
-    names = list(only) if only else [BASE, *EXPERIMENTS]
-    unknown = [name for name in names if name != BASE and name not in EXPERIMENTS]
+    known = [BASE, RENDERED, *EXPERIMENTS]
+    names = list(only) if only else known
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown experiments {', '.join(unknown)}; known: {', '.join([BASE, *EXPERIMENTS])}")
-    return [(name, seed) for seed in seeds for name in names if name == BASE or EXPERIMENTS[name].seeds is None or seed in EXPERIMENTS[name].seeds]
+        raise ValueError(f"unknown experiments {', '.join(unknown)}; known: {', '.join(known)}")
+    return [(name, seed) for seed in seeds for name in names if name not in EXPERIMENTS or EXPERIMENTS[name].seeds is None or seed in EXPERIMENTS[name].seeds]

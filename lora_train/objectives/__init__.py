@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .one_pass import OnePass
 from .prfl import Prfl
 from .reward_backprop import RewardBackprop
 from .reward_flow import RewardFlow
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ..protocols import Objective
     from ..run import Parts
 
-OBJECTIVES = {"reward_backprop": RewardBackprop, "prfl": Prfl, "reward_flow": RewardFlow}
+OBJECTIVES = {"reward_backprop": RewardBackprop, "prfl": Prfl, "reward_flow": RewardFlow, "one_pass": OnePass}
 
 
 def create(config: TrainConfig, parts: Parts) -> Objective:

@@ -38,8 +38,8 @@ def reward_gradient(
     leaf = latent_BCFHW.detach().requires_grad_()
     frames_BFCHW = decoded(config, parts, leaf, draw)
     at_once = FRAMES_PER_CHUNK if frames_BFCHW.device.type == "cpu" else FRAMES_ON_CARD
-    output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.prompts, at_once)
-    share = -config.objective.reward_scale / len(draw.prompts)
+    output, frame_gradient = reward_and_frame_gradient(parts.reward, frames_BFCHW.detach(), draw.captions, at_once)
+    share = -config.objective.reward_scale / len(draw.captions)
     if weight is not None:
         frame_gradient = frame_gradient * weight(output.per_video).view(-1, 1, 1, 1, 1)
     (gradient,) = torch.autograd.grad(frames_BFCHW, leaf, frame_gradient * share)

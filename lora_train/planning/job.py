@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import needs
 from ..config import TrainConfig
-from ..input_config import LATENTS, PATCH, Video
+from ..input_config import LATENTS, PATCH, RewardSource, Video
 from ..lora.targets import select_targets
 from ..safetensors_file import read_header
 from .memory import Job
@@ -36,7 +36,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
     chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
     branches = 1 if guidance_of(config) == 1.0 else 2
     element_bytes = 4 if config.dtype == "fp32" else 2
-    is_latent = config.method == "prfl"
+    pavrm = needs.pavrm(config)
     decodes = needs.decodes(config)
     if reward_bytes is None:
         judges = _judge_bytes(config, shape, element_bytes) + (CLIP_BYTES if config.held_out.judge else 0)
@@ -58,16 +58,17 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
         scored=_scored(config, frames, element_bytes) if decodes else None,
         reward_bytes=reward_bytes,
         looks="whole" if needs.looks_at_videos(config) else "stream" if config.sample_every else "",
-        judged_blocks=_trunk_blocks(config) if is_latent and not config.reward.options.get("generator") else 0,
+        judged_blocks=_trunk_blocks(pavrm) if pavrm and not pavrm.options.get("generator") else 0,
     )
 
 
 def _judge_bytes(config: TrainConfig, shape: ModelShape, element_bytes: int) -> int:
     """Weights of the reward that stay on the card: a CLIP; or a PAVRM's embeddings, its query attention and its head in fp32, without the trunk's blocks."""
-    if config.method == "prfl":
-        own = 0 if config.reward.options.get("generator") else shape.outer_parameters * element_bytes
-        return own + 4 * shape.width * shape.width * 4
-    return int(CLIP_BYTES * sum(_towers(asdict(config.reward))))
+    found, pavrm = 0, needs.pavrm(config)
+    if pavrm:
+        found += 0 if pavrm.options.get("generator") else shape.outer_parameters * element_bytes
+        found += 4 * shape.width * shape.width * 4
+    return found if needs.scores_latents(config) else found + int(CLIP_BYTES * sum(_towers(asdict(config.reward))))
 
 
 def _towers(reward: Mapping[str, Any]) -> list[float]:
@@ -106,6 +107,8 @@ def guidance_of(config: TrainConfig) -> float:
     """The guidance scale of the method in training."""
     if config.method == "prfl":
         return config.prfl.guidance
+    if config.method == "one_pass":
+        return 1.0
     return config.reward_flow.guidance or config.sampling.guidance if config.method == "reward_flow" else config.sampling.guidance
 
 
@@ -114,7 +117,7 @@ def graphs_of(config: TrainConfig) -> int:
     objective = config.objective
     if config.method == "reward_flow":
         return 1 if config.reward_flow.recompute else max(len(config.gradient_steps(expert)) for expert in config.trained_experts)
-    if config.method == "prfl" or objective.mode != "chain":
+    if config.method in ("prfl", "one_pass") or objective.mode != "chain":
         return 1
     return max(1, len(objective.step_list)) if objective.strategy == "list" else 1 if objective.strategy == "last" else objective.grad_steps
 
@@ -146,8 +149,8 @@ def _vae_width(config: TrainConfig) -> float:
     return gain[0] / _VAE_WIDTH if gain else 1.0
 
 
-def _trunk_blocks(config: TrainConfig) -> int:
-    path = Path(config.reward.path)
+def _trunk_blocks(pavrm: RewardSource) -> int:
+    path = Path(pavrm.path)
     if path.suffix != ".safetensors" or not path.is_file():
         return _PUBLISHED_TRUNK
     numbers = [_BLOCK.search(key) for key in read_header(str(path), "PAVRM").shapes]

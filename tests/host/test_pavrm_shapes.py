@@ -108,4 +108,4 @@ def test_what_does_not_go_together_is_told(shared_fixtures, tmp_path, capsys):
     tensors = {"latent": torch.zeros(3, 16, 2, 4, 4), "text": torch.zeros(2, 48), "timestep": torch.tensor([1, 2])}
     save_file(tensors, tmp_path / "in.safetensors")
     assert score_command.main(["score-latent", json.dumps({**options, **heads, "input": str(tmp_path / "in.safetensors")})]) != 0
-    assert "for 3 latents" in capsys.readouterr().err
+    assert "each of 3 latents" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_widgets_reach_the_config() -> None:
     assert (made.steps, made.lora.rank, made.lora.alpha, made.optimiser.lr, made.batch, made.seed) == (7, 4, 2.0, 1e-3, 2, 5)
     assert (made.video.width_px, made.video.frames, made.sampling.steps, made.sampling.guidance) == (64, 17, 12, 3.0)
     assert (made.objective.kl_weight, made.checkpoint_every, made.prompts[0].weight, made.models.vae) == (0.5, 3, 2.0, "/m/vae.safetensors")
-    assert made.objective.mode == "x0" and config(preset="videox-fun").objective.mode == "chain"
+    assert made.method == "one_pass" and config(preset="reward-lab-backprop").objective.mode == "x0" and config(preset="videox-fun").objective.mode == "chain"
 
 
 @pytest.mark.parametrize(

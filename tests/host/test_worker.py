@@ -216,6 +216,18 @@ def test_high_noise_prfl_loads_neither_the_other_expert_nor_a_vae(launch, settin
     assert "loaded the high-noise expert, latent_reward" in "\n".join(store.log_tail(run_id, 100))
 
 
+def test_one_pass_makes_clips_where_there_are_none_and_asks_a_pavrm_beside_the_reward(launch, settings, tiny_pavrm):
+    settings |= {"method": "one_pass", "expert": "low", "objective": {}, "sampling": {"steps": 4, "guidance": 2.0}, "sample_every": 0}
+    settings |= {"real": {"replay": 2, "tries": 2}, "one_pass": {"pavrm": tiny_pavrm}}
+    store, run_id, worker = launch(settings)
+    assert worker.wait(TIMEOUT_S) == 0, store.log_tail(run_id, 40)
+    steps = [event for event in store.events(run_id) if event["event"] == "step"]
+    batch, clips = TrainConfig.from_dict(settings).batch, 2 * 2 * 4 * 2
+    assert [step["forwards"] for step in steps] == [clips + 3 * batch * step["step"] for step in steps] and all(step["grad_norm"] > 0 for step in steps)
+    assert (store.folder(run_id) / "replayed.safetensors").exists()
+    assert "decoder, reward, latent_reward" in "\n".join(store.log_tail(run_id, 100))
+
+
 def test_reward_flow_measures_its_reward_and_a_guard_ends_the_run(launch, settings):
     settings |= {"method": "reward_flow", "expert": "low", "steps": 50, "sample_every": 0, "objective": {"decode": "all", "kl_weight": 0.1}}
     settings |= {"reward_flow": {"measure_videos": 4}, "optimiser": {"lr": 5e-2}, "guards": {"kl_budget": 1e-3, "kl_window": 2}}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reward_lab.lora_train import checkpoint, objectives, run
+from reward_lab.lora_train import checkpoint, objectives, replay, run
 from reward_lab.lora_train.real import RealLatents, write_real
 
 INSTANTS = 30
@@ -24,15 +24,17 @@ METHODS = {
         "method": "prfl", "expert": "both", "reward": {"kind": "pavrm", "path": "x"}, "prfl": {"real_weight": 1.0, "null_rate": 0.2},
         "held_out": {"every": 3, "prompts": ["x"]}, "guards": {"keep_best": True},
     },
+    "one_pass": {"method": "one_pass", "expert": "both", "real": {"replay": 4, "tries": 2}, "one_pass": {"pavrm": {"kind": "pavrm", "path": "x"}}},
 }  # fmt: skip
 
 
 def _train(toy, method, folder: Path, real: Path) -> None:
     from .test_prfl import ToyLatentReward
 
-    config = toy.config(**METHODS[method], real={"path": str(real)}, steps=STEPS, checkpoint_every=1, keep_checkpoints=2)
+    config = toy.config(**{"real": {"path": str(real)}, **METHODS[method]}, steps=STEPS, checkpoint_every=1, keep_checkpoints=2)
     real_latents = RealLatents(real)
     parts = toy.parts(config, more_prompts=[*real_latents.prompts, ""], latent_reward=ToyLatentReward(torch.float32), real=real_latents)
+    parts = replay.with_clips(config, parts, folder)
     run.train(config, parts, objectives.create(config, parts), folder, resume=folder.exists())
 
 
@@ -48,7 +50,7 @@ def test_killed_at_random_instants(toy, tmp_path, method):
 
     context, draws, killed, folder = multiprocessing.get_context("fork"), random.Random(method), 0, tmp_path / "killed"
     runs = 0
-    while killed < INSTANTS // len(METHODS):
+    while killed < -(-INSTANTS // len(METHODS)):
         runs += 1
         worker = context.Process(target=_train, args=(toy, method, folder, real))
         worker.start()

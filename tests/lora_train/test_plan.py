@@ -48,6 +48,7 @@ def test_counts(config):
         {"method": "prfl", "prfl": {"first_step": 2, "last_step": 2, "real_weight": 1.0}, "optimiser": {"accumulate": 2}},
         {"method": "prfl", "prfl": {"first_step": 1, "last_step": 2, "points": 2, "guidance": 2.0}, "guards": {"kl_budget": 9.0}},
         {"method": "prfl", "expert": "low", "prfl": {"first_step": 4, "last_step": 4}, "objective": {"start": "real"}},
+        {"method": "one_pass", "expert": "low", "objective": {"kl_weight": 0.0}},
     ],
 )
 def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path, changes):
@@ -61,7 +62,7 @@ def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path, change
     values = config.to_dict() | {"real": {"path": str(tmp_path / "real.safetensors")}}
     config = toy.config(**{key: {**values[key], **value} if isinstance(value, dict) else value for key, value in {**values, **changes}.items()})
     real = RealLatents(config.real.path)
-    parts = toy.parts(config, more_prompts=real.prompts, real=real, latent_reward=ToyLatentReward(torch.float32))
+    parts = toy.parts(config, more_prompts=[*real.prompts, ""], real=real, latent_reward=ToyLatentReward(torch.float32))
     train(config, parts, objectives.create(config, parts), tmp_path / "run")
     steps = [event for event in toy.events if event.name == "step"]
     wanted = plan.passes_per_update(config, config.expert)["total"] * config.batch

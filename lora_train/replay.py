@@ -1,0 +1,76 @@
+"""Clips for runs without real videos: the base model makes some once, and of several for a prompt the reward picks one.
+
+They lie in the run folder in the form of real latents (`real.py`) and are drawn like these, by updates that roll nothing out. Their cost is part of the
+run's count of forwards. Picking and then imitating is RAFT (arXiv 2304.06767).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..reward_models.base import score_in_chunks
+from . import needs
+from .config import TrainConfig
+from .draws import parted, prompt_sampler
+from .prompts import derived_seed
+from .real import RealLatents, write_real
+from .run import Parts
+
+FILE = "replayed.safetensors"
+_FRAMES_PER_CHUNK = 64
+# A PAVRM judges a finished video at this noise level, which it knows best.
+_JUDGED_AT = 0.5
+
+
+def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
+    """The parts with clips of the base model in place of real ones, where the config asks for these; made once, before any LoRA is installed.
+
+    Args:
+        parts: of a run that has not begun; backbones in training mode (host).
+        folder: run folder, where the clips lie.
+    """
+    if not needs.replays(config):
+        return parts
+    path = folder / FILE
+    if not path.exists():
+        clips, prompts = _make(config, parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        write_real(partial, torch.cat(clips), prompts)
+        # A run that is stopped meanwhile makes no update with the few there are, and makes them anew when it is resumed.
+        path = partial.replace(path if len(clips) == config.real.replay else path.with_name(f"stopped-{FILE}"))
+    return replace(parts, real=RealLatents(path), clip_forwards=_forwards(config))
+
+
+def _forwards(config: TrainConfig) -> float:
+    """What the clips cost, whether they were made now or before the run was resumed."""
+    passes = 1 if config.sampling.guidance == 1.0 else 2
+    return float(config.real.replay * config.real.tries * config.sampling.steps * passes)
+
+
+@torch.no_grad()
+def _make(config: TrainConfig, parts: Parts) -> tuple[list[torch.Tensor], list[str]]:
+    sampler, sigmas, clips, prompts = prompt_sampler(config), config.sampling.sigmas(), [], []
+    for index in range(config.real.replay):
+        (prompt,), (image,) = parted(sampler.draw(index, 1))
+        seeds = [derived_seed(config.seed, "replay", index, number) for number in range(config.real.tries)]
+        noise = [torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        several = [prompt] * len(noise)
+        context = parts.contexts.batch(several, [image] * len(noise))
+        latent_BCFHW = parts.experts.roll(torch.cat(noise).to(parts.device), sigmas, context)
+        best = int(_scores(parts, latent_BCFHW, several, context.prompt_BPD).argmax()) if len(noise) > 1 else 0
+        clips.append(latent_BCFHW[best : best + 1].cpu())
+        prompts.append(prompt)
+        if parts.stop_requested():
+            break
+    return clips, prompts
+
+
+def _scores(parts: Parts, latent_BCFHW: torch.Tensor, prompts: list[str], context_BPD: torch.Tensor) -> torch.Tensor:
+    if parts.reward is not None:
+        return score_in_chunks(parts.reward, parts.decoder.decode(latent_BCFHW), prompts, _FRAMES_PER_CHUNK).per_video
+    noise = torch.randn(latent_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(latent_BCFHW)
+    return parts.latent_reward.score((1 - _JUDGED_AT) * latent_BCFHW + _JUDGED_AT * noise, _JUDGED_AT, context_BPD).logit_B

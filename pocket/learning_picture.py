@@ -1,0 +1,84 @@
+"""The learning bench's picture: gains over the base as bars, and what they cost as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from ..testlab.fonts import font
+from ..testlab.plot import BACKGROUND, BEST, COLOURS, GRID, MUTED, TEXT, WORST, nice_ticks
+from .learning_experiments import BASE, BUDGET, EXPERIMENTS, RENDERED
+
+_SHOWN = {"reward": "HPS reward", "text": "colour and shape right", "motion": "motion right", "dynamic_degree": "dynamic degree, px/frame"}
+_COLUMN, _ROW, _LEFT, _TOP, _LINES = 230, 34, 250, 96, 330
+
+
+def draw(table: Mapping[str, Mapping[str, Any]]) -> Image.Image:
+    """Bars with one standard error each way; under them reward gain over DiT forwards for experiments whose checkpoints were judged."""
+    names = [name for name in (*EXPERIMENTS, RENDERED) if name in table and (len(table[name]["seeds"]) > 1 or len(table[BASE]["seeds"]) == 1)]
+    followed = [name for name in names if table[name].get("looks") and table[name]["forwards"] < 2 * BUDGET]
+    height = _TOP + _ROW * len(names) + 24
+    sheet = Image.new("RGB", (_LEFT + _COLUMN * len(_SHOWN) + 20, height + (_LINES if followed else 0)), BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((20, 14), f"Gain over the base on held-out prompts, {BUDGET:.0f} DiT forwards each", font=font(18), fill=TEXT)
+    pen.text((20, 42), f"{len(table[BASE]['seeds'])} seeds, paired; lines: one standard error", font=font(13), fill=MUTED)
+    for index, name in enumerate(names):
+        shown = "rendered truth, no model" if name == RENDERED else name
+        pen.text((20, _TOP + _ROW * index + _ROW // 2), shown, font=font(14), fill=MUTED if name == RENDERED else TEXT, anchor="lm")
+    for place, (measure, title) in enumerate(_SHOWN.items()):
+        x0 = _LEFT + _COLUMN * place
+        _bars(pen, [table[name]["gain"][measure] for name in names], (x0 + 10, _TOP, _COLUMN - 80, _ROW))
+        pen.text((x0 + 10, _TOP - 22), title, font=font(13), fill=MUTED)
+    if followed:
+        _lines(pen, table, followed, (70, height + 44, sheet.width - 290, _LINES - 84))
+    return sheet
+
+
+def _bars(pen: ImageDraw.ImageDraw, entries: Sequence[Mapping[str, float]], place: tuple[int, int, int, int]) -> None:
+    x, y, width, row = place
+    low = min([0.0, *(entry["mean"] - entry["standard_error"] for entry in entries)])
+    high = max([1e-9, *(entry["mean"] + entry["standard_error"] for entry in entries)])
+
+    def at(value: float) -> float:
+        return x + width * (value - low) / (high - low)
+
+    pen.line((at(0), y, at(0), y + row * len(entries)), fill=GRID, width=2)
+    for index, entry in enumerate(entries):
+        middle, mean, error = y + row * index + row // 2, entry["mean"], entry["standard_error"]
+        start, stop = sorted((at(0), at(mean)))
+        pen.rectangle((start, middle - 8, stop, middle + 8), fill=BEST if mean >= 0 else WORST)
+        pen.line((at(mean - error), middle, at(mean + error), middle), fill=TEXT, width=2)
+        pen.text((x + width + 8, middle), f"{mean:+.3f}", font=font(12), fill=TEXT, anchor="lm")
+
+
+def _lines(pen: ImageDraw.ImageDraw, table: Mapping[str, Any], followed: Sequence[str], place: tuple[int, int, int, int]) -> None:
+    """Reward gain over forwards: lines of what was followed, dots where the others end, a line across at the rendered truth."""
+    x, y, width, height = place
+    ends = [name for name in table if name in EXPERIMENTS and table[name]["forwards"] < 2 * BUDGET]
+    ceiling = table[RENDERED]["gain"]["reward"]["mean"] if RENDERED in table else 0.0
+    values = [ceiling, *(table[name]["gain"]["reward"]["mean"] for name in ends)]
+    values += [look["gain"]["reward"]["mean"] for name in followed for look in table[name]["looks"]]
+    low, high, most = min(0.0, *values), 1.08 * max(values), max(table[name]["forwards"] for name in ends)
+
+    def at(forwards: float, gain: float) -> tuple[float, float]:
+        return x + width * forwards / most, y + height * (high - gain) / (high - low)
+
+    pen.text((20, y - 34), "HPS reward gained over DiT forwards spent", font=font(14), fill=TEXT)
+    for tick in nice_ticks(low, high):
+        pen.line((*at(0, tick), *at(most, tick)), fill=GRID)
+        pen.text((x - 8, at(0, tick)[1]), f"{tick:+.2f}", font=font(12), fill=MUTED, anchor="rm")
+    for tick in nice_ticks(0, most):
+        pen.text((at(tick, low)[0], y + height + 8), f"{tick:.0f}", font=font(12), fill=MUTED, anchor="mt")
+    if RENDERED in table:
+        pen.line((*at(0, ceiling), *at(most, ceiling)), fill=MUTED, width=1)
+        pen.text((x + width + 12, at(0, ceiling)[1]), "rendered truth", font=font(12), fill=MUTED, anchor="lm")
+    for index, name in enumerate(ends):
+        colour, end = COLOURS[index % len(COLOURS)], (table[name]["forwards"], table[name]["gain"]["reward"]["mean"])
+        if name in followed:
+            points = [(0.0, 0.0), *((look["forwards"], look["gain"]["reward"]["mean"]) for look in table[name]["looks"]), end]
+            pen.line([at(*point) for point in points], fill=colour, width=3)
+        px, py = at(*end)
+        pen.ellipse((px - 4, py - 4, px + 4, py + 4), fill=colour)
+        pen.text((px + 12, py), name, font=font(12), fill=colour, anchor="lm")
