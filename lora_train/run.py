@@ -97,7 +97,8 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
         progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
         parts.experts.count.total = progress.forwards if progress.step else parts.clip_forwards
         parts.sink(_started(config, parts, trainees, progress))
-        rehearsal.rehearse(config, parts, objective, trainees)
+        # What takes too much counts as out of memory: the next smaller plan is rehearsed in its place.
+        recovery.twice(lambda: rehearsal.rehearse(config, parts, objective, trainees), parts, trainees.values(), progress.step)
         if progress.step == 0:
             progress = _look_at_base(config, parts, objective, trainees, progress)
         objective.use(progress.measured)

@@ -15,7 +15,8 @@ from reward_lab.lora_train.objectives.one_pass import OnePass
 from reward_lab.lora_train.prompts import derived_seed
 from reward_lab.lora_train.real import RealLatents, write_real
 
-from .test_prfl import ToyLatentReward, _trainee
+from .gradients import trainee_of
+from .test_prfl import ToyLatentReward
 
 PAVRM = {"kind": "pavrm", "path": "x"}
 
@@ -72,7 +73,7 @@ def test_gradient_equals_naive_form_and_finite_differences(one_pass, changes):
     config, parts = one_pass(torch.float64, **changes)
     expert = changes["expert"]
     with ExitStack() as stack:
-        trainee = _trainee(config, parts, expert, stack)
+        trainee = trainee_of(config, parts, expert, stack)
         parameters = trainee.adapter.parameters()
         for step in range(1, 5):
             draw = draw_batch(config, prompt_sampler(config), parts.real, expert, step, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reward_lab.lora_train import objectives, rehearsal
+from reward_lab.lora_train import objectives, recovery, rehearsal
+from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.run import train
 
 
@@ -63,6 +64,21 @@ def test_a_step_that_takes_too_much_does_not_get_to_train(toy, tmp_path):
     meter.limit_bytes = 99
     config = toy.config()
     parts = toy.parts(config, meter=meter)
-    with pytest.raises(torch.OutOfMemoryError, match="the run may use"):
+    with pytest.raises(recovery.CardFullError, match="the run may use"):
         train(config, parts, objectives.create(config, parts), tmp_path)
     assert [event.name for event in toy.events] == ["started", "memory"] and toy.events[-1].measured_bytes == 100
+
+
+def test_the_next_smaller_plan_is_rehearsed_in_its_place(toy, tmp_path):
+    meter = Meter()
+    meter.limit_bytes = 99
+
+    def shrink():
+        meter.limit_bytes = 1000
+        return Shrunk(changes="head_groups 1 -> 4", masters_on=torch.device("cpu"))
+
+    config = toy.config()
+    parts = toy.parts(config, meter=meter, shrink=shrink)
+    train(config, parts, objectives.create(config, parts), tmp_path)
+    assert [event.name for event in toy.events][:5] == ["started", "memory", "replanned", "memory", "step"]
+    assert "head_groups 1 -> 4" in toy.events[2].detail and toy.events[-1].name == "finished"
