@@ -25,7 +25,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
         result = json.loads(path.read_text(encoding="utf-8"))
         if result.get("is_rehearsal"):
             continue
-        where = ", ".join(filter(None, (result.get("hardware", "hardware not told"), result.get("date", "date not told"))))
+        hardware = result.get("hardware", "hardware not told")  # several, where a result was made in pieces
+        where = ", ".join([*([hardware] if isinstance(hardware, str) else hardware), result.get("date", "date not told")])
         name = path.stem
         for one in result.get("goals", []):
             settled.add(one.get("key"))

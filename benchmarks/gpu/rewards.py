@@ -25,7 +25,7 @@ import torch
 from ...reward_models import clip
 from ...reward_models.base import reward_and_frame_gradient
 from ...reward_models.loader import load_reward_model
-from .. import rewards
+from .. import report, rewards
 
 _SMALL = {
     "embed_dim": 16,
@@ -69,8 +69,8 @@ def gradient_difference(case: rewards.Case, checkpoint: Path) -> float:
     return float((whole - cut).norm() / whole.norm())
 
 
-def goals(speed: dict[str, Any], memory: dict[str, float] | None, difference: float) -> list[dict[str, Any]]:
-    """Every goal with its limit and what was measured; `is_met` is None where nothing was."""
+def goals(speed: dict[str, Any], memory: dict[str, float] | None, difference: float, *, is_small: bool) -> list[dict[str, Any]]:
+    """Every goal in the form of `report.goal`; not judged where nothing was measured, and on toy sizes."""
     ratios = speed["ratios"]
     rows: list[tuple[str, float | None, float, Callable[[float, float], bool]]] = [
         ("time over that of the bare image tower, at most", ratios["ours_to_bare_tower"], 1.1, float.__le__),
@@ -80,7 +80,10 @@ def goals(speed: dict[str, Any], memory: dict[str, float] | None, difference: fl
         ("share by which the chunked gradient differs in float32, at most", difference, 1e-5, float.__le__),
     ]
     return [
-        {"goal": text, "limit": limit, "measured": value, "is_met": None if value is None else compare(value, limit)} for text, value, limit, compare in rows
+        report.goal(
+            f"HPSv2.1: {text} {limit:g}", "not measured" if value is None else f"{value:.3g}", None if value is None or is_small else compare(value, limit)
+        )
+        for text, value, limit, compare in rows
     ]
 
 
@@ -99,11 +102,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "card": card,
         "torch": torch.__version__,
-        "hardware": rewards.hardware(case.device),
+        "hardware": report.hardware(torch.device(case.device)),
         "model": "tiny" if options.small else "ViT-H-14, random weights",
         "is_small": options.small,
         **settings,
-        "goals": goals(speed, memory, difference),
+        "goals": goals(speed, memory, difference, is_small=options.small),
         "gradient_memory": memory,
         "speed": speed,
     }
@@ -117,6 +120,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chunk", type=int, default=16, help="frames in one pass (default: 16)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--package", type=Path, help="folder with the hpsv2 package (see benchmarks/rewards.py)")
+    parser.add_argument("--ram-gb", type=float, default=0, help="taken as by the other benchmarks; this one has no use for it")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():

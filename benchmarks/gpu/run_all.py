@@ -46,6 +46,7 @@ ITEMS = (
     Item(name="against_peft", module="against_peft", seconds=240),
     Item(name="reward_backprop", module="reward_backprop", seconds=210),
     Item(name="prfl_16gb", module="prfl_step", seconds=220, arguments=("--runs", "720p:15.5:16")),
+    Item(name="rewards", module="rewards", seconds=150),
     Item(name="prfl_fp8", module="prfl_step", seconds=260, arguments=("--runs", "720p:14:24:fp8")),
 )
 
