@@ -19,6 +19,7 @@ from .stages import dit, hps, mps, pavrm, text, vae
 BASE = "base"
 RENDERED = "rendered"  # the truth: no model
 OURS, CONTROL = "reward-lab", "real-clips-one-pass"
+REPLAYED = ("reward-lab-replayed", "replayed-clips-only")
 SEEDS = (0, 1, 2)
 BUDGET = 4500.0
 LOOK_PROMPTS = 16
@@ -52,8 +53,9 @@ _FIRST_SEED = (0,)
 # The published presets' clips and PAVRM, and their image reward.
 _OURS = {"expert": "high", "one_pass": {"pavrm": {"kind": "pavrm"}}}
 _QUARTER = 94  # updates of 12 forwards: a quarter of the budget; 36 of hy-video-prfl's cost about as much
-# A reward of no weight is a PAVRM's, which costs no decoding.
+# A reward of no weight; where that is a PAVRM, nothing is decoded for it.
 _NO_REWARD = {"reward_scale": 1e-12}
+_REPLAYED = {"expert": "high", "real": {"path": "", "replay": 32, "tries": 2}}
 EXPERIMENTS: dict[str, Experiment] = {
     OURS: Experiment(preset="reward-lab", changes={**_OURS, "checkpoint_every": _QUARTER, "keep_checkpoints": 10}, looks=(_QUARTER,)),
     # What the clips alone teach: the same updates without a reward.
@@ -63,7 +65,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
     # Without real clips: the base model makes 32 and the reward picks them out of 64.
-    "reward-lab-replayed": Experiment(preset="reward-lab", changes={"expert": "high", "real": {"path": "", "replay": 32, "tries": 2}}),
+    REPLAYED[0]: Experiment(preset="reward-lab", changes=_REPLAYED),
+    # What imitating these alone teaches: picked by the reward, but without its gradient.
+    REPLAYED[1]: Experiment(preset="reward-lab", changes={**_REPLAYED, "objective": _NO_REWARD}),
     # PRFL without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
     "prfl-logit": Experiment(
         preset="hy-video-prfl",

@@ -57,6 +57,7 @@ def _lines(pen: ImageDraw.ImageDraw, table: Mapping[str, Any], followed: Sequenc
     """Reward gain over forwards: lines of what was followed, dots where the others end, a line across at the rendered truth."""
     x, y, width, height = place
     ends = [name for name in table if name in EXPERIMENTS and table[name]["forwards"] < 2 * BUDGET]
+    ends.sort(key=lambda name: -table[name]["gain"]["reward"]["mean"])
     ceiling = table[RENDERED]["gain"]["reward"]["mean"] if RENDERED in table else 0.0
     values = [ceiling, *(table[name]["gain"]["reward"]["mean"] for name in ends)]
     values += [look["gain"]["reward"]["mean"] for name in followed for look in table[name]["looks"]]
@@ -73,12 +74,22 @@ def _lines(pen: ImageDraw.ImageDraw, table: Mapping[str, Any], followed: Sequenc
         pen.text((at(tick, low)[0], y + height + 8), f"{tick:.0f}", font=font(12), fill=MUTED, anchor="mt")
     if RENDERED in table:
         pen.line((*at(0, ceiling), *at(most, ceiling)), fill=MUTED, width=1)
-        pen.text((x + width + 12, at(0, ceiling)[1]), "rendered truth", font=font(12), fill=MUTED, anchor="lm")
-    for index, name in enumerate(ends):
-        colour, end = COLOURS[index % len(COLOURS)], (table[name]["forwards"], table[name]["gain"]["reward"]["mean"])
+        pen.text((x + 8, at(0, ceiling)[1] - 9), "rendered truth, no model", font=font(12), fill=MUTED, anchor="lm")
+    places = _apart([at(0, table[name]["gain"]["reward"]["mean"])[1] for name in ends], 15)
+    for name, beside in zip(ends, places, strict=True):
+        colour = COLOURS[followed.index(name) % len(COLOURS)] if name in followed else MUTED
+        end = at(table[name]["forwards"], table[name]["gain"]["reward"]["mean"])
+        seen = [at(look["forwards"], look["gain"]["reward"]["mean"]) for look in table[name]["looks"]]
         if name in followed:
-            points = [(0.0, 0.0), *((look["forwards"], look["gain"]["reward"]["mean"]) for look in table[name]["looks"]), end]
-            pen.line([at(*point) for point in points], fill=colour, width=3)
-        px, py = at(*end)
-        pen.ellipse((px - 4, py - 4, px + 4, py + 4), fill=colour)
-        pen.text((px + 12, py), name, font=font(12), fill=colour, anchor="lm")
+            pen.line([at(0, 0), *seen, end], fill=colour, width=3)
+        for px, py in (*seen, end):
+            pen.ellipse((px - 4, py - 4, px + 4, py + 4), fill=colour)
+        pen.text((x + width + 14, beside), name, font=font(12), fill=colour, anchor="lm")
+
+
+def _apart(heights: Sequence[float], least: float) -> list[float]:
+    """Falling heights in their order, moved down where two would stand on each other."""
+    out: list[float] = []
+    for height in heights:
+        out.append(max(height, out[-1] + least) if out else height)
+    return out

@@ -79,7 +79,7 @@ def test_report_pairs_sums_and_judges(tmp_path, capsys):
     assert met["colour and shape right: 10 points above the base, and no preset above"]
     cost = found["forwards to 90 % of what the better published preset gains in the end: at most half of what it takes"]
     assert cost["met"] and cost["measured"] == "1125 against 4050 forwards: 3.6 x videox-fun-high"
-    (added,) = (goal for words, goal in found.items() if words.startswith("the rewards add to what the clips teach"))
+    (added,) = (goal for words, goal in found.items() if words.startswith("rewards add to what the clips teach"))
     assert added["met"] and added["measured"].startswith("reward +0.0100 ± 0.0000")
     for direction in ("PRFL raises", "a reward of the first frame lowers"):
         assert not met[f"{direction} the dynamic degree (by two standard errors)"]
