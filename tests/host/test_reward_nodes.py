@@ -294,7 +294,7 @@ def test_download_that_is_something_else_is_thrown_away(tmp_path, mirror):
 
 
 def test_first_frame_conditioning_reaches_an_image_trunk():
-    image = latent_scoring._image({"concat_latent_image": torch.zeros(1, 16, 3, 4, 4)}, comfy.latent_formats.Wan21().process_in)
+    image = latent_scoring._image({"concat_latent_image": torch.zeros(1, 16, 3, 4, 4)}, 0, comfy.latent_formats.Wan21().process_in)
     expected = comfy.latent_formats.Wan21().process_in(torch.zeros(1, 16, 3, 4, 4))
     assert torch.equal(image.latent_BCFHW, expected) and image.clip_BPD is None
 

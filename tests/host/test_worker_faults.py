@@ -192,7 +192,7 @@ def test_an_interrupt_leaves_nothing_behind(work, faults, settings):
 def test_short_memory_is_refused_with_the_number(work, settings):
     status, store, run_id = work({**settings, "engine": {"ram_gb": 0.0001}})
     assert status == 2
-    assert re.match(r"this run needs 0\.\d\d GB of memory for its own tensors, but 0\.00 GB are free; would fit: .+", store.get(run_id).error)
+    assert re.match(r"this run needs at least 0\.\d\d GB of memory, .+, but 0\.00 GB are free; close other programs\. Would fit: .+", store.get(run_id).error)
     assert not any(event["event"] == "started" for event in store.events(run_id))
 
 
