@@ -66,7 +66,7 @@ def _passes(job: Job, choice: Choice, gate: bool) -> Passes:
 def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_bytes: int, counts: dict[str, float]) -> dict[str, Any]:
     """The plan as JSON values; `fits` is False where nothing does, and then `remedies` says what would."""
     job = job_of(config, shape)
-    choices = candidates(job, lambda choice: fixed_by_hand(config, _on_cpu(choice) if card.name == "cpu" else choice, shape))
+    choices = candidates(job, lambda choice: fixed_by_hand(config, _on_cpu(choice, shape) if card.name == "cpu" else choice, shape))
 
     def seconds(choice: Choice) -> float:
         return step_seconds(config, job, choice, card, counts)["total"]
@@ -92,10 +92,11 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
     }
 
 
-def _on_cpu(choice: Choice) -> Choice:
-    """Merged copies would be the weights' memory once more, for a few percent of a rollout; and a CPU loses nothing by smaller pieces."""
+def _on_cpu(choice: Choice, shape: ModelShape) -> Choice:
+    """Weights are where they are needed already, and copying them to slots would only cost time. Merged copies would be the weights' memory once more, for a
+    few percent of a rollout; and a CPU loses nothing by smaller pieces."""
     chunk = min(_CPU_CHUNK, choice.ffn_chunk_tokens)
-    return replace(choice, merges_resident=False, ffn_chunk_tokens=chunk, row_chunk_tokens=min(chunk, choice.row_chunk_tokens))
+    return replace(choice, resident_blocks=shape.blocks, merges_resident=False, ffn_chunk_tokens=chunk, row_chunk_tokens=min(chunk, choice.row_chunk_tokens))
 
 
 def _note(config: TrainConfig, shape: ModelShape) -> str:
