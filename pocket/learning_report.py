@@ -93,6 +93,12 @@ def goals(table: Mapping[str, Any], found: Mapping[str, Runs]) -> list[dict[str,
             gain = ours["gain"][measure]
             is_met = gain["mean"] >= -gain["standard_error"]
             out.append(_goal(f"{measure} of {OURS} not below the base (within one standard error)", is_met, _told(gain, measure)))
+    without, alike = table.get(REPLAYED[0]), table.get("videox-fun-high")
+    if without and alike and without["seeds"] == alike["seeds"]:
+        ratio = without["reward_gain_per_1000_forwards"] / max(1e-9, alike["reward_gain_per_1000_forwards"])
+        text = _points({name: 100 * table[name]["gain"]["text"]["mean"] for name in (REPLAYED[0], "videox-fun-high")})
+        words = "without real clips, reward gain at the equal budget at least twice that of videox-fun, which has none either"
+        out.append(_goal(words, ratio >= 2, f"{ratio:.2f} x; colour and shape {text}"))
     for name, control, words in ((OURS, CONTROL, "the clips"), (*REPLAYED, "the base's own clips")):
         if name in found and control in found and set(found[name]) & set(found[control]):
             parts = {measure: paired(found[name], found[control], measure) for measure in ("reward", "text", "motion")}

@@ -8,7 +8,7 @@ with respect to that velocity,
 - the logit of a PAVRM for the next latent x + (sigma_next - sigma) v, every step's gradient brought to one size;
 - the KL to the base;
 and one backward through the transformer with their sum; clip; optimiser step. Nothing is rolled out: a video costs three forwards (one, and a backward
-that counts as two) where the published trainers pay 8 to 80.
+that counts as two) where the published trainers pay 8 to 28 at 12 sampling steps, and more at more.
 
 The clips are real ones, or, where there are none, videos that the base model makes once (`replay.py`).
 Flow matching and PRFL's reward in one update: arXiv 2511.21541 (Tencent-Hunyuan/HY-Video-PRFL@59ab9d7, Apache-2.0), there on two passes, and the reward's

@@ -62,6 +62,7 @@ def _result(name, seed, shift, forwards=4500.0, looks=()):
 
 def test_report_pairs_sums_and_judges(tmp_path, capsys):
     shifts = {"base": 0.0, "rendered": 0.15, "reward-lab": 0.12, "videox-fun-high": 0.05, "hy-video-prfl": -0.1, learning_experiments.CONTROL: 0.11}
+    shifts |= dict(zip(learning_experiments.REPLAYED, (0.09, 0.02), strict=True))
     looks = [(2, 1000.0, 0.04), (4, 2000.0, 0.08)]
     for name, shift in shifts.items():
         for seed in (0, 1):
@@ -81,6 +82,8 @@ def test_report_pairs_sums_and_judges(tmp_path, capsys):
     assert cost["met"] and cost["measured"] == "1125 against 4050 forwards: 3.6 x videox-fun-high"
     (added,) = (goal for words, goal in found.items() if words.startswith("rewards add to what the clips teach"))
     assert added["met"] and added["measured"].startswith("reward +0.0100 ± 0.0000")
+    (alike,) = (goal for words, goal in found.items() if words.startswith("without real clips"))
+    assert not alike["met"] and alike["measured"].startswith("1.80 x")
     for direction in ("PRFL raises", "a reward of the first frame lowers"):
         assert not met[f"{direction} the dynamic degree (by two standard errors)"]
     assert "videox-fun-low-0" in document["missing"] and "reward-lab-1" not in document["missing"] and "reward-lab-2" in document["missing"]
