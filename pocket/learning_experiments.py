@@ -61,7 +61,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     # What the clips alone teach: the same updates without a reward.
     CONTROL: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}),
     "hy-video-prfl": Experiment(
-        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "checkpoint_every": 36, "keep_checkpoints": 10}, looks=(36,)
+        preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "checkpoint_every": 36, "keep_checkpoints": 10}, looks=(36, 72)
     ),
     "videox-fun-high": Experiment(preset="videox-fun", changes={"expert": "high"}),
     # Without real clips: the base model makes 32 and the reward picks them out of 64.
