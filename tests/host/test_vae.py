@@ -86,6 +86,26 @@ def test_gradient_equals_finite_differences(decoder, latent, selection):
     assert gradient[:, :, selection.stop :].abs().sum() == 0
 
 
+def test_a_small_graph_is_kept_and_gives_the_same_gradient(decoder, latent, monkeypatch):
+    """As a run on a CPU has it (`host/engine.py`): no layer runs again where the graph is small; above the limit they do."""
+    import torch
+
+    from reward_lab.host import vae_gradient
+
+    walks = []
+    again = vae_gradient.decode
+    monkeypatch.setattr(vae_gradient, "decode", lambda *args: walks.append(args) or again(*args))
+    found = []
+    for limit in (10**12, 1000):
+        monkeypatch.setattr(decoder, "graph_limit_bytes", limit)
+        leaf = latent.clone().requires_grad_()
+        frames = decoder.decode(leaf, range(1, 3))
+        found.append((frames.detach(), *torch.autograd.grad(frames.square().sum(), leaf)))
+    assert len(walks) == 1
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("selection", [range(0), range(2, 4), range(0, 3, 2)])
 def test_bad_selection(decoder, latent, selection):
     with pytest.raises(ValueError, match="ask for consecutive ones from 0 to 2"):
