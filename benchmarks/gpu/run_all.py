@@ -9,6 +9,7 @@ and is tried again by the next call, after those that were never tried.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -70,10 +71,11 @@ def run(item: Item, options: argparse.Namespace, limit_s: float) -> dict[str, An
         command = [sys.executable, str(ROOT / "labtools" / "launch.py"), f"benchmarks.gpu.{item.module}", "--device", options.device, "--out", str(out)]
         command += ["--ram-gb", str(options.ram_gb), *(["--small"] if options.small else [])]
         command += ["--peft", str(options.peft)] if options.peft and item.module == "against_peft" else []
+        environment = {**os.environ, "REWARD_LAB_CPU": "1" if options.device == "cpu" else "0"}
         begun, error = time.perf_counter(), ""
         with log.open("w") as file:
             try:
-                status = subprocess.run([*command, *item.arguments], stdout=file, stderr=subprocess.STDOUT, timeout=limit_s).returncode
+                status = subprocess.run([*command, *item.arguments], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=limit_s).returncode
                 error = "" if status == 0 else f"exit status {status}"
             except subprocess.TimeoutExpired:
                 error = f"ended after {limit_s:.0f} s"
