@@ -1,6 +1,6 @@
 """The trainer's engine beside PEFT with torch's checkpointing, on a CPU: seconds of a step and growth of memory.
 
-    python lab.py bench against-peft [--peft FOLDER] [--shapes pocket wan-1.3b] [--repeats 2] [--out benchmarks/results/against-peft-cpu.json]
+    python lab.py bench against-peft [--peft FOLDER] [--shapes pocket wan-1.3b] [--repeats N] [--out benchmarks/results/against-peft-cpu.json]
 
 Both sides train the host's WanModel with the same random weights, LoRA values, latent and text, in fp32 (what the trainer uses on a CPU), rank 16 on all
 Linears of the blocks (PEFT's usual choice for Wan: q, k, v, o and the feed-forward). A step is forward, backward and an update by AdamW. Each side is a
@@ -39,7 +39,10 @@ SAME_GRADIENT = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model and what it is trained on: width, feed-forward, blocks, heads, text width; latent frames, height, width; text tokens; rank."""
+    """A model and what it is trained on: width, feed-forward, blocks, heads, text width; latent frames, height, width; text tokens; rank.
+
+    repeats: timed steps of each side; the shorter a step, the more of them it takes until one was left alone.
+    """
 
     width: int
     ffn: int
@@ -49,6 +52,7 @@ class Shape:
     latent: tuple[int, int, int]
     text_tokens: int
     rank: int = 16
+    repeats: int = 3
 
     @property
     def tokens(self) -> int:
@@ -58,7 +62,7 @@ class Shape:
 
 SHAPES = {
     # The pocket experts' sizes, on a video long enough for a step to take a second.
-    "pocket": Shape(width=160, ffn=480, blocks=6, heads=5, text_width=128, latent=(5, 40, 64), text_tokens=32),
+    "pocket": Shape(width=160, ffn=480, blocks=6, heads=5, text_width=128, latent=(5, 40, 64), text_tokens=32, repeats=12),
     "wan-1.3b": Shape(width=1536, ffn=8960, blocks=30, heads=12, text_width=4096, latent=(1, 48, 48), text_tokens=64),
     "tiny": Shape(width=48, ffn=96, blocks=3, heads=3, text_width=32, latent=(2, 8, 8), text_tokens=5, rank=4),
 }
@@ -110,7 +114,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             difference = _difference(*(torch.load(Path(folder) / f"{side.name}.pt", weights_only=True) for side in sides))
             if not difference <= SAME_GRADIENT:
                 raise RuntimeError(f"{name}: gradients of the two sides differ by {difference:.2g}, so their times say nothing")
-            for repeat in range(options.repeats):
+            for repeat in range(options.repeats or SHAPES[name].repeats):
                 for side in sides if repeat % 2 == 0 else reversed(sides):
                     steps[side.name].append(side.ask("step"))
             rollouts = {side.name: side.ask("rollout") for side in sides}
@@ -161,7 +165,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="lab.py bench against-peft", description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["pocket", "wan-1.3b"])
-    parser.add_argument("--repeats", type=int, default=2, help="timed steps of each side, after one that warms up (default: 2)")
+    parser.add_argument("--repeats", type=int, help="timed steps of each side, after one that warms up (default: 12 of pocket, 3 of the others)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a side (default: torch's)")
     parser.add_argument("--peft", type=Path, help="folder with peft and accelerate, where they are not installed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file")
@@ -177,7 +181,7 @@ def main(argv: list[str]) -> int:
         from . import against_peft_side
 
         return against_peft_side.serve(options.side, options.shapes[0], options.work, options.peft)
-    if options.repeats < 1:
+    if options.repeats is not None and options.repeats < 1:
         raise ValueError(f"--repeats is {options.repeats}; at least 1 step has to be timed")
     version = find_peft(options.peft)
     shapes = {name: measure(name, options) for name in options.shapes}
