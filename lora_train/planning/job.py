@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..input_config import LATENTS, PATCH, RewardSource, Video
 from ..lora.targets import select_targets
 from ..safetensors_file import read_header
-from .memory import Job
+from .memory import Finished, Job
 from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
 from .shapes import ModelShape
 
@@ -34,7 +34,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
     """
     _, _, frames, height, width = video_of(config, shape).latent_shape(1)
     chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
-    branches = 1 if guidance_of(config) == 1.0 else 2
+    branches = _branches(guidance_of(config))
     element_bytes = 4 if config.dtype == "fp32" else 2
     pavrm = needs.pavrm(config)
     decodes = needs.decodes(config)
@@ -57,7 +57,8 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
         has_average=config.optimiser.ema_decay > 0,
         scored=_scored(config, frames, element_bytes) if decodes else None,
         reward_bytes=reward_bytes,
-        looks="whole" if needs.looks_at_videos(config) else "stream" if config.sample_every else "",
+        looks=_looks(config),
+        clips=_clips(config, video_of(config, shape)) if needs.replays(config) else None,
         judged_blocks=_trunk_blocks(pavrm) if pavrm and not pavrm.options.get("generator") else 0,
     )
 
@@ -135,11 +136,40 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
         latents=count + history if is_trained else 0,
         frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained else 0,
         tower=max(_towers(asdict(config.reward)), default=0.0) if is_trained else 0.0,
-        total_frames=video.frames,
         batch=config.batch,
         element_bytes=element_bytes,
         width=_vae_width(config),
     )
+
+
+def _looks(config: TrainConfig) -> Finished | None:
+    """Samples and held-out videos; a PAVRM scores latents of held-out rollouts, at the guidance of training."""
+    is_whole = needs.looks_at_videos(config)
+    is_shown = is_whole or config.sample_every > 0
+    if not is_shown and not config.held_out.every:
+        return None
+    scales = [config.sampling.guidance] if is_shown else []
+    scales += [guidance_of(config)] if needs.scores_latents(config) and config.held_out.every else []
+    latents = config.video.latent_shape(1)[2]
+    return Finished(
+        videos=config.held_out.batch or config.batch,
+        branches=max(map(_branches, scales)),
+        is_decoded=is_shown,
+        held_frames=4 * min(config.held_out.latents or latents, latents) - 3 if is_whole else 0,
+    )
+
+
+def _clips(config: TrainConfig, video: Video) -> Finished:
+    """Clips that the base model makes, one at a time; where it makes several for a prompt they are scored (`replay.py`)."""
+    is_decoded = config.real.tries > 1 and needs.decodes_training_videos(config)
+    return Finished(
+        videos=1, branches=_branches(config.sampling.guidance), is_decoded=is_decoded, held_frames=video.frames if is_decoded else 0,
+        kept_bytes=config.real.replay * 4 * math.prod(video.latent_shape(1)),
+    )  # fmt: skip
+
+
+def _branches(guidance: float) -> int:
+    return 1 if guidance == 1.0 else 2
 
 
 def _vae_width(config: TrainConfig) -> float:

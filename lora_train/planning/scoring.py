@@ -1,4 +1,4 @@
-"""Bytes and operations of scoring a video with gradient: the VAE's decoder, and a CLIP-sized reward model on its frames.
+"""Bytes and operations of decoding and scoring a video: the VAE's decoder, and a CLIP-sized reward model on its frames.
 
 The decoder's figures are counted on fake tensors of the published architecture (Wan2.1 VAE, width 96, bf16) running through `host/vae_gradient.py`; all of it
 grows with the pixels of a frame. tests/host/test_plan_vae.py holds them to that count.
@@ -16,6 +16,8 @@ _HOST = {"device": ((0, 0, 0, 0), 0), "host": ((0, 12300, 22520, 31970), 4740)}
 _STREAM, _FRAME = 6850, 12
 # Operations per pixel of a frame with all that runs again and backward (counted): a lone first frame, the first of several, each later one.
 _FLOPS_ALONE, _FLOPS_FIRST, _FLOPS_LATER = 12.9e6, 17.2e6, 40.3e6
+# Without gradient (counted): the first frame, each later one.
+_FLOPS_SHOWN_FIRST, _FLOPS_SHOWN_LATER = 4.25e6, 8.48e6
 _COUNTED_IN_BYTES = 2
 # Pictures that a reward model sees at once with gradient on a card (`objectives/common.py`): there, each of a CLIP's takes 0.6 GB.
 FRAMES_ON_CARD = 8
@@ -34,7 +36,6 @@ class Scored:
         latents: decoded together, with their history; 0: nothing is decoded.
         frames: scored by the reward model in one piece.
         tower: size of the reward's largest CLIP as a share of ViT-H/14; 0 without one.
-        total_frames: of the video, for looks that decode all of it.
         batch: videos at once.
         element_bytes: of the decoder's type.
         width: of the decoder, as a share of the published one.
@@ -44,7 +45,6 @@ class Scored:
     latents: int
     frames: int
     tower: float
-    total_frames: int
     batch: int
     element_bytes: int
     width: float = 1.0
@@ -68,10 +68,14 @@ def tower_bytes(scored: Scored) -> int:
     return scored.batch * scored.frames * int(_TOWER_BYTES * scored.tower + 2 * _FRAME * scored.pixels) if scored.latents else 0
 
 
-def look_bytes(scored: Scored, is_whole: bool) -> int:
-    """Decoding without gradient. `is_whole`: the whole video is held for a reward model, as held-out looks do."""
-    frames = _FRAME * scored.total_frames if is_whole else 0
-    return scored.pixels * scored.batch * (int(_STREAM * scored.width) * scored.element_bytes // _COUNTED_IN_BYTES + frames)
+def shown_bytes(scored: Scored, videos: int, held_frames: int) -> int:
+    """Decoding without gradient. `held_frames`: of each video, kept for a reward model; 0 where frames are let go piece by piece."""
+    return scored.pixels * videos * (int(_STREAM * scored.width) * scored.element_bytes // _COUNTED_IN_BYTES + _FRAME * held_frames)
+
+
+def shown_flops(scored: Scored, frames: int) -> float:
+    """Operations of decoding so many frames of one video, from its first one, without gradient."""
+    return scored.pixels * (_FLOPS_SHOWN_FIRST + (frames - 1) * _FLOPS_SHOWN_LATER) * scored.width**2
 
 
 def decode_flops(scored: Scored) -> float:

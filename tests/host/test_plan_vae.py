@@ -14,7 +14,7 @@ OPERATIONS, PEAK = 0.01, 0.06
 def scored(latents, **changes):
     from reward_lab.lora_train.planning.scoring import Scored
 
-    values = {"pixels": WIDTH * HEIGHT, "latents": latents, "frames": 0, "tower": 0.0, "total_frames": 4 * latents - 3, "batch": 1, "element_bytes": 2}
+    values = {"pixels": WIDTH * HEIGHT, "latents": latents, "frames": 0, "tower": 0.0, "batch": 1, "element_bytes": 2}
     return Scored(**{**values, **changes})
 
 
@@ -27,7 +27,7 @@ def seen(latents, keep_place):
 
 @pytest.mark.parametrize(("latents", "keep_place"), [(1, "host"), (2, "host"), (3, "host"), (5, "host"), (2, "device"), (5, "device")])
 def test_peaks_and_operations(comfyui, latents, keep_place):
-    from reward_lab.lora_train.planning.scoring import decode_bytes, decode_flops, look_bytes
+    from reward_lab.lora_train.planning.scoring import decode_bytes, decode_flops, shown_bytes, shown_flops
 
     found = seen(latents, keep_place)
     card, host = decode_bytes(scored(latents), keep_place)
@@ -35,8 +35,9 @@ def test_peaks_and_operations(comfyui, latents, keep_place):
     assert found["gradient"].card_bytes == pytest.approx(card, rel=PEAK)
     assert found["gradient"].host_bytes == pytest.approx(host, rel=PEAK)
     assert found["gradient"].flops == pytest.approx(decode_flops(scored(latents)), rel=OPERATIONS)
+    assert found["stream"].flops == pytest.approx(shown_flops(scored(latents), 4 * latents - 3), rel=OPERATIONS)
     if latents > 2:
-        assert found["stream"].card_bytes == pytest.approx(look_bytes(scored(latents), False), rel=PEAK)
+        assert found["stream"].card_bytes == pytest.approx(shown_bytes(scored(latents), 1, 0), rel=PEAK)
 
 
 def test_a_longer_video_takes_no_more_of_the_card(comfyui):

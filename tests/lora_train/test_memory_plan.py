@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from reward_lab.lora_train import plan
+from reward_lab.lora_train.planning import table
 from reward_lab.lora_train.planning.memory_plan import refusal
 from reward_lab.lora_train.planning.shapes import named_shape, shape_of
 from reward_lab.lora_train.planning.speed import CARDS, GIB
@@ -115,6 +116,57 @@ def test_what_is_decoded_is_counted(make):
     assert first["host_part_bytes"]["decoder"] == 0 < later["host_part_bytes"]["decoder"] < whole["host_part_bytes"]["decoder"]
     assert first["gpu_phase_bytes"]["scoring"] < later["gpu_phase_bytes"]["scoring"] < whole["gpu_phase_bytes"]["scoring"] < 24 * GB
     assert "looks" in make(sample_every=5)["gpu_phase_bytes"] and "looks" not in first["gpu_phase_bytes"]
+
+
+CLIPS = {"method": "one_pass", "expert": "high", "reward": {"kind": "hpsv2.1", "path": "absent.pt"}, "sampling": {"guidance": 3.5, "steps": 20}}
+
+
+def test_clips_of_the_base_are_a_phase_of_their_own(make):
+    """With guidance two latents go through a pass, where an update has one; there is no LoRA yet; several tries are scored, but one is there at a time."""
+    streamed = {**CLIPS, "engine": {"resident_blocks": 0, "keep_place": "host", "optimiser_place": "host"}, "ram": 300}
+    own, two, nine = (make(**streamed, real=real) for real in ({"path": "real.safetensors"}, {"replay": 32, "tries": 2}, {"replay": 32, "tries": 9}))
+    assert "clips" not in own["gpu_phase_bytes"] and own["host_before_bytes"].keys() == {"loading"}
+    assert nine["gpu_phase_bytes"] == two["gpu_phase_bytes"] and two["gpu_phase_bytes"]["clips"] > two["gpu_phase_bytes"]["rollout"]
+    unguided = {**streamed, "sampling": {"guidance": 1.0, "steps": 20}}
+    seen, unseen = (make(**unguided, real={"replay": 32, "tries": tries})["gpu_phase_bytes"]["clips"] for tries in (2, 1))
+    stream = 32760 * 5120 * 2
+    assert unseen + 6 * stream <= two["gpu_phase_bytes"]["clips"] <= unseen + 7.5 * stream
+    # 81 frames in fp32 beside the decoder are more than a pass of one latent.
+    assert seen > unseen and seen > 832 * 480 * (12 * 81 + 6850) + 2 * named_shape("wan-14b").block_parameters * 2
+    assert two["host_before_bytes"]["making clips"] == two["host_part_bytes"]["weights"] + 4 * GB + 3 * 32 * 4 * 16 * 21 * 60 * 104
+
+
+def test_the_time_of_clips_is_told_apart(make):
+    changes = {**CLIPS, "engine": {"resident_blocks": 40}, "card": "h200", "ram": 300}
+    own, two, nine = (make(**changes, real=real) for real in ({"path": "real.safetensors"}, {"replay": 32, "tries": 2}, {"replay": 16, "tries": 9}))
+    assert own["seconds_before_first_step"] == 0 and two["seconds_per_step"] == nine["seconds_per_step"]
+    assert nine["seconds_before_first_step"] == pytest.approx(2.25 * two["seconds_before_first_step"])
+    # 20 steps of a pass of two latents at 480p (1.678 PF each), with 0.81 PF of it attention, and a decode.
+    card, attention = CARDS["h200"], 40 * 4 * 32760 * (32760 + 512) * 5120
+    one_pass = (1.678e15 - attention) / card.gemm + attention / card.attention
+    decoded = 832 * 480 * 80 * 8.48e6 / card.gemm
+    assert two["seconds_before_first_step"] == pytest.approx(64 * (20 * 2 * one_pass + decoded), rel=0.01)
+    shown = table.verdict(two), table.verdict(own)
+    assert shown[0].endswith(f"once {two['seconds_before_first_step'] / 60:.1f} min before them") and "once" not in shown[1]
+
+
+def test_clips_can_be_what_does_not_fit_and_ones_own_the_remedy(make):
+    """Those also need but one of the experts."""
+    short = {"width": 1280, "height": 720, "ram": 70, "lora": {"rank": 32, "skip": ["ffn"]}}
+    found = make(**short, **CLIPS, real={"replay": 32, "tries": 2})
+    assert not found["fits"] and "clips of your own (real.path)" in found["remedies"]
+    assert make(**short, **CLIPS, real={"path": "clips"})["fits"]
+
+
+def test_looks_are_planned_with_their_own_batch_and_guidance(make):
+    """They are sampled with guidance whatever the training does, as many at once as the settings say; a held-out video is held whole."""
+    streamed = {"engine": {"resident_blocks": 0, "keep_place": "host", "optimiser_place": "device"}, "real": {"path": "real.safetensors"}, "ram": 300}
+    samples, held, several = (
+        make(**CLIPS, **streamed, **looks)["gpu_phase_bytes"]["looks"]
+        for looks in ({"sample_every": 5}, {"held_out": {"every": 5, "prompts": ["x"]}}, {"held_out": {"every": 5, "prompts": ["x"], "batch": 3}})
+    )
+    stream = 32760 * 5120 * 2
+    assert samples == held and 4 * 6 * stream <= several - held <= 4 * 7.5 * stream
 
 
 def test_knobs_fixed_by_hand_are_kept(make):
