@@ -79,8 +79,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "reward-lab-backprop": Experiment(preset="reward-lab-backprop", changes={"expert": "low"}),
     "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
     "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
-    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}, seeds=_FIRST_SEED),
-    "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
+    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}),
+    "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}),
     "guarded-5x": Experiment(
         preset="reward-lab",
         budget=5 * BUDGET,
