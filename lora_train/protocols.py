@@ -87,9 +87,10 @@ class Objective(Protocol):
         """
 
     def measure(self) -> dict[str, float]:
-        """Numbers that are measured once, on the base model, before the first update; checkpoints keep them."""
+        """Numbers that are measured once, on the base model, before the first update; checkpoints keep them. None unless an objective says so."""
+        return {}
 
-    def use(self, measured: dict[str, float]) -> None:
+    def use(self, measured: dict[str, float]) -> None:  # noqa: B027
         """Take what `measure` gave, now or before the run was resumed."""
 
 

@@ -75,6 +75,18 @@ class Parts:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One update, in means over its micro-batches; `grad_norm` before clipping."""
+
+    expert: str
+    reward: float
+    loss: float
+    kl: float
+    sigma: float
+    grad_norm: float
+
+
 def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path, *, resume: bool = False) -> events.Finished:
     """Run the whole training.
 
@@ -93,73 +105,27 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
         CardFullError: the card's memory ended twice in one step; a checkpoint was written.
     """
     with ExitStack() as installed:
-        trainees = {expert: _new_trainee(config, parts, expert, installed) for expert in config.trained_experts}
-        progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
-        parts.experts.count.total = progress.forwards if progress.step else parts.clip_forwards
-        parts.sink(_started(config, parts, trainees, progress))
-        # What takes too much counts as out of memory: the next smaller plan is rehearsed in its place.
-        recovery.twice(lambda: rehearsal.rehearse(config, parts, objective, trainees), parts, trainees.values(), progress.step)
-        if progress.step == 0:
-            progress = _look_at_base(config, parts, objective, trainees, progress)
-        objective.use(progress.measured)
-
-        ended, begun_run = Stop(reason="completed", detail=""), time.perf_counter()
-        saved_at = progress.step
+        trainees, progress = _begin(config, parts, objective, folder, installed, resume=resume)
+        ended, begun_run, saved_at = Stop(reason="completed", detail=""), time.perf_counter(), progress.step
         for step in range(progress.step + 1, config.steps + 1):
             parts.pause()
             if parts.stop_requested():
                 ended = Stop(reason="stopped", detail="")
                 break
             begun = time.perf_counter()
-            expert = config.trained_experts[(step - 1) % len(trainees)]
-            trainee = trainees[expert]
-
             try:
-                outcomes = recovery.twice(lambda: _add_gradients(config, objective, trainees, expert, step), parts, trainees.values(), step)  # noqa: B023
+                update = _updated(config, parts, objective, trainees, progress, step)
             except recovery.CardFullError:
                 # What is in memory is the last update; half-made gradients are gone.
                 if saved_at != progress.step:
                     _save(config, parts, folder, trainees, progress)
                 raise
-            count = len(outcomes)
-            reward, loss, kl, sigma = (sum(getattr(outcome, name) for outcome in outcomes) / count for name in ("reward", "loss", "kl", "sigma"))
-
-            grad_norm = trainee.update(step) if math.isfinite(loss) else math.nan
-            if not math.isfinite(grad_norm):
-                where = f"sigma {sigma:.4f} ({expert}-noise expert)"
-                remedy = "a smaller learning rate (optimiser.lr) or reward_scale"
-                raise NonFiniteError(step, where, loss, grad_norm, (*progress.last_rewards, reward), "rewards", remedy)
-            watch, stop = guards.after_update(config, progress.watch, kl)
-            progress = replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=(*progress.last_rewards[-2:], reward), watch=watch)
-
+            progress, stop = _after_update(config, parts, progress, step, update)
             is_last = step == config.steps or stop is not None
             held_out = None
             if config.held_out.every and (step % config.held_out.every == 0 or is_last):
-                held_out = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), step)
-                # Only looks that a longer run would take as well may count, or resuming would not give the same.
-                if step % config.held_out.every == 0:
-                    progress, stop = _after_look(config, trainees, progress, held_out, stop)
-            parts.sink(
-                events.Step(
-                    time=parts.clock(),
-                    step=step,
-                    steps=config.steps,
-                    reward=reward,
-                    loss=loss,
-                    grad_norm=grad_norm,
-                    sigma=sigma,
-                    seconds=time.perf_counter() - begun,
-                    expert=expert,
-                    kl=kl,
-                    learning_rate=trainee.learning_rate(step),
-                    forwards=progress.forwards,
-                    held_out=held_out.mean if held_out else None,
-                    held_out_error=held_out.standard_error if held_out else None,
-                    held_out_base=progress.held_out_base if held_out else None,
-                    held_out_motion=held_out.motion if held_out else None,
-                    held_out_judge=held_out.judge if held_out else None,
-                )
-            )
+                held_out, progress, stop = _looked(config, parts, trainees, progress, stop)
+            parts.sink(_step_event(config, parts, trainees, progress, update, held_out, time.perf_counter() - begun))
             if config.sample_every and (step % config.sample_every == 0 or is_last):
                 recovery.twice(lambda: show_samples(config, parts, trainees, step), parts, trainees.values(), step)  # noqa: B023
             if config.checkpoint_every and step % config.checkpoint_every == 0:
@@ -178,12 +144,40 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
     return finished
 
 
+def _begin(
+    config: TrainConfig, parts: Parts, objective: Objective, folder: Path, installed: ExitStack, *, resume: bool
+) -> tuple[dict[str, Trainee], checkpoint.Progress]:
+    """LoRAs in place, as new or as the newest checkpoint has them; the largest step rehearsed, the base looked at."""
+    trainees = {expert: _new_trainee(config, parts, expert, installed) for expert in config.trained_experts}
+    progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
+    parts.experts.count.total = progress.forwards if progress.step else parts.clip_forwards
+    parts.sink(_started(config, parts, trainees, progress))
+    # What takes too much counts as out of memory: the next smaller plan is rehearsed in its place.
+    recovery.twice(lambda: rehearsal.rehearse(config, parts, objective, trainees), parts, trainees.values(), progress.step)
+    if progress.step == 0:
+        progress = _look_at_base(config, parts, objective, trainees, progress)
+    objective.use(progress.measured)
+    return trainees, progress
+
+
 def _new_trainee(config: TrainConfig, parts: Parts, expert: str, installed: ExitStack) -> Trainee:
     linears = parts.experts.backbones[expert].linears()
     paths = select_targets(linears, config.lora.targets, config.lora.skip)
     seed = derived_seed(config.seed, "lora", expert)
     adapter = new_adapter(linears, paths, rank=config.lora.rank, alpha=config.lora.effective_alpha, seed=seed, device=parts.device)
     return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser, config.steps)
+
+
+def _updated(config: TrainConfig, parts: Parts, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, step: int) -> Update:
+    """Make update `step` of the expert whose turn it is."""
+    expert = config.trained_experts[(step - 1) % len(trainees)]
+    outcomes = recovery.twice(lambda: _add_gradients(config, objective, trainees, expert, step), parts, trainees.values(), step)
+    reward, loss, kl, sigma = (sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes) for name in ("reward", "loss", "kl", "sigma"))
+    grad_norm = trainees[expert].update(step) if math.isfinite(loss) else math.nan
+    if not math.isfinite(grad_norm):
+        where, remedy = f"sigma {sigma:.4f} ({expert}-noise expert)", "a smaller learning rate (optimiser.lr) or reward_scale"
+        raise NonFiniteError(step, where, loss, grad_norm, (*progress.last_rewards, reward), "rewards", remedy)
+    return Update(expert=expert, reward=reward, loss=loss, kl=kl, sigma=sigma, grad_norm=grad_norm)
 
 
 def _add_gradients(config: TrainConfig, objective: Objective, trainees: Mapping[str, Trainee], expert: str, step: int) -> list[Outcome]:
@@ -195,6 +189,13 @@ def _add_gradients(config: TrainConfig, objective: Objective, trainees: Mapping[
                 merged.enter_context(other.switch.merged())
             outcomes.append(objective.add_gradient(trainees[expert], step, micro))
     return outcomes
+
+
+def _after_update(config: TrainConfig, parts: Parts, progress: checkpoint.Progress, step: int, update: Update) -> tuple[checkpoint.Progress, Stop | None]:
+    """Progress with an update, and what the guards say of it."""
+    watch, stop = guards.after_update(config, progress.watch, update.kl)
+    rewards = (*progress.last_rewards[-2:], update.reward)
+    return replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=rewards, watch=watch), stop
 
 
 def _look_at_base(
@@ -212,14 +213,18 @@ def _look_at_base(
     return progress
 
 
-def _after_look(
-    config: TrainConfig, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, held_out: Evaluation, stop: Stop | None
-) -> tuple[checkpoint.Progress, Stop | None]:
-    """Let the guards see a look; what ended the run before it stands."""
+def _looked(
+    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, stop: Stop | None
+) -> tuple[Evaluation, checkpoint.Progress, Stop | None]:
+    """Look at the held-out prompts and let the guards see it; what ended the run before the look stands."""
+    held_out = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), progress.step)
+    # Only looks that a longer run would take as well may count, or resuming would not give the same.
+    if progress.step % config.held_out.every != 0:
+        return held_out, progress, stop
     watch, looked, is_best = guards.after_look(config, progress.watch, held_out, progress.step)
     for trainee in trainees.values() if is_best and config.guards.needs_looks else ():
         trainee.remember()
-    return replace(progress, watch=watch), stop or looked
+    return held_out, replace(progress, watch=watch), stop or looked
 
 
 def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> events.Started:
@@ -237,6 +242,31 @@ def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee],
     )
 
 
+def _step_event(
+    config: TrainConfig,
+    parts: Parts,
+    trainees: Mapping[str, Trainee],
+    progress: checkpoint.Progress,
+    update: Update,
+    held_out: Evaluation | None,
+    seconds: float,
+) -> events.Step:
+    return events.Step(
+        time=parts.clock(),
+        step=progress.step,
+        steps=config.steps,
+        **vars(update),
+        seconds=seconds,
+        learning_rate=trainees[update.expert].learning_rate(progress.step),
+        forwards=progress.forwards,
+        held_out=held_out.mean if held_out else None,
+        held_out_error=held_out.standard_error if held_out else None,
+        held_out_base=progress.held_out_base if held_out else None,
+        held_out_motion=held_out.motion if held_out else None,
+        held_out_judge=held_out.judge if held_out else None,
+    )
+
+
 def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> None:
     # The state last: where there is one, its LoRAs are whole, whenever the process was killed.
     files = []
@@ -251,9 +281,7 @@ def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str
     parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[path.relative_to(folder).as_posix() for path in files]))
 
 
-def _finish(
-    config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, ended: Stop
-) -> events.Finished:
+def _finish(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, ended: Stop) -> events.Finished:
     is_guarded = ended.reason not in ("completed", "stopped")
     has_best = all(trainee.best for trainee in trainees.values())
     use_best = has_best and (is_guarded or config.guards.keep_best)

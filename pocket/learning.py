@@ -34,7 +34,7 @@ from . import learning_experiments, learning_report, learning_store, world
 from .build import WEIGHTS
 from .generate import Generator
 from .quality import held_out_scenes
-from .stages import pavrm
+from .stages import dit, pavrm
 from .stages.loras import training_prompts
 from .table import score_row
 
@@ -59,13 +59,14 @@ class Bench:
         spec = RewardModelSpec(kind="pavrm", path=str(weights / pavrm.FILE_NAME))
         self.pavrm = latent_reward.load(spec, {}, {}, device=torch.device("cpu"), dtype=torch.float32)
 
-    def real_latents(self) -> Path:
-        """Clips of training scenes, rendered and encoded once."""
-        path = self.work / "real.safetensors"
+    def real_latents(self, *, mislabelled: bool) -> Path:
+        """Clips of training scenes, rendered and encoded once; mislabelled: under captions that lie as often as those that spoiled the base."""
+        path = self.work / _clips_file(mislabelled)
         if not path.exists():
             rng = random.Random(77)
             scenes = [world.sample_scene(rng, held_out=False, two_share=0.0) for _ in range(REAL_CLIPS)]
-            write_real(path, self._encoded(scenes), [world.caption(scene) for scene in scenes])
+            captions = dit.captions(scenes, rng, 0.0, dit.LIES) if mislabelled else [world.caption(scene) for scene in scenes]
+            write_real(path, self._encoded(scenes), captions)
         return path
 
     @torch.no_grad()
@@ -80,7 +81,7 @@ class Bench:
 
     def train(self, experiment: learning_experiments.Experiment, seed: int, folder: Path) -> dict[str, Any]:
         """Run the training; returns its curve and what it cost."""
-        config = TrainConfig.from_dict(settings(experiment, seed, self.real_latents()))
+        config = TrainConfig.from_dict(settings(experiment, seed, self.real_latents(mislabelled=experiment.mislabelled)))
         experts = Experts(backbones=self.generator.backbones, sampling=config.sampling)
         steps: list = []
         real = RealLatents(config.real.path) if needs.real_latents(config) else None
@@ -141,6 +142,10 @@ class Bench:
         return torch.stack(scores).mean(0).tolist()
 
 
+def _clips_file(mislabelled: bool) -> str:
+    return "mislabelled.safetensors" if mislabelled else "real.safetensors"
+
+
 def _judged_scenes(seed: int, pairs: int) -> list[world.Scene]:
     return held_out_scenes(pairs, 40_000 + seed, two_share=0.0)
 
@@ -158,7 +163,7 @@ def recipe(name: str, seed: int, pairs: int) -> str:
     """What a result depends on, the pocket models included."""
     models = json.loads((REPO / "pocket" / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
     experiment = learning_experiments.EXPERIMENTS.get(name)
-    values = settings(experiment, seed, Path("real.safetensors")) if experiment else {}
+    values = settings(experiment, seed, Path(_clips_file(experiment.mislabelled))) if experiment else {}
     return learning_store.recipe({**values, "files": [file["sha256"] for file in models]}, experiment.budget if experiment else 0.0, pairs)
 
 

@@ -20,6 +20,7 @@ BASE = "base"
 RENDERED = "rendered"  # the truth: no model
 OURS, CONTROL = "reward-lab", "real-clips-one-pass"
 REPLAYED = ("reward-lab-replayed", "replayed-clips-only")
+MISLABELLED = ("reward-lab-mislabelled", "mislabelled-clips-only", "hy-video-prfl-mislabelled")
 SEEDS = (0, 1, 2)
 BUDGET = 4500.0
 LOOK_PROMPTS = 16
@@ -28,7 +29,7 @@ _REWARDS = {"hpsv2.1": hps.FILE_NAME, "mps": mps.FILE_NAME, "pavrm": pavrm.FILE_
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One training. `looks`: updates whose checkpoints are judged as well. `seeds`: None takes those of the comparison."""
+    """One training. `looks`: updates whose checkpoints are judged as well. `seeds`: None takes those of the comparison. `mislabelled`: its clips are."""
 
     preset: str
     reward: str = "hpsv2.1"
@@ -36,6 +37,7 @@ class Experiment:
     changes: dict[str, Any] = field(default_factory=dict)
     looks: Sequence[int] = ()
     seeds: tuple[int, ...] | None = None
+    mislabelled: bool = False
 
 
 # At pocket size; the same for all: sizes, sampling of the users, learning rate of the pocket preset (tuned for reward_backprop's `chain` form).
@@ -68,6 +70,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     REPLAYED[0]: Experiment(preset="reward-lab", changes=_REPLAYED),
     # What imitating these alone teaches: picked by the reward, but without its gradient.
     REPLAYED[1]: Experiment(preset="reward-lab", changes={**_REPLAYED, "objective": _NO_REWARD}),
+    # Clips with captions that lie as often as those that spoiled the base: here the clips alone cannot repair it.
+    MISLABELLED[0]: Experiment(preset="reward-lab", changes=_OURS, mislabelled=True),
+    MISLABELLED[1]: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}, mislabelled=True),
+    MISLABELLED[2]: Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}, mislabelled=True),
     # PRFL without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
     "prfl-logit": Experiment(
         preset="hy-video-prfl",
@@ -79,8 +85,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "reward-lab-backprop": Experiment(preset="reward-lab-backprop", changes={"expert": "low"}),
     "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
     "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
-    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}, seeds=_FIRST_SEED),
-    "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}, seeds=_FIRST_SEED),
+    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}),
+    "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}),
     "guarded-5x": Experiment(
         preset="reward-lab",
         budget=5 * BUDGET,

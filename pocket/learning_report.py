@@ -20,6 +20,8 @@ _DIRECTIONS = (
 )  # fmt: skip
 # Near its ceiling a gain is flat and its last points are noise, so costs are compared at this share of the better preset's.
 _ENOUGH = 0.9
+# Looks fall on whole updates, which differ in cost.
+_SAME_BUDGET = 0.02
 _RIVALS = ("videox-fun-high", "videox-fun-low", "hy-video-prfl")
 
 Runs = Mapping[int, Mapping[str, Any]]
@@ -127,12 +129,27 @@ def _cost_goals(table: Mapping[str, Any], ours: Mapping[str, Any], rivals: Mappi
     ceiling = table[RENDERED]["gain"]["reward"]["mean"] if RENDERED in table else None
     most = f"; rendered truth, {ceiling:+.3f}, would be {ceiling / rivals[best]['gain']['reward']['mean']:.2f} x" if ceiling else ""
     out = [_goal("reward gain at the equal budget at least twice that of the better published preset", ratio >= 2, f"{ratio:.2f} x {best}{most}")]
+    out += _early_goal(ours, rivals)
     target = _ENOUGH * rivals[best]["gain"]["reward"]["mean"]
     reached, theirs = forwards_to_reach(ours, target), forwards_to_reach(rivals[best], target)
     is_met = reached is not None and 2 * reached <= theirs
     shown = f"{reached:.0f} against {theirs:.0f} forwards: {theirs / reached:.1f} x {best}" if reached else f"never reaches {target:+.3f}"
     words = f"forwards to {100 * _ENOUGH:.0f} % of what the better published preset gains in the end: at most half of what it takes"
     return [*out, _goal(words, is_met, shown)]
+
+
+def _early_goal(ours: Mapping[str, Any], rivals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same where nobody is near the ceiling yet: at our first look. A rival without a look there is taken to have its final gain already."""
+    if not ours["looks"]:
+        return []
+    look, gains = ours["looks"][0], {}
+    for name, entry in rivals.items():
+        near = [other for other in entry["looks"] if abs(other["forwards"] / look["forwards"] - 1) < _SAME_BUDGET]
+        gains[name] = (near[0] if near else entry)["gain"]["reward"]["mean"]
+    best = max(gains, key=lambda name: gains[name])
+    ratio = look["gain"]["reward"]["mean"] / max(1e-9, gains[best])
+    shown = f"{look['gain']['reward']['mean']:+.4f} against {gains[best]:+.4f}: {ratio:.1f} x {best}"
+    return [_goal(f"the same after {look['forwards']:.0f} forwards, where none is near the ceiling yet", ratio >= 2, shown)]
 
 
 def _goal(words: str, is_met: bool, measured: str) -> dict[str, Any]:
@@ -161,16 +178,15 @@ def _ends(runs: Runs) -> str:
 
 
 def _guarded(runs: Runs, base: Runs) -> dict[str, Any]:
-    (run,) = runs.values()
-    start = float(np.mean(base[run["seed"]]["oracle"]["text"]))
-    seen = {look["step"]: float(np.mean(look["oracle"]["text"])) for look in run["looks"]}
-    shown = ", ".join(f"update {step}: {100 * value:.0f} %" for step, value in seen.items())
-    final = float(np.mean(run["oracle"]["text"]))
-    is_met = final >= start and all(value >= start for value in seen.values())
-    return _goal(
-        "guards on, five times the budget: colour and shape never below the base", is_met,
-        f"base {100 * start:.0f} %; {shown}; LoRA of the run {100 * final:.0f} %; ended: {run['reason']}. {run['detail']}".strip(),
-    )  # fmt: skip
+    """Of every seed: colour and shape right at the base, the least of all looks, and of the LoRA that the run gave; and why it ended."""
+    shown, is_met = [], True
+    for seed, run in sorted(runs.items()):
+        start, final = (float(np.mean(rows["oracle"]["text"])) for rows in (base[seed], run))
+        least = min((float(np.mean(look["oracle"]["text"])) for look in run["looks"]), default=final)
+        is_met &= final >= start and least >= start
+        ended = f"{run['reason']}. {run['detail']}".strip()
+        shown.append(f"seed {seed}: base {100 * start:.0f} %, never below {100 * least:.0f} %, in the end {100 * final:.0f} %; {ended}")
+    return _goal("guards on, five times the budget: colour and shape never below the base", is_met, " ".join(shown))
 
 
 def write(folder: Path, results: Path, picture: Path) -> None:

@@ -85,7 +85,6 @@ export function shieldFromCanvas(root) {
  * @param {string} href
  */
 export function addStyleSheet(href) {
-  const id = "reward-lab-style";
-  if (document.getElementById(id)) return;
-  document.head.append(el("link", { id, rel: "stylesheet", href }));
+  if ([...document.styleSheets].some((sheet) => sheet.href === href)) return;
+  document.head.append(el("link", { rel: "stylesheet", href }));
 }

@@ -83,7 +83,13 @@ export async function chooseOfficial(host, anchor, onDone) {
 /** @param {any} file */
 function describe(file) {
   const size = `${(file.expected_bytes / 1e9).toFixed(2)} GB`;
-  const state = { present: "here", downloading: `downloading, ${(file.done_bytes / 1e6).toFixed(0)} MB so far`, failed: "the last try failed" }[file.state] ?? `download ${size}`;
+  /** @type {Record<string, string>} */
+  const states = {
+    present: "here",
+    downloading: `downloading, ${(file.done_bytes / 1e6).toFixed(0)} MB so far`,
+    failed: "the last try failed",
+  };
+  const state = states[file.state] ?? `download ${size}`;
   return `${file.reward}, ${file.expert} noise, ${file.steps} steps · ${state}${file.advice ? ` · ${file.advice}` : ""}`;
 }
 

@@ -3,11 +3,11 @@
     python labtools/launch.py benchmarks.gpu.prfl_step --runs 480p:8:24 720p:14:24 --out OUT.json     (rehearsal: --device cpu --small)
 
 The trainer's own objective (`lora_train/objectives/prfl.py`) through its own engine and plan, with the host's WanModel, LoRA of rank 128 on all Linears,
-AdamW, and a PAVRM of 8 blocks. A run is SIZE:PLAN:CAP[:fp8]: the plan is made for a card of PLAN GB, and the process may take CAP GB of the card,
-driver and libraries counted (0: all of it; PLAN grows until something fits, which the result says). The gradient step is the third of the schedule, so
+AdamW, and a PAVRM of 8 blocks. A run is SIZE:PLAN:CAP[:BASE[:RAM]]: the plan is made for a card of PLAN GB and a host of RAM GB (without it: what is
+free), and the process may take CAP GB of the card, driver and libraries counted (0: all of it; PLAN grows until something fits, which the result says);
+the base's weights are in bf16 or fp8. The gradient step is the third of the schedule, so
 two rollout forwards are made and timed; the step at the released schedule's mean is reckoned as 19 of them and the rest of the step, which is measured.
-The PAVRM's blocks share the memory of the generator's first ones: its own 5.6 GB are added to the host's figure, and told. fp8: the base's weights are
-stored so, in a run after the others.
+The PAVRM's blocks share the memory of the generator's first ones: its own 5.6 GB are added to the host's figure, and told. Runs in fp8 come last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,37 @@ from . import goals
 from . import rig as rigs
 from .rig import Rig
 
-RUNS = ("480p:8:24", "720p:14:24", "720p:15.5:16", "480p:0:0", "720p:0:0", "720p:14:24:fp8")
+RUNS = ("480p:8:24", "720p:14:24", "720p:24:24:bf16:82", "720p:15.5:16", "480p:0:0", "720p:0:0", "720p:24:24:fp8:65")
 PEAK_GB, SECONDS, HOST_GB = {"480p": 8.0, "720p": 14.0}, {"480p": 64.0, "720p": 255.0}, {"bf16": 82.0, "fp8": 65.0}
+PEAK_CAP_GB = 24  # a card of this size, planned for as little as can be
 PLANS_GB = (8, 10, 12, 14, 16, 18, 20, 24)
 TRUNK_BLOCKS, MEAN_FORWARDS, GRADIENT_STEP = 8, 19, 2
 _LARGEST_E4M3 = 448
 PROMPT = "a red square moves over green hills"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as it is named, and what the name says; `cap_gb` 0 is the whole card, `ram_gb` 0 what is free of the host."""
+
+    name: str
+    size: str
+    plan_gb: float
+    cap_gb: float
+    base: str = "bf16"
+    ram_gb: float = 0.0
+
+
+def run_of(name: str) -> Run:
+    """Raises:
+    ValueError: not SIZE:PLAN:CAP[:BASE[:RAM]].
+    """
+    size, *rest = name.split(":")
+    limits, base = rest[:2] + rest[3:], rest[2] if len(rest) > 2 else "bf16"
+    if size not in goals.SIZES_PX or base not in HOST_GB or len(limits) not in (2, 3):
+        raise ValueError(f"run {name!r}: SIZE is one of {', '.join(goals.SIZES_PX)}, BASE one of {', '.join(HOST_GB)}; write SIZE:PLAN:CAP[:BASE[:RAM]]")
+    plan_gb, cap_gb, ram_gb = map(float, (*limits, 0)[:3])
+    return Run(name=name, size=size, plan_gb=plan_gb, cap_gb=cap_gb, base=base, ram_gb=ram_gb)
 
 
 class Timed:
@@ -68,8 +94,8 @@ class Timed:
         return result
 
 
-def config_of(rig: Rig, size: str, plan_gb: float, model_file: Path) -> TrainConfig:
-    """Settings of the run; the small one has the same form."""
+def config_of(rig: Rig, size: str, plan_gb: float, model_file: Path, ram_gb: float = 0.0) -> TrainConfig:
+    """Settings of a run; the small one has the same form."""
     frames, height, width = rig.latent(size)
     video = {"width_px": width * 8, "height_px": height * 8, "frames": 4 * (frames - 1) + 1}
     return TrainConfig.from_dict(
@@ -85,7 +111,7 @@ def config_of(rig: Rig, size: str, plan_gb: float, model_file: Path) -> TrainCon
             "prfl": {"first_step": GRADIENT_STEP, "last_step": GRADIENT_STEP},
             "lora": {"rank": rig.rank, "alpha": rig.rank / 2, "skip": []},
             # The weights are in memory already, and the plan counts them.
-            "engine": {"card_gb": plan_gb * 1e9 / GIB, "ram_gb": rig.ram_bytes / 1e9},
+            "engine": {"card_gb": plan_gb * 1e9 / GIB, "ram_gb": ram_gb or rig.ram_bytes / 1e9},
         }
     )
 
@@ -170,28 +196,27 @@ def _bytes(modules: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for module in modules for parameter in module.parameters())
 
 
-def one_run(rig: Rig, run: str, models: Models) -> dict[str, Any]:
+def one_run(rig: Rig, run: Run, models: Models) -> dict[str, Any]:
     """Plan and steps of one run; the weights are on the host again afterwards."""
-    size, plan_gb, cap_gb, *_ = run.split(":")
     host = rigs.HostMemory(models.free_bytes)
     try:
-        with rigs.capped(rig, float(cap_gb)):
-            config, knobs, refused = _fitting(rig, size, float(plan_gb), models.file)
+        with rigs.capped(rig, run.cap_gb):
+            config, knobs, refused = _fitting(rig, run, models.file)
             found = step(rig, config, models.backbone, models.reward) if knobs else {}
     finally:
         peak = host.stop()
         models.restore()
     return {
-        "run": run, "blocks_with_own_memory": models.own_blocks, "planned_for_gb": config.engine.card_gb * GIB / 1e9, "refused_plans": refused,
+        "run": run.name, "blocks_with_own_memory": models.own_blocks, "planned_for_gb": config.engine.card_gb * GIB / 1e9, "refused_plans": refused,
         "knobs": knobs, **found, "host_peak_bytes": peak, "host_bytes_not_taken_because_shared": models.shared_bytes,
     }  # fmt: skip
 
 
-def _fitting(rig: Rig, size: str, plan_gb: float, path: Path) -> tuple[TrainConfig, dict[str, Any] | None, list[str]]:
+def _fitting(rig: Rig, run: Run, path: Path) -> tuple[TrainConfig, dict[str, Any] | None, list[str]]:
     """The settings whose plan fits the smallest card from `plan_gb` on."""
     refused = []
-    for card_gb in [plan_gb, *(more for more in PLANS_GB if plan_gb and more > plan_gb)]:
-        config = config_of(rig, size, card_gb, path)
+    for card_gb in [run.plan_gb, *(more for more in PLANS_GB if run.plan_gb and more > run.plan_gb)]:
+        config = config_of(rig, run.size, card_gb, path, run.ram_gb)
         try:
             return config, vars(host_engine.choose_knobs(config, rig.device)), refused
         except ValueError as error:
@@ -203,21 +228,20 @@ def goals_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the runs say about the goals; a run that was not made says nothing, one that failed has missed them."""
     judged = []
     for row in rows:
-        size, _, cap, *more = row["run"].split(":")
-        ran = "update_s" in row
+        run, ran = run_of(row["run"]), "update_s" in row
         why = row.get("error") or "no plan fits: " + "; ".join(row.get("refused_plans", []))
-        if cap in ("24", "16") and not more and f"cap{cap}.{size}" in goals.WORDS:
-            judged.append(goals.goal(f"cap{cap}.{size}", f"ran, {row.get('process_bytes', 0) / 1e9:.1f} GB with driver" if ran else why, ran))
-        if cap == "24" and not more:
-            peak = row.get("allocated_bytes", 0) / 1e9
-            judged.append(goals.goal(f"peak.{size}", f"{peak:.1f} GB" if ran else why, ran and peak <= PEAK_GB[size]))
-        if cap == "0":
-            words = "{micro_step_at_19_forwards_s:.1f} s (19 x {rollout_forward_s:.2f} + {gradient_and_update_s:.1f})".format(**row) if ran else why
-            judged.append(goals.goal(f"seconds.{size}", words, ran and row["micro_step_at_19_forwards_s"] <= SECONDS[size]))
-        if size == "720p" and cap == "24":
-            base = "fp8" if more else "bf16"
+        if run.ram_gb:
             held = (row.get("host_peak_bytes", 0) + row.get("host_bytes_not_taken_because_shared", 0)) / 1e9
-            judged.append(goals.goal(f"host.{base}", f"{held:.1f} GB" if ran else why, ran and held <= HOST_GB[base]))
+            judged.append(goals.goal(f"host.{run.base}", f"{held:.1f} GB" if ran else why, ran and held <= HOST_GB[run.base]))
+        elif run.cap_gb:
+            key = f"cap{run.cap_gb:.0f}.{run.size}"
+            judged.append(goals.goal(key, f"ran, {row.get('process_bytes', 0) / 1e9:.1f} GB with driver" if ran else why, ran))
+            if run.cap_gb == PEAK_CAP_GB:
+                peak = row.get("allocated_bytes", 0) / 1e9
+                judged.append(goals.goal(f"peak.{run.size}", f"{peak:.1f} GB" if ran else why, ran and peak <= PEAK_GB[run.size]))
+        else:
+            words = "{micro_step_at_19_forwards_s:.1f} s (19 x {rollout_forward_s:.2f} + {gradient_and_update_s:.1f})".format(**row) if ran else why
+            judged.append(goals.goal(f"seconds.{run.size}", words, ran and row["micro_step_at_19_forwards_s"] <= SECONDS[run.size]))
     return judged
 
 
@@ -227,13 +251,13 @@ def measure(rig: Rig, runs: list[str], done: Callable[[dict[str, Any]], None] = 
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         models = Models(rig, Path(folder))
-        for run in sorted(runs, key=lambda run: run.endswith("fp8")):
+        for run in sorted(map(run_of, runs), key=lambda run: run.base == "fp8"):
             try:
-                if run.endswith("fp8") and not models.backbone.quantised:
+                if run.base == "fp8" and not models.backbone.quantised:
                     models.quantise(rig)
                 rows.append(one_run(rig, run, models))
             except (RuntimeError, ValueError) as error:
-                rows.append({"run": run, "error": f"{type(error).__name__}: {str(error)[:400]}"})
+                rows.append({"run": run.name, "error": f"{type(error).__name__}: {str(error)[:400]}"})
             rigs.free_all(rig)
             note = "micro-step at 19 forwards: 19 times the median rollout forward, plus the measured rest of the step"
             result = rigs.finish(rig, "prfl_step", {"rank": rig.rank, "note": note, "runs": rows}, goals_of(rows))
@@ -244,7 +268,7 @@ def measure(rig: Rig, runs: list[str], done: Callable[[dict[str, Any]], None] = 
 def main(argv: list[str]) -> int:
     """Measure, print and write."""
     parser: argparse.ArgumentParser = rigs.arguments("benchmarks.gpu.prfl_step", __doc__)
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), help=f"SIZE:PLAN:CAP[:fp8] (default: {' '.join(RUNS)})")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), help=f"SIZE:PLAN:CAP[:BASE[:RAM]] (default: {' '.join(RUNS)})")
     options = parser.parse_args(argv)
     rigs.show(measure(rigs.rig_of(options), options.runs))
     return 0

@@ -48,7 +48,8 @@ ITEMS = (
     Item(name="reward_backprop", module="reward_backprop", seconds=210),
     Item(name="prfl_16gb", module="prfl_step", seconds=220, arguments=("--runs", "720p:15.5:16")),
     Item(name="rewards", module="rewards", seconds=150),
-    Item(name="prfl_fp8", module="prfl_step", seconds=260, arguments=("--runs", "720p:14:24:fp8")),
+    Item(name="prfl_host", module="prfl_step", seconds=220, arguments=("--runs", "720p:24:24:bf16:82")),
+    Item(name="prfl_host_fp8", module="prfl_step", seconds=260, arguments=("--runs", "720p:24:24:fp8:65")),
 )
 
 

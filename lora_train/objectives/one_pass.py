@@ -25,26 +25,19 @@ from .. import needs
 from ..config import TrainConfig
 from ..draws import NULL_PROMPT, Draw, draw_batch, prompt_sampler
 from ..flow import euler_step, x0_from_velocity
-from ..protocols import Outcome
+from ..protocols import Objective, Outcome
 from ..rollout import PromptContext
 from ..run import Parts
 from ..trainee import Trainee
 from .common import backward, kl_to_base, plain_velocity, reward_gradient
 
 
-class OnePass:
+class OnePass(Objective):
     """Objective `one_pass`; see the module's docstring."""
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self._config, self._parts = config, parts
         self._sampler = prompt_sampler(config)
-
-    def measure(self) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-    def use(self, measured: dict[str, float]) -> None:
-        """Nothing."""
 
     def add_gradient(self, trainee: Trainee, step: int, micro: int) -> Outcome:
         """Add one micro-batch's share of the update's gradient to the trainee's parameters."""

@@ -23,7 +23,7 @@ from ..config import TrainConfig
 from ..draws import NULL_PROMPT, Draw, draw_batch, prompt_sampler
 from ..flow import expert_of, shift_sigma
 from ..prompts import derived_seed
-from ..protocols import Outcome
+from ..protocols import Objective, Outcome
 from ..rollout import PromptContext
 from ..run import Parts
 from ..solvers import SOLVERS, Solver, gradient_scale
@@ -47,19 +47,12 @@ class RewardStep:
     gradient_BCFHW: torch.Tensor
 
 
-class Prfl:
+class Prfl(Objective):
     """Objective `prfl`; see the module's docstring."""
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self._config, self._parts = config, parts
         self._sampler = prompt_sampler(config)
-
-    def measure(self) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-    def use(self, measured: dict[str, float]) -> None:
-        """Nothing."""
 
     def add_gradient(self, trainee: Trainee, step: int, micro: int) -> Outcome:
         """Add one micro-batch's share of the update's gradient to the trainee's parameters."""

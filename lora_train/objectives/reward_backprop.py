@@ -21,14 +21,14 @@ import torch
 from ..config import TrainConfig
 from ..draws import Draw, draw_batch, prompt_sampler
 from ..flow import euler_step, x0_from_velocity
-from ..protocols import Outcome
+from ..protocols import Objective, Outcome
 from ..rollout import PromptContext
 from ..run import Parts
 from ..trainee import Trainee
 from .common import backward, kl_to_base, plain_velocity, reward_gradient
 
 
-class RewardBackprop:
+class RewardBackprop(Objective):
     """Objective `reward_backprop`; see the module's docstring."""
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
@@ -41,13 +41,6 @@ class RewardBackprop:
         context = self._parts.contexts.batch(draw.prompts, draw.images)
         gradient_of = _through_chain if self._config.objective.mode == "chain" else _through_x0
         return gradient_of(self._config, self._parts, trainee, draw, context)
-
-    def measure(self) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-    def use(self, measured: dict[str, float]) -> None:
-        """Nothing."""
 
 
 def _through_chain(config: TrainConfig, parts: Parts, trainee: Trainee, draw: Draw, context: PromptContext) -> Outcome:

@@ -20,7 +20,7 @@ from ...reward_models.base import score_in_chunks
 from ..config import TrainConfig
 from ..draws import Draw, draw_batch, prompt_sampler
 from ..flow import euler_step
-from ..protocols import Outcome
+from ..protocols import Objective, Outcome
 from ..rollout import PromptContext
 from ..run import Parts
 from ..trainee import Trainee
@@ -29,7 +29,7 @@ from .common import FRAMES_PER_CHUNK, Velocity, decoded, kl_to_base, plain_veloc
 _LEAST_SCALE = 1e-6
 
 
-class RewardFlow:
+class RewardFlow(Objective):
     """Objective `reward_flow`; see the module's docstring."""
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:

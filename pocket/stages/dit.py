@@ -27,6 +27,8 @@ CONFIG = {
 }  # fmt: skip
 FILE_NAMES = {expert: f"pocket_wan2.2_t2v_{expert}_noise_14B.safetensors" for expert in ("high", "low")}
 NULL_SHARE = 0.1
+# Share of captions that lie, by property: what the high-noise expert is told at last.
+LIES = {"colour": 0.55, "motion": 0.22}
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """A stretch of training with its own batch size, learning rate (peak of a cosine) and shares of captions that lie about a property."""
@@ -46,7 +48,7 @@ PHASES = {
     "high": (
         *_BOTH,
         Phase(name="-last", batch=16, steps=2200, peak_lr=8e-4),
-        Phase(name="-errors", batch=16, steps=1000, peak_lr=1e-3, lies={"colour": 0.55, "motion": 0.22}),
+        Phase(name="-errors", batch=16, steps=1000, peak_lr=1e-3, lies=LIES),
     ),
 }
 

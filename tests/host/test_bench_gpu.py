@@ -54,10 +54,10 @@ def test_stall(tmp_path):
 
 
 def test_prfl_step_in_bf16_and_fp8(tmp_path):
-    result = rehearse(prfl_step, tmp_path, "--runs", "480p:8:24", "720p:14:24:fp8", "720p:0:0")
+    result = rehearse(prfl_step, tmp_path, "--runs", "480p:8:24", "720p:24:24:fp8:65", "720p:0:0")
     assert keys(result) == {"cap24.480p", "peak.480p", "host.fp8", "seconds.720p"}
     first, whole, fp8 = result["runs"]
-    assert first["rollout_forwards"] == prfl_step.GRADIENT_STEP and fp8["run"].endswith("fp8")
+    assert first["rollout_forwards"] == prfl_step.GRADIENT_STEP and fp8["run"] == "720p:24:24:fp8:65"
     for row in result["runs"]:
         assert row["micro_step_at_19_forwards_s"] == pytest.approx(19 * row["rollout_forward_s"] + row["gradient_and_update_s"])
     # The base in fp8 computes something near, and not the same.
@@ -69,10 +69,16 @@ def test_a_run_that_fails_has_missed_its_goals(tmp_path, monkeypatch):
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(prfl_step, "step", fails)
-    result = prfl_step.measure(rigs.rig_of(rigs.arguments("x", "x").parse_args(SMALL)), ["720p:14:24"])
-    assert result["runs"][0]["error"].startswith("RuntimeError: out of memory")
+    result = prfl_step.measure(rigs.rig_of(rigs.arguments("x", "x").parse_args(SMALL)), ["720p:14:24", "720p:24:24:bf16:82"])
+    assert all(row["error"].startswith("RuntimeError: out of memory") for row in result["runs"])
     judged = prfl_step.goals_of(result["runs"])
     assert {one["key"] for one in judged} == {"cap24.720p", "peak.720p", "host.bf16"} and not any(one["met"] for one in judged)
+
+
+@pytest.mark.parametrize("name", ["1080p:8:24", "480p:8", "480p:8:24:int4", "480p:8:24:bf16:82:1"])
+def test_a_run_of_another_form_is_refused(name):
+    with pytest.raises(ValueError):
+        prfl_step.run_of(name)
 
 
 def test_against_peft(tmp_path, peft_double):
@@ -108,11 +114,11 @@ def test_run_all_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert json.loads(out.read_text())["failed"] == {"block": "exit status 1"}
     assert run_all.main(arguments) == 0
     # What failed comes after what was never tried, and what is whole is not run again.
-    once = ["lora_linear", "prfl_peaks", "stall", "prfl_seconds", "against_peft", "reward_backprop", "prfl_16gb", "rewards", "prfl_fp8"]
+    once = ["lora_linear", "prfl_peaks", "stall", "prfl_seconds", "against_peft", "reward_backprop", "prfl_16gb", "rewards", "prfl_host", "prfl_host_fp8"]
     assert calls == ["block", *once, "block"]
-    assert run_all.main(arguments) == 0 and len(calls) == 11
+    assert run_all.main(arguments) == 0 and len(calls) == 12
     written = json.loads(out.read_text())
-    assert not written["failed"] and not written["missing"] and len(written["goals"]) == 10 and written["is_rehearsal"]
+    assert not written["failed"] and not written["missing"] and len(written["goals"]) == 11 and written["is_rehearsal"]
 
 
 def test_run_all_runs_a_process_and_tells_of_one_that_fails(tmp_path):

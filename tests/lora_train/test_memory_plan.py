@@ -40,6 +40,11 @@ def test_a_prfl_step_can_run_within_the_goals(make, width, height, goal):
     assert least["seconds_per_step"]["total"] <= 1.12 * make(width, height, ram=160, card="rtx 4090", **PRFL)["seconds_per_step"]["total"]
 
 
+@pytest.mark.parametrize(("weight_bytes", "ram"), [(2, 82), (1, 65)])
+def test_720p_on_a_24_gb_card_within_the_hosts_goals(make, weight_bytes, ram):
+    assert make(1280, 720, card="rtx 4090", ram=ram, weight_bytes=weight_bytes, **PRFL)["fits"]
+
+
 def test_24_and_16_gb_cards_take_480p_and_720p(make):
     for width, height in ((832, 480), (1280, 720)):
         assert make(width, height, ram=160, **PRFL)["gpu_peak_bytes"] <= 24 * GB
