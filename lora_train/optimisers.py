@@ -11,6 +11,8 @@ from .method_config import Optimiser
 
 _TENSOR, _NUMBER = "optimiser/", "optimiser_number/"
 _MUON_MOMENTUM = 0.95
+# Kinds whose kernels write to tensors without torch's knowledge.
+WRITE_UNSEEN = ("adamw8bit",)
 
 
 def make(settings: Optimiser, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """What a run does when the card's memory ends in the middle of a step: once more with a smaller plan, then an orderly end.
 
 A step's draws are a function of (seed, step), so the second try computes what the first one would have. Nothing of the first try may stay: its graph, its
-half-made gradients, its count of passes.
+half-made gradients, its count of passes. What has begun to change the LoRA itself cannot be taken back, and ends the run at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def twice(compute: Callable[[], T], parts: Parts, trainees: Iterable[Trainee], s
     """Run `compute`; if the card's memory ends in it, free everything, go to the next smaller plan, and run it once more.
 
     Args:
-        compute: adds gradients and counts passes, and changes nothing else.
+        compute: adds gradients, counts passes, and may end with an update.
 
     Raises:
-        CardFullError: the second try failed as well, or there is no smaller plan.
+        CardFullError: the second try failed as well, or there is no smaller plan; nothing is changed.
+        DamagedError: the memory ended when the update had changed something.
     """
     passes = parts.experts.count.total
     for is_second in (False, True):
+        written = [trainee.written() for trainee in trainees]
         try:
             return compute()
         except RuntimeError as error:
@@ -52,8 +54,8 @@ def twice(compute: Callable[[], T], parts: Parts, trainees: Iterable[Trainee], s
                 raise
             # Not kept any longer: its traceback holds the frames, and these hold the tensors.
             reason = (str(error).splitlines() or [""])[0]
-        for trainee in trainees:
-            trainee.optimiser.zero_grad(set_to_none=True)
+        for trainee, before in zip(trainees, written, strict=True):
+            trainee.take_back(before, step, reason)
         parts.experts.count.total = passes
         _free()
         shrunk = None if is_second else _shrink(parts)

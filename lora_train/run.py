@@ -114,7 +114,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
                 break
             begun = time.perf_counter()
             try:
-                update = _updated(config, parts, objective, trainees, progress, step)
+                update = recovery.twice(lambda: _updated(config, objective, trainees, progress, step), parts, trainees.values(), step)  # noqa: B023
             except recovery.CardFullError:
                 # What is in memory is the last update; half-made gradients are gone.
                 if saved_at != progress.step:
@@ -168,10 +168,10 @@ def _new_trainee(config: TrainConfig, parts: Parts, expert: str, installed: Exit
     return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser, config.steps)
 
 
-def _updated(config: TrainConfig, parts: Parts, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, step: int) -> Update:
+def _updated(config: TrainConfig, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, step: int) -> Update:
     """Make update `step` of the expert whose turn it is."""
     expert = config.trained_experts[(step - 1) % len(trainees)]
-    outcomes = recovery.twice(lambda: _add_gradients(config, objective, trainees, expert, step), parts, trainees.values(), step)
+    outcomes = _add_gradients(config, objective, trainees, expert, step)
     reward, loss, kl, sigma = (sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes) for name in ("reward", "loss", "kl", "sigma"))
     grad_norm = trainees[expert].update(step) if math.isfinite(loss) else math.nan
     if not math.isfinite(grad_norm):
