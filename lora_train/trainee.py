@@ -14,10 +14,6 @@ from .lora.adapter import LoraAdapter
 from .lora.linears import InstalledLora
 
 
-class DamagedError(RuntimeError):
-    """An update failed half-way: what is in memory must neither be saved nor computed with; the last checkpoint is good."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
     """What one expert's updates need. `best` holds the weights of the best look at held-out videos, once there was one worth keeping."""
@@ -40,7 +36,7 @@ class Trainee:
         Returns:
             Norm of the gradient before clipping; when it is not finite, nothing was changed.
 
-        Memory may end in it anywhere; `take_back` tells whether something was changed by then.
+        Memory may end in it anywhere; `optimisers.written` tells whether something was changed by then.
         """
         parameters = self.adapter.parameters()
         limit = self.settings.clip_norm if self.settings.clip_norm > 0 else math.inf
@@ -56,33 +52,6 @@ class Trainee:
                 self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
         self.optimiser.zero_grad(set_to_none=True)
         return grad_norm
-
-    def written(self) -> dict[int, int]:
-        """How often each tensor that an update writes was written to, by id: masters, the optimiser's state, the moving average."""
-        tensors = [*self.adapter.parameters(), *self.average.values()]
-        tensors += [value for state in self.optimiser.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-        return {id(tensor): tensor._version for tensor in tensors}
-
-    def take_back(self, before: Mapping[int, int], step: int, reason: str) -> None:
-        """Forget a try that failed: its gradients, and state that the optimiser had only begun to make.
-
-        Args:
-            before: `written` when the try began.
-            reason: what ended it.
-
-        Raises:
-            DamagedError: the LoRA, its optimiser's state or its average was changed already.
-        """
-        # New state is zeros that nobody has written to.
-        if any(count != before.get(name, 0) for name, count in self.written().items()):
-            raise DamagedError(
-                f"step {step}: the card's memory ended while the LoRA was being changed, which is now neither the old nor the new one. The last "
-                f"checkpoint is good; resume from it with engine.optimiser_place 'host' ({reason})"
-            )
-        for parameter, state in list(self.optimiser.state.items()):
-            if not all(id(value) in before for value in state.values() if isinstance(value, torch.Tensor)):
-                del self.optimiser.state[parameter]
-        self.optimiser.zero_grad(set_to_none=True)
 
     def to(self, device: torch.device) -> None:
         """Move masters, optimiser and averages; nothing happens where they are there already."""
