@@ -47,14 +47,14 @@ class Finished:
     Attributes:
         videos: at once.
         branches: latents in a pass for each of them; guidance doubles.
-        is_decoded: frames are made of them.
-        held_frames: of each, kept together for a reward model; 0 where frames are let go piece by piece.
+        frames: decoded of each; 0: none are.
+        held_frames: of these, kept together for a reward model, and not let go piece by piece.
         kept_bytes: of latents that are collected on the host.
     """
 
     videos: int
     branches: int
-    is_decoded: bool
+    frames: int
     held_frames: int
     kept_bytes: int = 0
 
@@ -179,7 +179,7 @@ def base_job(job: Job) -> Job:
 
 def _finished_bytes(job: Job, choice: Choice, made: Finished) -> int:
     """Rollout, then the decoder; a latent reward's trunk, which keeps nothing, takes no more than a rollout."""
-    shown = _outer_merged_bytes(job) + shown_bytes(job.scored, made.videos, made.held_frames) if made.is_decoded else 0
+    shown = _outer_merged_bytes(job) + shown_bytes(job.scored, made.videos, made.frames, made.held_frames) if made.frames else 0
     return max(_rollout_bytes(job, choice, made.videos * made.branches), shown)
 
 

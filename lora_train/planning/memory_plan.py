@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import needs
 from ..config import TrainConfig
+from ..input_config import LATENTS
 from ..lora.targets import select_targets
 from .choose import USABLE, candidates, choose, fits, nearest
 from .job import job_of, size_step
@@ -62,8 +63,8 @@ def clips_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card) -> 
         return 0.0
     base = base_job(job)
     one_try = config.sampling.steps * pass_seconds(base, choice, card, _passes(base, choice, False), job.clips.branches)["rollout"]
-    if job.clips.is_decoded:
-        one_try += shown_flops(job.scored, job.clips.held_frames) / card.gemm
+    if job.clips.frames:
+        one_try += shown_flops(job.scored, job.clips.frames) / card.gemm
     elif job.judged_blocks and config.real.tries > 1:
         trunk = judged(job)
         one_try += pass_seconds(trunk, choice, card, _passes(trunk, choice, False), 1)["rollout"]
@@ -116,8 +117,8 @@ def _on_cpu(choice: Choice, shape: ModelShape) -> Choice:
 
 def _note(config: TrainConfig, shape: ModelShape) -> str:
     notes = ["predicted from operations and assumed rates; not measured on this card"]
-    if shape.latent_channels != 16:
-        notes.append("the 5B model's decoder is counted as that of 14B models, and its blocks as without a start image, with which they run whole")
+    if shape.latent_channels == LATENTS["wan2.2"].channels and needs.start_images(config):
+        notes.append("with start images a 5B model's blocks run whole in backward: more than is counted here")
     if config.reward.options.get("generator"):
         notes.append("a PAVRM in LoRA form runs its blocks whole: more than is counted here")
     return "; ".join(notes)
