@@ -25,8 +25,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
         result = json.loads(path.read_text(encoding="utf-8"))
         if result.get("is_rehearsal"):
             continue
-        hardware = result.get("hardware", "hardware not told")  # several, where a result was made in pieces
-        where = ", ".join([*([hardware] if isinstance(hardware, str) else hardware), result.get("date", "date not told")])
+        # Several of both, where a result was made in pieces.
+        hardware = result.get("hardware", "hardware not told")
+        dates = result.get("dates", [result.get("date", "date not told")])
+        where = ", ".join([*([hardware] if isinstance(hardware, str) else hardware), *dates])
         name = path.stem
         for one in result.get("goals", []):
             settled.add(one.get("key"))

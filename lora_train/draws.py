@@ -10,7 +10,7 @@ import torch
 
 from .config import TrainConfig
 from .prompts import PromptSampler, derived_seed
-from .real import RealLatents, RealSamples
+from .real import Clips
 from .selection import choose_latents, choose_steps
 
 NULL_PROMPT = ""
@@ -57,7 +57,7 @@ def parted(drawn: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(prompts), list(images)
 
 
-def draw_batch(config: TrainConfig, sampler: PromptSampler, real: RealLatents | RealSamples | None, expert: str, step: int, micro: int) -> Draw:
+def draw_batch(config: TrainConfig, sampler: PromptSampler, real: Clips | None, expert: str, step: int, micro: int) -> Draw:
     """The micro-batch number `micro` of update `step` (from 1), for any method.
 
     Args:

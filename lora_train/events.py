@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 class Started:
     """The worker is ready: models loaded, prompts encoded. `first_step` > 0 means that it resumed there.
 
+    `clips`: how many the run learns from, of so many `clips_offered`; 0 where a run needs none.
     `measure`: what the numbers called reward are in this run: `reward`, or `accuracy` where a PAVRM is trained.
     """
 
@@ -29,6 +30,8 @@ class Started:
     boundary_step: int = 0
     sampling_steps: int = 0
     measure: str = "reward"
+    clips: int = 0
+    clips_offered: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,15 +118,18 @@ class Real:
 
     path: a dataset (the folder that Video Dataset makes, or HY-Video-PRFL's list of metas), or a `.safetensors` file with `latents`
         [N, C, F, H, W] in model space and, in its metadata, `prompts`, a JSON list of N.
+    keep: share of the clips in `path` that the run learns from, those that its rewards like best with their captions; 1 takes all, unseen.
     replay: without a path, the base model makes so many clips of the prompts before the first update.
     tries: videos that it makes for each of them; the one that the reward likes best is kept.
     """
 
     path: str = ""
+    keep: float = 1.0
     replay: int = 0
     tries: int = 1
 
     def __post_init__(self) -> None:
+        number("real.keep", self.keep, above=0, most=1)
         whole("real.replay", self.replay, 0)
         whole("real.tries", self.tries, 1)
 

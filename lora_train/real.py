@@ -19,7 +19,29 @@ from .pavrm_data import Sample
 from .prompts import PromptSampler
 
 
-class RealLatents:
+class Clips:
+    """Latents of one shape with their prompts. Subclasses set `prompts` and `shape` (C, F, H, W) and read single clips."""
+
+    prompts: list[str]
+    shape: tuple[int, ...]
+
+    @property
+    def offered(self) -> int:
+        """How many clips there were before some were chosen."""
+        return len(self.prompts)
+
+    def clip(self, number: int) -> torch.Tensor:
+        """Latent [C, F, H, W] fp32 of prompt `number`."""
+        raise NotImplementedError
+
+    def draw(self, seed: int, position: int, count: int) -> tuple[torch.Tensor, list[str]]:
+        """Latents [count, C, F, H, W] fp32 and their prompts, number `position` and on of the endless stream."""
+        names = [Prompt(text=str(number)) for number in range(len(self.prompts))]
+        numbers = [int(name) for name in PromptSampler(names, seed).draw(position, count)]
+        return torch.stack([self.clip(number) for number in numbers]), [self.prompts[number] for number in numbers]
+
+
+class RealLatents(Clips):
     """An open file of real latents; rows are read when they are drawn.
 
     Raises:
@@ -31,7 +53,7 @@ class RealLatents:
         try:
             with safe_open(self._path, "pt") as file:
                 shape = file.get_slice("latents").get_shape()
-                self.prompts: list[str] = json.loads((file.metadata() or {}).get("prompts", "null"))
+                self.prompts = json.loads((file.metadata() or {}).get("prompts", "null"))
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"the real latents {path} cannot be read ({error}); give a safetensors file with the tensor `latents`") from error
         if len(shape) != 5 or not isinstance(self.prompts, list) or len(self.prompts) != shape[0] or shape[0] == 0:
@@ -39,16 +61,13 @@ class RealLatents:
             raise ValueError(f"the real latents {path} have shape {shape} and {count} prompts; [N, C, F, H, W] and N prompts in the metadata are needed")
         self.shape = tuple(shape[1:])
 
-    def draw(self, seed: int, position: int, count: int) -> tuple[torch.Tensor, list[str]]:
-        """Latents [count, C, F, H, W] fp32 and their prompts, number `position` and on of the endless stream."""
-        rows = _rows(len(self.prompts), seed, position, count)
+    def clip(self, number: int) -> torch.Tensor:
+        """See `Clips.clip`."""
         with safe_open(self._path, "pt") as file:
-            whole = file.get_slice("latents")
-            latents = torch.cat([whole[row : row + 1] for row in rows])
-        return latents.float(), [self.prompts[row] for row in rows]
+            return file.get_slice("latents")[number].float()
 
 
-class RealSamples:
+class RealSamples(Clips):
     """The same of a dataset's videos; those of another shape than most are left out, as a batch has one shape.
 
     Raises:
@@ -64,15 +83,26 @@ class RealSamples:
         self.prompts = [sample.caption for sample in self._samples]
         self.left_out = len(samples) - count
 
-    def draw(self, seed: int, position: int, count: int) -> tuple[torch.Tensor, list[str]]:
-        """See `RealLatents.draw`."""
-        rows = _rows(len(self.prompts), seed, position, count)
-        return torch.stack([self._samples[row].read().latent_CFHW for row in rows]).float(), [self.prompts[row] for row in rows]
+    def clip(self, number: int) -> torch.Tensor:
+        """See `Clips.clip`."""
+        return self._samples[number].read().latent_CFHW.float()
 
 
-def _rows(total: int, seed: int, position: int, count: int) -> list[int]:
-    names = [Prompt(text=str(index)) for index in range(total)]
-    return [int(name) for name in PromptSampler(names, seed).draw(position, count)]
+class Chosen(Clips):
+    """Some of other clips, by their numbers there."""
+
+    def __init__(self, clips: Clips, numbers: Sequence[int]) -> None:
+        self._clips, self._numbers = clips, list(numbers)
+        self.prompts, self.shape = [clips.prompts[number] for number in numbers], clips.shape
+
+    @property
+    def offered(self) -> int:
+        """See `Clips.offered`."""
+        return self._clips.offered
+
+    def clip(self, number: int) -> torch.Tensor:
+        """See `Clips.clip`."""
+        return self._clips.clip(self._numbers[number])
 
 
 def write_real(path: Path, latents_BCFHW: torch.Tensor, prompts: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from ..reward_models.base import score_in_chunks
 from . import needs, recovery
 from .config import TrainConfig
 from .draws import parted, prompt_sampler
+from .picking import with_picked
 from .prompts import derived_seed
 from .real import RealLatents, write_real
 from .run import Parts
@@ -26,14 +27,14 @@ _JUDGED_AT = 0.5
 
 
 def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
-    """The parts with clips of the base model in place of real ones, where the config asks for these; made once, before any LoRA is installed.
+    """The parts with the clips that the config asks for: picked real ones, or the base model's; made once, before any LoRA is installed.
 
     Args:
         parts: of a run that has not begun; backbones in training mode (host).
         folder: run folder, where the clips lie.
     """
     if not needs.replays(config):
-        return parts
+        return with_picked(config, parts, folder)
     path = folder / FILE
     if not path.exists():
         clips, prompts = _make(config, parts)

@@ -26,7 +26,7 @@ from .lora.linears import install
 from .lora.targets import select_targets
 from .prompts import derived_seed
 from .protocols import Decoder, EventSink, LatentReward, Objective, Outcome, SampleWriter, Shrunk, StopRequested
-from .real import RealLatents, RealSamples
+from .real import Clips
 from .rehearsal import MemoryMeter
 from .rollout import ContextCache, Experts
 from .trainee import Trainee, new_trainee
@@ -64,7 +64,7 @@ class Parts:
     latent_reward: LatentReward | None = None
     motion: RewardModel | None = None
     judge: RewardModel | None = None
-    real: RealLatents | RealSamples | None = None
+    real: Clips | None = None
     clip_forwards: float = 0.0
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
@@ -239,6 +239,8 @@ def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee],
         device=str(parts.device),
         boundary_step=len(steps_of_expert(sigmas, config.sampling.boundary, "high")),
         sampling_steps=config.sampling.steps,
+        clips=len(parts.real.prompts) if parts.real else 0,
+        clips_offered=parts.real.offered if parts.real else 0,
     )
 
 

@@ -13,6 +13,7 @@ Finished ways are kept in `--work`; the command goes on where it was, and begins
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import platform
@@ -184,6 +185,7 @@ def main(argv: list[str]) -> int:
             rows.append(json.loads(kept.read_text(encoding="utf-8")))
     document = {
         "command": "python lab.py bench gradients",
+        "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "task": f"HPSv2.1-shaped pocket reward, {EXPERT}-noise expert, predictions of x0, a random latent frame; {BATCH} videos per micro-batch, rank {RANK}, "
         "at the base model",

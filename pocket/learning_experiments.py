@@ -20,7 +20,8 @@ BASE = "base"
 RENDERED = "rendered"  # the truth: no model
 OURS, CONTROL = "reward-lab", "real-clips-one-pass"
 REPLAYED = ("reward-lab-replayed", "replayed-clips-only")
-MISLABELLED = ("reward-lab-mislabelled", "mislabelled-clips-only", "hy-video-prfl-mislabelled")
+# On clips with captions that lie: ours, the same from all clips and without the rewards' gradient, the clips alone, the published preset.
+MISLABELLED = ("mislabelled-reward-lab", "mislabelled-unpicked", "mislabelled-picked-only", "mislabelled-clips-only", "mislabelled-hy-video-prfl")
 SEEDS = (0, 1, 2)
 BUDGET = 4500.0
 LOOK_PROMPTS = 16
@@ -57,11 +58,12 @@ _OURS = {"expert": "high", "one_pass": {"pavrm": {"kind": "pavrm"}}}
 _QUARTER = 94  # updates of 12 forwards: a quarter of the budget; 36 of hy-video-prfl's cost about as much
 # A reward of no weight; where that is a PAVRM, nothing is decoded for it.
 _NO_REWARD = {"reward_scale": 1e-12}
-_REPLAYED = {"expert": "high", "real": {"path": "", "replay": 32, "tries": 2}}
+_ALL_CLIPS = {"real": {"keep": 1.0}}
+_REPLAYED = {"expert": "high", "real": {"path": "", "keep": 1.0, "replay": 32, "tries": 2}}
 EXPERIMENTS: dict[str, Experiment] = {
     OURS: Experiment(preset="reward-lab", changes={**_OURS, "checkpoint_every": _QUARTER, "keep_checkpoints": 10}, looks=(_QUARTER,)),
-    # What the clips alone teach: the same updates without a reward.
-    CONTROL: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}),
+    # What the clips alone teach, all of them: the same updates without a reward.
+    CONTROL: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD, **_ALL_CLIPS}),
     "hy-video-prfl": Experiment(
         preset="hy-video-prfl", reward="pavrm", changes={"expert": "high", "checkpoint_every": 36, "keep_checkpoints": 10}, looks=(36, 72)
     ),
@@ -72,8 +74,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     REPLAYED[1]: Experiment(preset="reward-lab", changes={**_REPLAYED, "objective": _NO_REWARD}),
     # Clips with captions that lie as often as those that spoiled the base: here the clips alone cannot repair it.
     MISLABELLED[0]: Experiment(preset="reward-lab", changes=_OURS, mislabelled=True),
-    MISLABELLED[1]: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD}, mislabelled=True),
-    MISLABELLED[2]: Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}, mislabelled=True),
+    MISLABELLED[1]: Experiment(preset="reward-lab", changes={**_OURS, **_ALL_CLIPS}, mislabelled=True),
+    MISLABELLED[2]: Experiment(
+        preset="reward-lab", changes={**_OURS, "one_pass": {"pavrm": {"kind": "pavrm"}, "pavrm_scale": 1e-12}, "objective": _NO_REWARD}, mislabelled=True
+    ),
+    MISLABELLED[3]: Experiment(preset="reward-lab", reward="pavrm", changes={"expert": "high", "objective": _NO_REWARD, **_ALL_CLIPS}, mislabelled=True),
+    MISLABELLED[4]: Experiment(preset="hy-video-prfl", reward="pavrm", changes={"expert": "high"}, mislabelled=True),
     # PRFL without real videos, on the logit and with every step's gradient of one size: what the PAVRM alone does.
     "prfl-logit": Experiment(
         preset="hy-video-prfl",
@@ -85,13 +91,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     "reward-lab-backprop": Experiment(preset="reward-lab-backprop", changes={"expert": "low"}),
     "roll-reward-flow": Experiment(preset="roll-reward-flow", changes={"expert": "low", "sampling": {"steps": 8}}),
     "videox-fun-low": Experiment(preset="videox-fun", changes={"expert": "low"}),
-    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}}),
+    "mps-low-reward-lab": Experiment(preset="reward-lab", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.1}, **_ALL_CLIPS}),
     "mps-low-videox-fun": Experiment(preset="videox-fun", reward="mps", changes={"expert": "low", "objective": {"reward_scale": 0.02}}),
     "guarded-5x": Experiment(
         preset="reward-lab",
         budget=5 * BUDGET,
         changes={
             "expert": "high",
+            **_ALL_CLIPS,
             "held_out": {"every": 94, "judge": {"kind": "mps"}},
             "guards": {"motion_floor": 0.9, "patience": 4, "kl_budget": 1.0},
             "checkpoint_every": 188,

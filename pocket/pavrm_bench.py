@@ -12,6 +12,7 @@ the seeds did.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import platform
@@ -197,6 +198,7 @@ def main(argv: list[str]) -> int:
             runs[number].append(json.loads(kept.read_text(encoding="utf-8")))
     document = {
         "command": "python lab.py bench pavrm",
+        "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "task": f"{TRAIN} training and {HELD_OUT} held-out pocket videos, half of them good; bad ones flicker or are frozen",
         "updates": UPDATES,

@@ -11,7 +11,20 @@ export const EVENT_KEY = "event";
 
 /** Field names of each event kind. */
 export const EVENT_FIELDS = Object.freeze({
-  started: ["time", "steps", "first_step", "experts", "reward", "parameters", "device", "boundary_step", "sampling_steps", "measure"],
+  started: [
+    "time",
+    "steps",
+    "first_step",
+    "experts",
+    "reward",
+    "parameters",
+    "device",
+    "boundary_step",
+    "sampling_steps",
+    "measure",
+    "clips",
+    "clips_offered",
+  ],
   step: [
     "time",
     "step",

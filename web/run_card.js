@@ -141,6 +141,10 @@ function figureRows(run, detail) {
   const { started, heldOutSpan } = detail;
   if (started?.reward) rows.push(["Reward model", started.reward]);
   if (started?.experts?.length) rows.push(["Expert", started.experts.join(", ")]);
+  if (started?.clips) {
+    const isPicked = started.clips < started.clips_offered;
+    rows.push(["Clips", isPicked ? `${started.clips} of ${started.clips_offered}, picked by the reward` : String(started.clips)]);
+  }
   const measure = started?.measure ?? "reward";
   if (heldOutSpan) rows.push([`Held-out ${measure}`, `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}`]);
   if (heldOutSpan && heldOutSpan.base !== null) rows.push([measure === "reward" ? "Held-out, base model" : "Held-out, before training", heldOutSpan.base.toFixed(4)]);

@@ -1,0 +1,85 @@
+"""Picks of real clips those that the run's own rewards like best: a caption that lies, or a bad clip, teaches nothing good.
+
+Each clip is scored with its caption: whole video, by the reward; finished latent, noised, by the PAVRM; where a run has both, each is brought to mean 0 and
+deviation 1 and the lesser of the two counts, for a clip has to please both. The share `real.keep` is learned from. Scores lie in the run folder, so that a run
+that is resumed goes on with the same clips. Filtering by a reward and then imitating is reward-ranked fine-tuning (RAFT, arXiv 2304.06767).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..reward_models.base import score_in_chunks
+from .config import TrainConfig
+from .prompts import derived_seed
+from .real import Chosen
+from .run import Parts
+
+FILE = "picked.json"
+FRAMES_PER_CHUNK = 64
+# A PAVRM judges a finished video at this noise level, which it knows best.
+_JUDGED_AT = 0.5
+logger = logging.getLogger("reward_lab")
+
+
+def with_picked(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
+    """The parts with the chosen share of their clips, scored once, before any LoRA is installed.
+
+    Args:
+        parts: of a run that has not begun; backbones in training mode (host).
+        folder: run folder, where the scores lie.
+    """
+    if config.real.keep == 1 or parts.real is None:
+        return parts
+    path = folder / FILE
+    if not path.exists():
+        rows = _scored(config, parts)
+        if rows is None:
+            return parts  # stopped: no update will be made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        partial.replace(path)
+        logger.info("learning from %d of %d clips, those that the rewards like best; scores of all: %s", sum(row["kept"] for row in rows), len(rows), path)
+    kept = [row["clip"] for row in json.loads(path.read_text(encoding="utf-8")) if row["kept"]]
+    return replace(parts, real=Chosen(parts.real, kept))
+
+
+def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
+    """A row for each clip, in their order: its caption, its scores by name, whether it is kept. None if the run was stopped meanwhile."""
+    scores: dict[str, list[float]] = {}
+    for number, prompt in enumerate(parts.real.prompts):
+        if parts.stop_requested():
+            return None
+        latent_BCFHW = parts.real.clip(number)[None].to(parts.device)
+        for name, score in clip_scores(config, parts, latent_BCFHW, prompt, number).items():
+            scores.setdefault(name, []).append(score)
+    even = [_standardised(torch.tensor(values, dtype=torch.float64)) for values in scores.values()]
+    order = torch.stack(even).amin(0).argsort(descending=True, stable=True).tolist()
+    kept = set(order[: max(1, round(config.real.keep * len(order)))])
+    return [
+        {"clip": number, "caption": prompt, "scores": {name: values[number] for name, values in scores.items()}, "kept": number in kept}
+        for number, prompt in enumerate(parts.real.prompts)
+    ]
+
+
+@torch.no_grad()
+def clip_scores(config: TrainConfig, parts: Parts, latent_1CFHW: torch.Tensor, prompt: str, number: int) -> dict[str, float]:
+    """What the run's rewards say of a finished latent, by name; `number` seeds the noise that a PAVRM sees it under."""
+    found = {}
+    if parts.reward is not None:
+        found[config.reward.kind] = float(score_in_chunks(parts.reward, parts.decoder.decode(latent_1CFHW), [prompt], FRAMES_PER_CHUNK).per_video)
+    if parts.latent_reward is not None:
+        noise = torch.randn(latent_1CFHW.shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "judged", number))).to(latent_1CFHW)
+        noised, context = (1 - _JUDGED_AT) * latent_1CFHW + _JUDGED_AT * noise, parts.contexts.batch([prompt])
+        found["pavrm"] = float(parts.latent_reward.score(noised, _JUDGED_AT, context.prompt_BPD).logit_B)
+    return found
+
+
+def _standardised(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean()) / values.std(correction=0).clamp_min(1e-12)

@@ -1,0 +1,107 @@
+"""Which real clips a run learns from: those that all of its rewards like best, scored once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reward_lab.lora_train import needs, objectives, picking, replay, run
+from reward_lab.lora_train.real import Chosen, RealLatents, write_real
+
+from .test_prfl import ToyLatentReward
+
+PAVRM = {"kind": "pavrm", "path": "x"}
+COUNT = 9
+
+
+@pytest.fixture
+def picked_run(toy, tmp_path):
+    """`picked_run(**changes)` -> config and parts of a one-pass run with nine clips."""
+    path = tmp_path / "real.safetensors"
+    write_real(path, torch.randn(COUNT, 16, 2, 2, 4, generator=torch.Generator().manual_seed(6)), [f"clip {'x' * index}" for index in range(COUNT)])
+
+    def make(**changes):
+        config = toy.config(**{"method": "one_pass", "real": {"path": str(path), "keep": 0.33}, **changes})
+        models = {} if needs.decodes_training_videos(config) else {"decoder": None, "reward": None}
+        models |= {"latent_reward": ToyLatentReward(torch.float32)} if needs.pavrm(config) else {}
+        real = RealLatents(path)
+        return config, toy.parts(config, more_prompts=[*real.prompts, ""], real=real, **models)
+
+    return make
+
+
+def _reward(parts, number):
+    """The reward of a clip, from the models themselves."""
+    latent, prompt = parts.real.clip(number)[None], parts.real.prompts[number]
+    return float(parts.reward.score(parts.decoder.decode(latent), [prompt]).per_video)
+
+
+def test_the_best_by_the_reward_are_kept(picked_run, tmp_path):
+    config, parts = picked_run()
+    ready = replay.with_clips(config, parts, tmp_path / "run")
+    rewards = [_reward(parts, number) for number in range(COUNT)]
+    best = sorted(sorted(range(COUNT), key=lambda number: -rewards[number])[:3])
+    rows = json.loads((tmp_path / "run" / picking.FILE).read_text())
+    assert [row["clip"] for row in rows if row["kept"]] == best and [row["caption"] for row in rows] == parts.real.prompts
+    assert [row["scores"]["toy"] for row in rows] == pytest.approx(rewards, rel=1e-5)
+    assert ready.real.prompts == [parts.real.prompts[number] for number in best] and ready.real.shape == parts.real.shape
+    latents, prompts = ready.real.draw(0, 0, 12)
+    assert set(prompts) == set(ready.real.prompts)
+    for latent, prompt in zip(latents, prompts, strict=True):
+        assert torch.equal(latent, parts.real.clip(parts.real.prompts.index(prompt)))
+    assert parts.experts.count.total == 0
+
+
+def test_a_clip_has_to_please_both_rewards(picked_run, tmp_path):
+    config, parts = picked_run(one_pass={"pavrm": PAVRM})
+    replay.with_clips(config, parts, tmp_path)
+    rows = json.loads((tmp_path / picking.FILE).read_text())
+    table = torch.tensor([[row["scores"]["toy"], row["scores"]["pavrm"]] for row in rows], dtype=torch.float64)
+    least = ((table - table.mean(0)) / table.std(0, correction=0)).amin(1)
+    kept = torch.tensor([row["kept"] for row in rows])
+    assert kept.sum() == 3 and least[kept].min() > least[~kept].max()
+    # Neither reward alone chooses these.
+    assert any(set(column.topk(3).indices.tolist()) != set(kept.nonzero().flatten().tolist()) for column in table.T)
+
+
+def test_a_pavrm_alone_needs_no_decoder(picked_run, tmp_path):
+    config, parts = picked_run(reward=PAVRM)
+    assert parts.decoder is None and parts.reward is None
+    rows = json.loads((replay.with_clips(config, parts, tmp_path) and tmp_path / picking.FILE).read_text())
+    assert all(set(row["scores"]) == {"pavrm"} for row in rows)
+
+
+def test_a_resumed_run_goes_on_with_the_same_clips_and_scores_none(picked_run, tmp_path, toy):
+    config, parts = picked_run(steps=3)
+    ready = replay.with_clips(config, parts, tmp_path / "run")
+    run.train(config, ready, objectives.create(config, ready), tmp_path / "run")
+    assert [event.step for event in toy.events if event.name == "step"] == [1, 2, 3]
+    again = replay.with_clips(config, replace(parts, reward=None, decoder=None), tmp_path / "run")
+    assert again.real.prompts == ready.real.prompts
+
+
+def test_a_run_that_is_stopped_while_clips_are_scored_picks_none(picked_run, tmp_path):
+    config, parts = picked_run()
+    asked = []
+    stopped = replace(parts, stop_requested=lambda: len(asked) > 3 or asked.append(1))
+    assert replay.with_clips(config, stopped, tmp_path) is stopped and not (tmp_path / picking.FILE).exists()
+
+
+def test_all_are_kept_unseen_by_default(picked_run, tmp_path):
+    config, parts = picked_run(real={"path": "clips.safetensors", "keep": 1.0})
+    assert replay.with_clips(config, replace(parts, reward=None), tmp_path).real is parts.real and not (tmp_path / picking.FILE).exists()
+
+
+def test_clips_that_score_alike_are_kept_in_their_order(picked_run, tmp_path):
+    config, parts = picked_run(real={"path": "clips.safetensors", "keep": 0.01})
+    alike = Chosen(parts.real, [2, 2, 2])
+    assert replay.with_clips(config, replace(parts, real=alike), tmp_path).real.prompts == [parts.real.prompts[2]]
+
+
+@pytest.mark.parametrize(("keep", "words"), [(0.0, "real.keep is 0.0, but it must be greater than 0"), (1.5, "real.keep is 1.5, but it must be at most 1")])
+def test_a_share_that_cannot_be_is_named(picked_run, keep, words):
+    with pytest.raises(ValueError, match=words):
+        picked_run(real={"path": "clips.safetensors", "keep": keep})
