@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import score_in_chunks
+from . import recovery
 from .config import TrainConfig
 from .prompts import derived_seed
 from .real import Chosen
@@ -57,7 +58,8 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
         if parts.stop_requested():
             return None
         latent_BCFHW = parts.real.clip(number)[None].to(parts.device)
-        for name, score in clip_scores(config, parts, latent_BCFHW, prompt, number).items():
+        found = recovery.twice(lambda: clip_scores(config, parts, latent_BCFHW, prompt, number), parts, (), 0)  # noqa: B023
+        for name, score in found.items():
             scores.setdefault(name, []).append(score)
     even = [_standardised(torch.tensor(values, dtype=torch.float64)) for values in scores.values()]
     order = torch.stack(even).amin(0).argsort(descending=True, stable=True).tolist()

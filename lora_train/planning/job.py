@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
         scored=_scored(config, video, element_bytes) if decodes else None,
         reward_bytes=reward_bytes,
         looks=_looks(config),
-        clips=_clips(config, video) if needs.replays(config) else None,
+        clips=_made(config, video) if needs.replays(config) else _picked(config) if needs.picks(config) else None,
         judged_blocks=_trunk_blocks(pavrm) if pavrm and not pavrm.options.get("generator") else 0,
     )
 
@@ -160,13 +161,28 @@ def _looks(config: TrainConfig) -> Finished | None:
     )  # fmt: skip
 
 
-def _clips(config: TrainConfig, video: Video) -> Finished:
+def _made(config: TrainConfig, video: Video) -> Finished:
     """Clips that the base model makes, one at a time; where it makes several for a prompt they are scored (`replay.py`)."""
     is_scored = config.real.tries > 1 and needs.decodes_training_videos(config)
     return Finished(
         videos=1, branches=_branches(config.sampling.guidance), frames=video.frames if is_scored else 0, held_frames=video.frames if is_scored else 0,
+        is_judged=config.real.tries > 1 and not is_scored, total=config.real.replay * config.real.tries,
         kept_bytes=config.real.replay * 4 * math.prod(video.latent_shape(1)),
     )  # fmt: skip
+
+
+def _picked(config: TrainConfig) -> Finished:
+    """Clips of `real.path`, each scored by all rewards of the run (`picking.py`)."""
+    frames = config.video.frames if needs.decodes_training_videos(config) else 0
+    return Finished(videos=1, branches=0, frames=frames, held_frames=frames, is_judged=True, total=_offered(Path(config.real.path)))
+
+
+def _offered(path: Path) -> int:
+    """How many clips a file of latents or a dataset holds; 0 where only a reader of their metas could tell."""
+    if path.suffix == ".safetensors" and path.is_file():
+        return read_header(str(path), "real latents").shapes.get("latents", (0,))[0]
+    index = path / "dataset.json"
+    return len(json.loads(index.read_text(encoding="utf-8")).get("videos", ())) if index.is_file() else 0
 
 
 def _branches(guidance: float) -> int:

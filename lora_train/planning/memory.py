@@ -42,13 +42,15 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """Videos that are sampled to their end without gradient.
+    """Finished videos without gradient: sampled, decoded, scored.
 
     Attributes:
         videos: at once.
-        branches: latents in a pass for each of them; guidance doubles.
+        branches: latents in a pass for each of them; guidance doubles; 0: they are not sampled.
         frames: decoded of each; 0: none are.
         held_frames: of these, kept together for a reward model, and not let go piece by piece.
+        is_judged: a latent reward scores them.
+        total: how many there are, where the time of all of them is asked.
         kept_bytes: of latents that are collected on the host.
     """
 
@@ -56,6 +58,8 @@ class Finished:
     branches: int
     frames: int
     held_frames: int
+    is_judged: bool = False
+    total: int = 0
     kept_bytes: int = 0
 
 
@@ -79,7 +83,7 @@ class Job:
         scored: what is decoded and scored; None with a latent reward.
         reward_bytes: weights of the reward model and the VAE, on the card.
         looks: samples and held-out videos; None without any.
-        clips: what the base model makes before the first update; None without any.
+        clips: what the base model makes, or the rewards choose among, before the first update; None without any.
         judged_blocks: blocks of a latent reward's own trunk, which go through the executor like the experts'; 0 without one.
     """
 
@@ -178,9 +182,10 @@ def base_job(job: Job) -> Job:
 
 
 def _finished_bytes(job: Job, choice: Choice, made: Finished) -> int:
-    """Rollout, then the decoder; a latent reward's trunk, which keeps nothing, takes no more than a rollout."""
+    """Rollout, then the decoder or a latent reward's trunk."""
+    judging = _forward_bytes(judged(job), choice, made.videos, held=0) if made.is_judged and job.judged_blocks else 0
     shown = _outer_merged_bytes(job) + shown_bytes(job.scored, made.videos, made.frames, made.held_frames) if made.frames else 0
-    return max(_rollout_bytes(job, choice, made.videos * made.branches), shown)
+    return max(_rollout_bytes(job, choice, made.videos * made.branches), shown, judging)
 
 
 def _rollout_bytes(job: Job, choice: Choice, batch: int) -> int:
@@ -296,7 +301,7 @@ def host_before(job: Job, choice: Choice) -> dict[str, int]:
     """Bytes in host memory before the training itself: while models are loaded, when all weights are there before some move to the card; while the base model
     makes clips, if it does."""
     found = {"loading": job.experts * job.shape.blocks * block_bytes(job) + _trunk_bytes(job) + PROCESS_BYTES}
-    if job.clips:
+    if job.clips and job.clips.kept_bytes:
         found["making clips"] = host_parts(job, choice)["weights"] + _WRITTEN * job.clips.kept_bytes + PROCESS_BYTES
     return found
 

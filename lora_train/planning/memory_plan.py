@@ -58,17 +58,17 @@ def step_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card, coun
 
 
 def clips_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card) -> float:
-    """Seconds that the base model takes for its clips, once, before the first update; 0 where it makes none."""
+    """Seconds that the base model takes for its clips, or the rewards to choose, once, before the first update; 0 without either."""
     if job.clips is None:
         return 0.0
     base = base_job(job)
-    one_try = config.sampling.steps * pass_seconds(base, choice, card, _passes(base, choice, False), job.clips.branches)["rollout"]
-    if job.clips.frames:
-        one_try += shown_flops(job.scored, job.clips.frames) / card.gemm
-    elif job.judged_blocks and config.real.tries > 1:
+    seconds = shown_flops(job.scored, job.clips.frames) / card.gemm if job.clips.frames else 0.0
+    if job.clips.branches:
+        seconds += config.sampling.steps * pass_seconds(base, choice, card, _passes(base, choice, False), job.clips.branches)["rollout"]
+    if job.clips.is_judged and job.judged_blocks:
         trunk = judged(job)
-        one_try += pass_seconds(trunk, choice, card, _passes(trunk, choice, False), 1)["rollout"]
-    return config.real.replay * config.real.tries * one_try
+        seconds += pass_seconds(trunk, choice, card, _passes(trunk, choice, False), 1)["rollout"]
+    return job.clips.total * seconds
 
 
 def _passes(job: Job, choice: Choice, gate: bool) -> Passes:

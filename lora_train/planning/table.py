@@ -56,10 +56,12 @@ def memory_rows(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def clips(config: TrainConfig, plan: dict[str, Any]) -> str:
-    """What the base model makes before the first update, in words; empty where it makes nothing."""
+    """What is done with clips before the first update, in words; empty where nothing is."""
     seconds, real = plan["seconds_before_first_step"], config.real
     if not seconds:
         return ""
+    if real.path:
+        return f"once, before the first update: {duration(seconds)} for scoring the clips of real.path, of which {real.keep:.0%} are learned from"
     tries = f", the best of {real.tries} videos each," if real.tries > 1 else ""
     return f"once, before the first update: {duration(seconds)} for {real.replay} clips of the base model{tries} at {config.sampling.steps} steps"
 

@@ -126,6 +126,12 @@ def test_what_is_decoded_is_counted(make):
 CLIPS = {"method": "one_pass", "expert": "high", "reward": {"kind": "hpsv2.1", "path": "absent.pt"}, "sampling": {"guidance": 3.5, "steps": 20}}
 
 
+def one_pass_seconds(card):
+    """Of one latent at 480p: 1.678 PF, 0.89 of it attention."""
+    attention = 40 * 4 * 32760 * (32760 + 512) * 5120
+    return (1.678e15 - attention) / card.gemm + attention / card.attention
+
+
 def test_clips_of_the_base_are_a_phase_of_their_own(make):
     """With guidance two latents go through a pass, where an update has one; there is no LoRA yet; several tries are scored, but one is there at a time."""
     streamed = {**CLIPS, "engine": {"resident_blocks": 0, "keep_place": "host", "optimiser_place": "host"}, "ram": 300}
@@ -146,13 +152,37 @@ def test_the_time_of_clips_is_told_apart(make):
     own, two, nine = (make(**changes, real=real) for real in ({"path": "real.safetensors"}, {"replay": 32, "tries": 2}, {"replay": 16, "tries": 9}))
     assert own["seconds_before_first_step"] == 0 and two["seconds_per_step"] == nine["seconds_per_step"]
     assert nine["seconds_before_first_step"] == pytest.approx(2.25 * two["seconds_before_first_step"])
-    # 20 steps of a pass of two latents at 480p (1.678 PF each), with 0.81 PF of it attention, and a decode.
-    card, attention = CARDS["h200"], 40 * 4 * 32760 * (32760 + 512) * 5120
-    one_pass = (1.678e15 - attention) / card.gemm + attention / card.attention
-    decoded = 832 * 480 * 80 * 8.48e6 / card.gemm
-    assert two["seconds_before_first_step"] == pytest.approx(64 * (20 * 2 * one_pass + decoded), rel=0.01)
+    decoded = 832 * 480 * 80 * 8.48e6 / CARDS["h200"].gemm
+    assert two["seconds_before_first_step"] == pytest.approx(64 * (20 * 2 * one_pass_seconds(CARDS["h200"]) + decoded), rel=0.01)
     shown = table.verdict(two), table.verdict(own)
     assert shown[0].endswith(f"once {two['seconds_before_first_step'] / 60:.1f} min before them") and "once" not in shown[1]
+
+
+def test_choosing_among_real_clips_is_counted(make, toy, tmp_path):
+    """Each is decoded whole and seen by the PAVRM, as many as there are; nothing is sampled."""
+    import torch
+
+    from reward_lab.lora_train.real import write_real
+
+    write_real(tmp_path / "real.safetensors", torch.zeros(7, 16, 1, 2, 2), ["x"] * 7)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"videos": [{}] * 14}))
+    streamed = {**CLIPS, "engine": {"resident_blocks": 0, "keep_place": "host", "optimiser_place": "host"}, "ram": 300, "card": "h200"}
+    pavrm = {"one_pass": {"pavrm": {"kind": "pavrm", "path": "absent.safetensors"}}}
+    file, folder, both, every = (
+        make(**streamed, **more, real={"path": str(tmp_path / name), "keep": keep})
+        for name, keep, more in (("real.safetensors", 0.3, {}), ("set", 0.3, {}), ("real.safetensors", 0.3, pavrm), ("real.safetensors", 1.0, {}))
+    )
+    assert "clips" not in every["gpu_phase_bytes"] and every["seconds_before_first_step"] == 0
+    pixels = 832 * 480
+    assert file["gpu_phase_bytes"]["clips"] >= pixels * (6850 + 12 * 81) and "making clips" not in file["host_before_bytes"]
+    assert file["seconds_before_first_step"] == pytest.approx(7 * pixels * (4.25e6 + 80 * 8.48e6) / CARDS["h200"].gemm, rel=0.01)
+    assert folder["seconds_before_first_step"] == pytest.approx(2 * file["seconds_before_first_step"], abs=0.01)
+    # Eight of forty blocks, forward.
+    judging = 7 * one_pass_seconds(CARDS["h200"]) * 8 / 40
+    assert both["seconds_before_first_step"] - file["seconds_before_first_step"] == pytest.approx(judging, rel=0.01)
+    shown = table.text(toy.config(method="one_pass", real={"path": "x", "keep": 0.3}), file)
+    assert "for scoring the clips of real.path, of which 30% are learned from" in shown
 
 
 def test_clips_can_be_what_does_not_fit_and_ones_own_the_remedy(make):

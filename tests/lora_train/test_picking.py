@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reward_lab.lora_train import needs, objectives, picking, replay, run
+from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.real import Chosen, RealLatents, write_real
 
 from .test_prfl import ToyLatentReward
@@ -65,6 +66,24 @@ def test_a_clip_has_to_please_both_rewards(picked_run, tmp_path):
     assert kept.sum() == 3 and least[kept].min() > least[~kept].max()
     # Neither reward alone chooses these.
     assert any(set(column.topk(3).indices.tolist()) != set(kept.nonzero().flatten().tolist()) for column in table.T)
+
+
+def test_memory_that_ends_while_clips_are_scored_means_the_next_smaller_plan(picked_run, toy, tmp_path):
+    config, parts = picked_run()
+    replay.with_clips(config, parts, tmp_path / "whole")
+    own, calls = parts.decoder.decode, []
+
+    def decode(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(*given)
+
+    parts.decoder.decode = decode
+    smaller = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
+    replay.with_clips(config, replace(parts, shrink=lambda: smaller), tmp_path / "again")
+    assert (tmp_path / "again" / picking.FILE).read_bytes() == (tmp_path / "whole" / picking.FILE).read_bytes()
+    assert len(calls) == COUNT + 1 and [event.name for event in toy.events] == ["replanned"]
 
 
 def test_a_pavrm_alone_needs_no_decoder(picked_run, tmp_path):
