@@ -12,10 +12,9 @@ import torch
 
 from ..lora_train.config import TrainConfig
 from ..lora_train.kernels.lora_linear import choose_kernels
-from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.executor import BlockExecutor, Shared
 from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.self_check import self_check
-from ..lora_train.offload.store import Slot
 from ..lora_train.plan import free_memory_bytes, passes_per_update
 from ..lora_train.planning.choose import candidates, smaller
 from ..lora_train.planning.job import job_of
@@ -69,7 +68,7 @@ def card_of(config: TrainConfig, device: torch.device) -> Card:
 
 
 class Engines:
-    """Block executors of both experts and of a PAVRM's trunk, which share their slots and can be exchanged for smaller ones in the middle of a run."""
+    """Block executors of both experts and of a PAVRM's trunk, which share slots and streams and can be exchanged for smaller ones in the middle of a run."""
 
     def __init__(
         self,
@@ -89,11 +88,11 @@ class Engines:
 
     def open(self) -> dict[str, BlockExecutor]:
         """Install executors with the present knobs."""
-        slots = [Slot() for _ in range(self.knobs.slots)]
-        executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, slots)) for expert, backbone in self._backbones.items()}
+        shared = Shared.of(self.knobs, self._device)
+        executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, shared)) for expert, backbone in self._backbones.items()}
         if self._latent_reward is not None:
             streams = any(0 <= self.knobs.resident_blocks < len(backbone.model.blocks) for backbone in self._backbones.values())
-            self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, slots, streams=streams))
+            self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, shared, streams=streams))
         if self._decoder is not None:
             self._decoder.keep_device = torch.device("cpu") if self.knobs.keep_place == "host" else self._device
             # On a card the plan counts layers that run again; without one, memory is rarely what is short, and time is.

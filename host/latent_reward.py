@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from ..lora_train.offload.executor import WEIGHTS_IN_USE, BlockExecutor
+from ..lora_train.offload.executor import WEIGHTS_IN_USE, BlockExecutor, Shared
 from ..lora_train.offload.knobs import Knobs
-from ..lora_train.offload.store import Slot, place
+from ..lora_train.offload.store import place
 from ..lora_train.protocols import LatentScores
 from ..reward_models.spec import RewardModelSpec
 from . import pavrm, pavrm_lora
@@ -45,7 +45,7 @@ class PavrmReward:
         return LatentScores(logit_B=output.logit, probability_B=output.probability)
 
     @contextmanager
-    def engine(self, knobs: Knobs, device: torch.device, slots: list[Slot], *, streams: bool) -> Iterator[None]:
+    def engine(self, knobs: Knobs, device: torch.device, shared: Shared, *, streams: bool) -> Iterator[None]:
         """Run the trunk's blocks as the generator's: kept inputs instead of a graph, and weights through the same slots where those stream. The first blocks
         of a generator that serve as trunk ask its executor for their weights (`pavrm_lora.py`), so they are left alone."""
         model, head = self._model.model, self._model.head
@@ -58,7 +58,7 @@ class PavrmReward:
             return
         place(model, device, "blocks.")
         own = replace(knobs, resident_blocks=0 if streams else -1)
-        with BlockExecutor(list(model.blocks), own, device, is_plain_block, slots=slots).installed():
+        with BlockExecutor(list(model.blocks), own, device, is_plain_block, shared=shared).installed():
             yield
 
 

@@ -34,6 +34,20 @@ logger = logging.getLogger("reward_lab.offload")
 WEIGHTS_IN_USE = "weights_in_use"
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What executors have in common that never run at the same time: device slots, and the streams that fill them.
+
+    With streams of its own each could copy into a slot that another still fills, and would hold pinned memory for a whole pass of kept activations."""
+
+    transfers: Transfers
+    slots: list[Slot]
+
+    @classmethod
+    def of(cls, knobs: Knobs, device: torch.device) -> Shared:
+        return cls(Transfers(device), [Slot() for _ in range(knobs.slots)])
+
+
 @dataclass(kw_only=True)
 class Call:
     """One block in one pass; tensors that carry gradient are not in here."""
@@ -63,19 +77,19 @@ class BlockExecutor:
         device: torch.device,
         is_plain: Callable[[torch.nn.Module], bool],
         quantised: Mapping[int, dict[str, QuantisedWeight]] | None = None,
-        slots: list[Slot] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         """Args:
         is_plain: whether a block has exactly the arithmetic of `BlockArithmetic`.
-        slots: to share with another executor; by default `knobs.slots` own ones.
         quantised: see `BlockStore`.
+        shared: with other executors; by default its own.
         """
         self.blocks, self.knobs, self.device = blocks, knobs, device
         self._is_plain = [is_plain(block) for block in blocks]
-        self._transfers = Transfers(device)
-        slots = [Slot() for _ in range(knobs.slots)] if slots is None else slots
+        shared = Shared.of(knobs, device) if shared is None else shared
+        self._transfers = shared.transfers
         self.store = BlockStore(
-            blocks, self._transfers, resident_blocks=knobs.resident_blocks, slots=slots, merges_resident=knobs.merges_resident, quantised=quantised
+            blocks, shared.transfers, resident_blocks=knobs.resident_blocks, slots=shared.slots, merges_resident=knobs.merges_resident, quantised=quantised
         )
         self._forwards: list[Callable] = []
         self._last: Call | None = None

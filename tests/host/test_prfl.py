@@ -18,9 +18,8 @@ from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.host.wan import load_backbone  # noqa: E402
 from reward_lab.lora_train.config import TrainConfig  # noqa: E402
 from reward_lab.lora_train.objectives.prfl import _rolled, prfl_velocity, reward_step  # noqa: E402
-from reward_lab.lora_train.offload.executor import WEIGHTS_IN_USE  # noqa: E402
+from reward_lab.lora_train.offload.executor import WEIGHTS_IN_USE, Shared  # noqa: E402
 from reward_lab.lora_train.offload.knobs import Knobs  # noqa: E402
-from reward_lab.lora_train.offload.store import Slot  # noqa: E402
 from reward_lab.lora_train.rollout import ContextCache, Experts  # noqa: E402
 from reward_lab.lora_train.run import Parts  # noqa: E402
 from reward_lab.lora_train.solvers import SOLVERS, gradient_scale  # noqa: E402
@@ -160,10 +159,11 @@ def test_pavrm_in_lora_form_ignores_the_lora_in_training(folder, wired, tmp_path
         (bare,) = torch.autograd.grad(scorer.score(leaf, 0.5, text).logit_B.sum(), leaf)
     assert torch.equal(plain, again) and torch.equal(gradient, bare)
     # Blocks that stream have no weights on the device but while they are asked for.
-    with training_mode(), install(linears, adapter), backbone.engine(Knobs(resident_blocks=0, keep_place="host"), slots := [Slot(), Slot()]):
+    knobs = Knobs(resident_blocks=0, keep_place="host")
+    with training_mode(), install(linears, adapter), backbone.engine(knobs, shared := Shared.of(knobs, cpu)):
         asked = _record_uses(backbone.model.blocks)
         leaf = latent.clone().requires_grad_()
-        with scorer.engine(Knobs(resident_blocks=0), cpu, slots, streams=True):
+        with scorer.engine(knobs, cpu, shared, streams=True):
             streamed = scorer.score(leaf, 0.5, text).logit_B
             (gradient,) = torch.autograd.grad(streamed.sum(), leaf)
     assert torch.equal(plain, streamed) and torch.equal(gradient, bare)
@@ -195,7 +195,7 @@ def test_trunk_of_its_own_runs_through_the_engine(knobs):
 
     with training_mode():
         plain, plain_gradient = scored()
-        with scorer.engine(Knobs(**knobs), cpu, [Slot(), Slot()], streams=knobs["resident_blocks"] == 0):
+        with scorer.engine(Knobs(**knobs), cpu, Shared.of(Knobs(**knobs), cpu), streams=knobs["resident_blocks"] == 0):
             assert all("forward" in block.__dict__ for block in trunk.blocks)
             logit, gradient = scored()
     assert torch.equal(logit, plain) and relative(gradient, plain_gradient) <= 1e-5
