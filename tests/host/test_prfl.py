@@ -170,6 +170,48 @@ def test_pavrm_in_lora_form_ignores_the_lora_in_training(folder, wired, tmp_path
     assert asked == [0, 1, 1, 0]
 
 
+def test_pavrm_in_lora_form_goes_back_through_a_block_while_its_weights_are_there(folder, wired, tmp_path):
+    """On a card the slot gets the next block's weights as soon as it is free; here it is filled with NaN then."""
+    from reward_lab.host import pavrm_lora
+
+    _, backbone, _ = wired
+    generator, cpu = folder / "generator_comfyui.safetensors", torch.device("cpu")
+    heads = {"query": folder / "mlp" / "query_attention_step_100.ckpt", "head": folder / "mlp" / "mlp_step_100.ckpt"}
+    cut, file = tmp_path / "trunk.safetensors", tmp_path / "lora.safetensors"
+    _first_blocks(folder / "trunk_comfyui.safetensors", cut, 2)
+    pavrm_lora.convert(cut, generator, file, rank=4, **heads)
+    spec = RewardModelSpec(kind="pavrm", path=str(file), options={"generator": str(generator)})
+    scorer = latent_reward.load(spec, {"high": backbone}, {"high": str(generator)}, device=cpu, dtype=torch.float32)
+    latent, text = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.randn(1, 9, 48)
+
+    def scored():
+        leaf = latent.clone().requires_grad_()
+        logit_B = scorer.score(leaf, 0.5, text).logit_B
+        return torch.autograd.grad(logit_B.sum(), leaf)[0]
+
+    knobs = Knobs(resident_blocks=0)
+    with training_mode():
+        wanted = scored()
+        with backbone.engine(knobs, shared := Shared.of(knobs, cpu)) as executor, scorer.engine(knobs, cpu, shared, streams=True):
+            _spoil_after_use(executor.store, shared.slots)
+            found = scored()
+    assert torch.equal(found, wanted)
+
+
+def _spoil_after_use(store, slots):
+    """Fill a slot with NaN when its block no longer uses it."""
+
+    def unbind(index, own=store._unbind):
+        own(index)
+        for slot in slots:
+            if slot.index == index:
+                slot.index = None
+                for view in slot.views.values():
+                    view.data.fill_(float("nan"))
+
+    store._unbind = unbind
+
+
 def _record_uses(blocks):
     """Indices of the blocks whose weights are asked for, in order."""
     asked = []
