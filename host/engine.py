@@ -105,7 +105,9 @@ class Engines:
         shared = Shared.of(self.knobs, self._device)
         executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, shared)) for expert, backbone in self._backbones.items()}
         if self._latent_reward is not None:
-            streams = any(0 <= self.knobs.resident_blocks < len(backbone.model.blocks) for backbone in self._backbones.values())
+            # Quantised experts have slots wherever they lie, so the trunk can stream through these; the plan counts it so.
+            resident = self.knobs.resident_blocks
+            streams = any(backbone.quantised or 0 <= resident < len(backbone.model.blocks) for backbone in self._backbones.values())
             self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, shared, streams=streams))
         if self._decoder is not None:
             self._decoder.keep_device = torch.device("cpu") if self.knobs.keep_place == "host" else self._device
