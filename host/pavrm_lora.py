@@ -27,10 +27,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..lora_train.offload.executor import WEIGHTS_IN_USE
+from ..lora_train.safetensors_file import read_header
+from ..lora_train.weight_formats import quantised_weights
 from ..reward_models import pavrm as head_module
 from ..reward_models.weights import load_into, read_weights
 from . import pavrm_files
-from .pavrm import Pavrm
+from .pavrm import Pavrm, build_trunk, cast_trunk
 
 _EXACT_SVD = 1024
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -281,7 +283,7 @@ def load(
 
     Args:
         path: the file.
-        generator: the Wan file it was made for, or its WanModel where one is loaded anyway (with fresh, frozen parameters).
+        generator: the Wan file it was made for, of which the used blocks are read; or its WanModel where one is loaded anyway (with fresh, frozen parameters).
         taps: tapped blocks counted from 1, up to the last that the file changes; None takes the file's own.
         use_folded: see `reward_models.pavrm.PavrmHead`.
         device: where to put it.
@@ -306,7 +308,7 @@ def load(
     lora = {name: (state[f"{name}.lora_down.weight"].float(), state[f"{name}.lora_up.weight"].float()) for name in paths}
     diff = {key.removeprefix("diff."): value.float() for key, value in content.state.items() if key.startswith("diff.")}
     with torch.inference_mode(False):
-        model = generator if isinstance(generator, torch.nn.Module) else _generator(generator, device, dtype)
+        model = generator if isinstance(generator, torch.nn.Module) else _generator(generator, last, dtype)
         adapted = Adapted(model, Delta(lora=lora, diff=diff, relative_error=0.0), last)
         head = _head(content.state, int(config.get("num_heads", head_module.HEADS)), str(path))
         head.use_folded = use_folded
@@ -315,13 +317,11 @@ def load(
         return scorer if isinstance(generator, torch.nn.Module) else scorer.to(device)
 
 
-def _generator(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
-    from .wan import load_backbone
-
-    backbone = load_backbone(path, dtype=dtype, device=torch.device(device), role="generator")
-    if backbone.quantised:
+def _generator(path: str | Path, blocks: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The first blocks of a generator, on the host; the others are never in memory."""
+    if quantised_weights(path, read_header(path, "generator"), "generator"):
         raise ValueError(f"The generator {path} is quantised; a PAVRM in LoRA form needs the bf16, fp16 or fp32 file.")
-    return backbone.model
+    return cast_trunk(build_trunk(pavrm_files.read_trunk(path, taps=(blocks,)), str(path)), dtype)
 
 
 def _head(state: Mapping[str, torch.Tensor], num_heads: int, what: str) -> head_module.PavrmHead:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -65,6 +65,15 @@ def opened(comfyui, monkeypatch):
     return run
 
 
+def assert_planned(trunk, job, choice):
+    """The trunk's weights are counted once, and where the engine has them."""
+    without = replace(job, judged_blocks=0)
+    on_host = host_parts(job, choice)["weights"] - host_parts(without, choice)["weights"]
+    on_card = rest_bytes(job, choice) - rest_bytes(without, choice)
+    assert sorted((on_host, on_card))[0] == 0 < sorted((on_host, on_card))[1]
+    assert (on_host > 0) == (trunk.knobs.resident_blocks == 0)
+
+
 @pytest.mark.parametrize(("is_quantised", "resident_blocks"), [(False, 2), (False, 1), (True, 2), (True, 1)])
 def test_a_trunk_of_its_own_is_on_the_card_where_the_plan_has_it(opened, tiny_models, pavrm_file, tmp_path, is_quantised, resident_blocks):
     high = tiny_models["high"]
@@ -72,8 +81,57 @@ def test_a_trunk_of_its_own_is_on_the_card_where_the_plan_has_it(opened, tiny_mo
         write_fp8(high, tmp_path / "fp8.safetensors", "old")
         high = tmp_path / "fp8.safetensors"
     trunk, job, choice = opened(config_of(tiny_models, high, pavrm_file, resident_blocks))
-    without = type(job)(**{**vars(job), "judged_blocks": 0})
-    on_host = host_parts(job, choice)["weights"] - host_parts(without, choice)["weights"]
-    on_card = rest_bytes(job, choice) - rest_bytes(without, choice)
-    assert sorted((on_host, on_card))[0] == 0 < sorted((on_host, on_card))[1]
-    assert (on_host > 0) == (trunk.knobs.resident_blocks == 0)
+    assert_planned(trunk, job, choice)
+
+
+@pytest.fixture
+def lora_form(repo, comfyui, pavrm_file, tmp_path):
+    """The pocket PAVRM as a LoRA over the pocket's low-noise expert, and the paths of both experts."""
+    from reward_lab.host import pavrm_lora
+
+    weights = repo / "pocket" / "weights"
+    experts = [weights / f"pocket_wan2.2_t2v_{name}_noise_14B.safetensors" for name in ("high", "low")]
+    pavrm_lora.convert(pavrm_file, experts[1], tmp_path / "pavrm-lora.safetensors", rank=4)
+    return str(tmp_path / "pavrm-lora.safetensors"), *experts
+
+
+@pytest.mark.parametrize("resident_blocks", [0, -1])
+def test_of_a_generator_that_is_no_expert_of_the_run_only_the_used_blocks_are_there_and_planned(opened, tiny_models, lora_form, resident_blocks):
+    path, high, generator = lora_form
+    blocks = shape_of(str(high)).blocks
+    trunk, job, choice = opened(config_of(tiny_models, high, path, blocks if resident_blocks < 0 else 0, generator=str(generator)))
+    assert len(trunk.blocks) == job.judged_blocks < shape_of(str(generator)).blocks
+    assert trunk.knobs.resident_blocks == resident_blocks
+    assert_planned(trunk, job, choice)
+
+
+def test_an_expert_by_another_path_serves_as_generator(opened, tiny_models, lora_form, tmp_path):
+    path, _, generator = lora_form
+    (tmp_path / "link.safetensors").symlink_to(generator)
+    trunk, job, _ = opened(config_of(tiny_models, generator, path, 0, generator=str(tmp_path / "link.safetensors")))
+    assert trunk is None and job.judged_blocks == 0
+
+
+def test_gradients_through_a_generator_of_its_own_are_those_without_an_engine(lora_form):
+    import torch
+
+    from reward_lab.host import latent_reward
+    from reward_lab.host.training_mode import training_mode
+    from reward_lab.lora_train.offload.executor import Shared
+    from reward_lab.lora_train.offload.knobs import Knobs
+
+    path, _, generator = lora_form
+    cpu, knobs = torch.device("cpu"), Knobs(resident_blocks=0)
+    spec = RewardModelSpec(kind="pavrm", path=path, options={"generator": str(generator)})
+    reward = latent_reward.load(spec, {}, {}, device=cpu, dtype=torch.float32)
+    latent, text = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.randn(1, 9, shape_of(str(generator)).text_width)
+
+    def gradient():
+        leaf = latent.clone().requires_grad_()
+        return torch.autograd.grad(reward.score(leaf, 0.5, text).logit_B.sum(), leaf)[0]
+
+    with training_mode():
+        wanted = gradient()
+        with reward.engine(knobs, cpu, Shared.of(knobs, cpu), streams=True):
+            found = gradient()
+    assert wanted.abs().sum() > 0 and torch.equal(found, wanted)
