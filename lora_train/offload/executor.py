@@ -1,7 +1,8 @@
 """Runs the blocks of a model through the store: every block's `forward` is replaced for the time of a context and put back afterwards.
 
 A pass with gradient keeps each block's input (and attention output) and nothing else; a block runs again in backward, in backward order, with the
-weights and kept tensors of the next one already on their way. Passes without gradient stream through the same slots with merged LoRAs.
+weights and kept tensors of the next one already on their way. Passes without gradient stream through the same slots with merged LoRAs, unless the exact
+form is asked for.
 
 Blocks that are not plain Wan blocks, and passes with patches inside of attention, run as a whole by their own `forward`: streamed and checkpointed too,
 but without keeping attention and without chunks.
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels import attention
 from ..kernels.lora_linear import QuantisedWeight
-from ..lora.linears import LoraForward, exact_form
+from ..lora.linears import LoraForward, exact_form, is_exact
 from .block import BlockArithmetic, SelfAttended
 from .keeper import Kept
 from .knobs import Knobs
@@ -125,10 +126,11 @@ class BlockExecutor:
             call = Call(index=index, freqs=freqs, arguments=arguments, is_plain=is_plain)
             if torch.is_grad_enabled():
                 return self._with_gradient(call, x, e, context)
-            with self.store.use(index, merge=True, then=(index + 1) % len(self.blocks)):
+            with self.store.use(index, merge=not is_exact(), then=(index + 1) % len(self.blocks)):
                 if not is_plain:
                     return self._forwards[index](x, e, freqs, context, **arguments)
-                return self.arithmetic(index, x, is_rollout=not lora_is_off(self.blocks[index])).forward(x, e, freqs, context)[0]
+                is_rollout = not is_exact() and not lora_is_off(self.blocks[index])
+                return self.arithmetic(index, x, is_rollout=is_rollout).forward(x, e, freqs, context)[0]
 
         return forward
 
