@@ -118,7 +118,8 @@ def goals(table: Mapping[str, Any], found: Mapping[str, Runs]) -> list[dict[str,
         if name in found:
             ends = [_held_out(run["curve"]) for run in found[name].values()]
             shown = ", ".join(f"{base:.2f} to {last:.2f}" for base, last in ends)
-            out.append(_goal(f"low-noise MPS, {name.removeprefix('mps-low-')}: held-out MPS rises with every seed", all(last > base for base, last in ends), shown))
+            words = f"low-noise MPS, {name.removeprefix('mps-low-')}: held-out MPS rises with every seed"
+            out.append(_goal(words, all(last > base for base, last in ends), shown))
     if "guarded-5x" in table:
         out.append(_guarded(found["guarded-5x"], found[BASE]))
     return out
