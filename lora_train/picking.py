@@ -38,17 +38,26 @@ def with_picked(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
     if config.real.keep == 1 or parts.real is None:
         return parts
     path = folder / FILE
-    if not path.exists():
+    rows = _read(path, config, parts)
+    if rows is None:
         rows = _scored(config, parts)
         if rows is None:
             return parts  # stopped: no update will be made
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps({"made_for": config.digest(), "clips": rows}, indent=1), encoding="utf-8")
         partial.replace(path)
         logger.info("learning from %d of %d clips, those that the rewards like best; scores of all: %s", sum(row["kept"] for row in rows), len(rows), path)
-    kept = [row["clip"] for row in json.loads(path.read_text(encoding="utf-8")) if row["kept"]]
-    return replace(parts, real=Chosen(parts.real, kept))
+    return replace(parts, real=Chosen(parts.real, [row["clip"] for row in rows if row["kept"]]))
+
+
+def _read(path: Path, config: TrainConfig, parts: Parts) -> list[dict] | None:
+    """The rows of an earlier start of the run; None if there are none, or they are of other settings or clips."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    is_same = found["made_for"] == config.digest() and [row["caption"] for row in found["clips"]] == parts.real.prompts
+    return found["clips"] if is_same else None
 
 
 def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:

@@ -85,7 +85,7 @@ def _gradient_span(config: TrainConfig, expert: str) -> tuple[float, float, int]
     own, objective = config.gradient_steps(expert), config.objective
     if config.method == "reward_flow":
         return own[0], own[-1], len(own)
-    strategy, count = ("random", config.prfl.points) if config.method == "prfl" else (objective.strategy, objective.grad_steps)
+    strategy, count = {"prfl": ("random", config.prfl.points), "one_pass": ("random", 1)}.get(config.method, (objective.strategy, objective.grad_steps))
     if strategy == "list":
         chosen = sorted(step for step in objective.step_list if step in own)
         return chosen[0], chosen[-1], len(chosen)

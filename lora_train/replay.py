@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..reward_models.base import score_in_chunks
 from . import needs, recovery
@@ -36,14 +37,22 @@ def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
     if not needs.replays(config):
         return with_picked(config, parts, folder)
     path = folder / FILE
-    if not path.exists():
+    if not _is_of(path, config):
         clips, prompts = _make(config, parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        write_real(partial, torch.cat(clips), prompts)
+        write_real(partial, torch.cat(clips), prompts, made_for=config.digest())
         # A run that is stopped meanwhile makes no update with the few there are, and makes them anew when it is resumed.
         path = partial.replace(path if len(clips) == config.real.replay else path.with_name(f"stopped-{FILE}"))
     return replace(parts, real=RealLatents(path), clip_forwards=_forwards(config))
+
+
+def _is_of(path: Path, config: TrainConfig) -> bool:
+    """Whether the clips there were made with these settings: a run that had no checkpoint yet may have been changed since."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return file.metadata().get("made_for") == config.digest()
 
 
 def _forwards(config: TrainConfig) -> float:

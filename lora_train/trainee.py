@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +76,21 @@ class Trainee:
         """What is saved as the LoRA: the moving average if there is one, else the masters."""
         return self.average or self.adapter.tensors()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the masters are what is saved: the moving average where there is one."""
+        masters = self._named()
+        kept = {name: masters[name].detach().clone() for name in self.average}
+        try:
+            with torch.no_grad():
+                for name, tensor in self.average.items():
+                    masters[name].copy_(tensor)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    masters[name].copy_(tensor)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next update depends on, on the CPU."""
         state = {f"master/{name}": tensor for name, tensor in self.adapter.tensors().items()}
@@ -99,6 +115,15 @@ class Trainee:
 
     def _named(self) -> dict[str, torch.nn.Parameter]:
         return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
+
+
+@contextmanager
+def averaged(trainees: Iterable[Trainee]) -> Iterator[None]:
+    """Within, all of them are what is saved."""
+    with ExitStack() as stack:
+        for trainee in trainees:
+            stack.enter_context(trainee.averaged())
+        yield
 
 
 def new_trainee(expert: str, adapter: LoraAdapter, switch: InstalledLora, settings: Optimiser, steps: int = 0) -> Trainee:

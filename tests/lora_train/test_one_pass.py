@@ -195,7 +195,7 @@ def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, to
         ({"one_pass": {"pavrm": {"kind": "hpsv2.1", "path": "x"}}}, "one_pass.pavrm is a hpsv2.1, but latents are scored by a pavrm"),
         ({"one_pass": {"flow_wait": 1.0}}, "flow_wait.*flow_weight"),
         ({"one_pass": {"null_rate": 1.5}}, "one_pass.null_rate is 1.5"),
-        ({"prompts": [{"text": "a cat", "image": "cat.png"}]}, "1 prompts have start images, which one_pass does not read"),
+        ({"prompts": [{"text": "a cat", "image": "cat.png"}]}, "1 prompts have start images, which a run that starts from clips does not read"),
         ({"real": {"path": "", "replay": 2, "tries": 0}}, "real.tries is 0"),
         ({"reward": PAVRM, "expert": "low", "sampling": {"steps": 2}}, "the PAVRM, which scores no clean latent, leaves the low-noise expert none"),
     ],

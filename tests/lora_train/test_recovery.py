@@ -88,6 +88,28 @@ def test_the_end_is_in_order_and_can_be_resumed(toy, tmp_path, at, shrink, words
     assert whole == other and len(whole) == 2
 
 
+@pytest.mark.parametrize("what", ["evaluate", "show_samples"])
+def test_a_look_that_does_not_fit_loses_no_update(toy, tmp_path, monkeypatch, what):
+    def full(config, parts, trainees, *step):
+        if parts.experts.count.total > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(config, parts, trainees, *step)
+
+    own = getattr(run, what)
+    monkeypatch.setattr(run, what, full)
+    config = toy.config(checkpoint_every=50, held_out={"every": 3, "prompts": ["x"]}, sample_every=3, steps=9, optimiser={"ema_decay": 0.9})
+    parts = toy.parts(config, shrink=lambda: SMALLER, writer=Written())
+    with pytest.raises(CardFullError, match="also with the next smaller plan"):
+        run.train(config, parts, objectives.create(config, parts), tmp_path)
+    (checked,) = [event for event in toy.events if event.name == "checkpoint"]
+    assert checked.step >= 3 and checkpoint.latest_step(tmp_path) == checked.step
+
+
+class Written:
+    def write(self, videos, prompts, step):
+        return []
+
+
 def test_other_errors_are_not_tried_again(toy, tmp_path):
     with pytest.raises(RuntimeError, match="Tried to allocate"):
         train(toy, tmp_path, (3,), error=RuntimeError)
