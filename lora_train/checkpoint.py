@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -127,7 +127,9 @@ def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) 
     for trainee in trainees:
         trainee.load_state(_own(tensors, trainee.expert))
     values = json.loads(_metadata(found[-1])["progress"])
-    watch = Watch(**{**values["watch"], "recent_kl": tuple(values["watch"]["recent_kl"])})
+    # States that older versions wrote hold more than is watched now.
+    watched = {entry.name: values["watch"][entry.name] for entry in fields(Watch)}
+    watch = Watch(**{**watched, "recent_kl": tuple(watched["recent_kl"])})
     return Progress(**{**values, "last_rewards": tuple(values["last_rewards"]), "watch": watch})
 
 

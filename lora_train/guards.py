@@ -21,7 +21,6 @@ class Watch:
 
     recent_kl: tuple[float, ...] = ()
     motion_base: float | None = None
-    judge_base: float | None = None
     best: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -51,7 +50,7 @@ def after_update(config: TrainConfig, watch: Watch, kl: float) -> tuple[Watch, S
 
 def first_look(watch: Watch, look: Evaluation) -> Watch:
     """Note the base model's videos."""
-    return replace(watch, motion_base=look.motion, judge_base=look.judge, best=look.curve, best_step=0, stale=0)
+    return replace(watch, motion_base=look.motion, best=look.curve, best_step=0, stale=0)
 
 
 def after_look(config: TrainConfig, watch: Watch, look: Evaluation, step: int) -> tuple[Watch, Stop | None, bool]:

@@ -115,9 +115,6 @@ class BlockStore:
                 module.__dict__.pop(LoraForward.NO_COPY, None)
         self._stored = {}
 
-    def is_streamed(self, index: int) -> bool:
-        return index not in self._resident
-
     def prefetch(self, index: int) -> None:
         """Start bringing a block, if there is a slot that is not in use."""
         if index in self._resident or self._holding(index) is not None or len(self._slots) < 2:
@@ -175,7 +172,7 @@ class BlockStore:
         for path, linear in self._linears[index].items():
             forward = linear.__dict__.get("forward")
             rank = forward.layer.down_RI.shape[0] if isinstance(forward, LoraForward) else 0
-            shapes[f"{path}.weight"] = (linear.out_features + rank, linear.in_features + rank) if rank else None
+            shapes[f"{path}.weight"] = (linear.out_features, linear.in_features + rank) if rank else None
         return shapes
 
     def _fill(self, slot: Slot, index: int) -> None:
@@ -262,8 +259,8 @@ class BlockStore:
         if buffer_shape is None:
             view = torch.empty(shape, dtype=dtype, device=self._transfers.device)
         else:
-            slot.buffers[path] = weight_buffer(*shape, buffer_shape[0] - shape[0], dtype=dtype, device=self._transfers.device)
-            view = slot.buffers[path][: shape[0], : shape[1]]
+            slot.buffers[path] = weight_buffer(*shape, buffer_shape[1] - shape[1], dtype=dtype, device=self._transfers.device)
+            view = slot.buffers[path][:, : shape[1]]
         slot.views[path] = torch.nn.Parameter(view, requires_grad=False)
         # New memory may still be in use by what was computed in it before.
         self._transfers.in_after(self._transfers.mark_compute())

@@ -122,8 +122,8 @@ def slot_bytes(job: Job) -> int:
     """A device slot: weights in the compute type, each adapted one inside of its LoRA buffer; the stored bytes beside them if quantised."""
     shape, rank = job.shape, job.rank
     total = shape.block_parameters * job.element_bytes
-    for name, (out, size) in shape.block_linears.items():
-        total += (rank * (out + size) + rank * rank) * job.element_bytes if name in job.adapted else 0
+    for name, (out, _) in shape.block_linears.items():
+        total += rank * out * job.element_bytes if name in job.adapted else 0
     return total + (block_bytes(job) if shape.is_quantised else 0)
 
 

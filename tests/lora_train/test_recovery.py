@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reward_lab.lora_train import checkpoint, objectives, optimisers, run
@@ -221,6 +224,18 @@ def test_moving_a_trainee_keeps_everything(toy, tmp_path, device):
             assert all(one is other for one, other in zip(parameters, trainee.adapter.parameters(), strict=True))
             kept = [value for state in trainee.optimiser.state.values() for value in state.values() if value.ndim]
             assert {value.device.type for value in (*parameters, *kept, *trainee.average.values())} == {device}
+
+
+def test_a_state_that_tells_what_is_no_longer_watched_is_resumed(toy, tmp_path):
+    config = settings(toy)
+    train(toy, tmp_path)
+    path = checkpoint.states(tmp_path)[-1]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    progress = json.loads(metadata["progress"])
+    progress["watch"]["judge_base"] = 1.0
+    save_file(load_file(path), path, metadata={**metadata, "progress": json.dumps(progress)})
+    assert checkpoint.load_latest(tmp_path, config, []).step == checkpoint.latest_step(tmp_path) > 0
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ def lora_linear(
 
     Args:
         x: [..., I] in the compute type (that of `weight_OI`).
-        weight_OI: frozen; with `buffer`, a view of its top left.
+        weight_OI: frozen; with `buffer`, a view of its left.
         down_RI, up_OR: fp32 masters, here or on the host; their gradients arrive there in fp32.
-        buffer: [(O + R), (I + R)]; its edges are overwritten.
+        buffer: [O, (I + R)]; its right edge is overwritten.
         has_room: `x` comes from `rows.empty_with_room` with room for the rank, which is overwritten.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The exact LoRA linear with its own backward: one product over I + R where the buffers allow it, dY read once for dS and dB.
+"""The exact LoRA linear with its own backward: forward in one product over I + R where the buffer allows it, dY read once for dS and dB.
 
 Saved for backward: x (one tensor, shared by q, k and v, which read the same one) and S = x A^T [M, R]; never an [M, O] temporary or an fp32 copy.
 """
@@ -23,15 +23,12 @@ class Operands:
         self.down = down_RI.detach().to(**to)
         self.up = (up_OR.detach() * factor).to(**to)
         if buffer is not None:
-            out_features, in_features = weight_OI.shape
-            buffer[:out_features, in_features:] = self.up
-            buffer[out_features:, :in_features] = self.down
+            buffer[:, weight_OI.shape[1] :] = self.up
 
     def forward(self, x: torch.Tensor, has_room: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """y [M, O] and S [M, R] for x [..., I]."""
-        out_features, in_features = self.weight.shape
-        rank = self.down.shape[0]
-        wide = extended(x, rank) if has_room and self.buffer is not None else None
+        in_features = self.weight.shape[1]
+        wide = extended(x, self.down.shape[0]) if has_room and self.buffer is not None else None
         if wide is None:
             rows = x.reshape(-1, in_features)
             hidden = rows @ self.down.t()
@@ -39,25 +36,17 @@ class Operands:
             return y.addmm_(hidden, self.up.t()), hidden
         hidden = wide[:, :in_features] @ self.down.t()
         wide[:, in_features:] = hidden
-        return _addmm(self.bias, wide, self.buffer[:out_features]), hidden
+        return _addmm(self.bias, wide, self.buffer), hidden
 
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """dX [M, I], dA and dB (fp32) for dY [..., O]; `needs` says which of (x, down, up)."""
         out_features, in_features = self.weight.shape
-        rank = self.down.shape[0]
-        wide = extended(grad, rank) if self.buffer is not None else None
-        grad_rows = grad.reshape(-1, out_features) if wide is None else wide[:, :out_features]
+        grad_rows = grad.reshape(-1, out_features)
         grad_hidden, grad_up = kernels.hidden_and_up_gradient(grad_rows, hidden, self.up)
         rows = x.reshape(-1, in_features)
-        grad_x = None
-        if needs[0]:
-            if wide is None:
-                grad_x = (grad_rows @ self.weight).addmm_(grad_hidden, self.down)
-            else:
-                wide[:, out_features:] = grad_hidden
-                grad_x = wide @ self.buffer[:, :in_features]
+        grad_x = (grad_rows @ self.weight).addmm_(grad_hidden, self.down) if needs[0] else None
         grad_down = kernels.mm_fp32(grad_hidden.t(), rows) if needs[1] else None
         return grad_x, grad_down, grad_up * self.factor if needs[2] else None
 

@@ -1,7 +1,7 @@
 """Matrices with room behind each row, so that a LoRA's part can stand beside them in one product.
 
-Forward: [x | S] [W | sB]^T = x W^T + S (sB)^T. Backward: [dY | dS] [W ; A] = dY W + dS A. One GEMM each, accumulated in fp32 and rounded once.
-The weight's buffer is [(O + R), (I + R)]: W top left, A bottom left, sB top right (see README.md in this folder).
+[x | S] [W | sB]^T = x W^T + S (sB)^T: one GEMM, accumulated in fp32 and rounded once. The weight's buffer is [O, (I + R)]: W, and sB to its right (see
+README.md in this folder).
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ def extended(x: torch.Tensor, room: int) -> torch.Tensor | None:
 
 
 def weight_buffer(out_features: int, in_features: int, rank: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised [(O + R), (I + R)] buffer."""
-    return torch.empty(out_features + rank, in_features + rank, dtype=dtype, device=device)
+    """An uninitialised [O, (I + R)] buffer."""
+    return torch.empty(out_features, in_features + rank, dtype=dtype, device=device)
