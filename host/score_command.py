@@ -15,6 +15,11 @@ from typing import Any
 from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
 
 REFUSED = 2
+# Options that name what is read, and what is written.
+_INPUTS = ("weights", "config", "clip", "detector", "landmarks", "reference", "prompts", "trunk", "query", "head", "generator", "input")
+_OUTPUTS = ("csv", "gradients", "results", "baseline", "tensors", "out")
+# What a folder of inputs may hold of ours from an earlier call.
+_TABLES = (".csv", ".json", ".jsonl")
 
 
 def main(argv: list[str]) -> int:
@@ -40,12 +45,15 @@ def _check_outputs(options: dict[str, Any]) -> None:
     """Make the folders of files that are written at the end, so that a place that cannot be written to costs no finished scores.
 
     Raises:
-        ValueError: such a place.
+        ValueError: such a place, or a file that is read.
     """
-    for name in ("csv", "gradients", "results", "baseline", "tensors", "out"):
+    inputs = [Path(value) for value in (*options.get("paths", ()), *(options.get(name) for name in _INPUTS)) if value]
+    for name in _OUTPUTS:
         path = Path(options.get(name) or "")
         if not options.get(name):
             continue
+        if any(_is_part_of(path, given) for given in inputs):
+            raise ValueError(f"--{name} {path} is one of the files that are read, and would be lost; choose another place.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
@@ -53,6 +61,15 @@ def _check_outputs(options: dict[str, Any]) -> None:
             is_writable = False
         if not is_writable:
             raise ValueError(f"--{name} {path} cannot be written: it is a folder, or its folder cannot be made or written to; choose another place.")
+
+
+def _is_part_of(path: Path, given: Path) -> bool:
+    """Whether a file that is there is an input, or lies in a folder of inputs."""
+    try:
+        is_in_folder = given.is_dir() and path.resolve().is_relative_to(given.resolve()) and path.suffix.lower() not in _TABLES
+        return path.is_file() and (is_in_folder or path.samefile(given))
+    except OSError:
+        return False
 
 
 def _device() -> str:
@@ -191,8 +208,9 @@ def _score_latent(options: dict[str, Any]) -> dict[str, Any]:
 def _pavrm_lora(options: dict[str, Any]) -> dict[str, Any]:
     from . import pavrm_lora
 
+    heads = {name: options.get(name) for name in ("query", "head")}
     return pavrm_lora.convert(
-        options["trunk"], options["generator"], options["out"], rank=options["rank"], query=options.get("query"), head=options.get("head")
+        options["trunk"], options["generator"], options["out"], rank=options["rank"], overwrite=bool(options.get("force")), **heads
     )
 
 

@@ -71,6 +71,7 @@ def arguments_pavrm_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generator", metavar="FILE", required=True, help="Wan file whose first blocks the LoRA stands on")
     parser.add_argument("--out", metavar="FILE", required=True, help="file to write (.safetensors)")
     parser.add_argument("--rank", type=int, default=64, help="of the matrices (default: 64); higher is larger and closer")
+    parser.add_argument("--force", action="store_true", help="replace the file when it is there")
 
 
 def job(options: argparse.Namespace, cache_root: Path) -> list[str]:
