@@ -125,7 +125,7 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
 
     spec = _spec(options)
     clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
-    prompts = _prompts(options, spec, [clip.name for clip in clips], video_prompts.read)
+    prompts = _prompts(options, spec, clips, video_prompts.read)
     job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
     store = score_store.ScoreStore(_store_path(options, clips))
     gradients: dict[str, torch.Tensor] | None = {} if options.get("gradients") else None
@@ -159,13 +159,13 @@ def _store_path(options: dict[str, Any], clips: list) -> str | None:
     return str(Path(folder) / f"{key_of([str(Path(path).resolve()) for path in options['paths']])[:24]}.jsonl") if folder else None
 
 
-def _prompts(options: dict[str, Any], spec: RewardModelSpec, names: list[str], read) -> list[str]:
+def _prompts(options: dict[str, Any], spec: RewardModelSpec, clips: list, read) -> list[str]:
     if options.get("prompts"):
-        return read(options["prompts"], names)
+        return read(options["prompts"], [clip.name for clip in clips], [clip.path.absolute() for clip in clips])
     if options.get("prompt") is not None:
-        return [options["prompt"]] * len(names)
+        return [options["prompt"]] * len(clips)
     if spec.kind in ("aesthetic", "face", "dynamic_degree", "flicker", "drift"):
-        return [""] * len(names)
+        return [""] * len(clips)
     raise ValueError(f"{spec.kind} compares videos with a text: give --prompt TEXT or --prompts FILE.")
 
 
@@ -209,9 +209,7 @@ def _pavrm_lora(options: dict[str, Any]) -> dict[str, Any]:
     from . import pavrm_lora
 
     heads = {name: options.get(name) for name in ("query", "head")}
-    return pavrm_lora.convert(
-        options["trunk"], options["generator"], options["out"], rank=options["rank"], overwrite=bool(options.get("force")), **heads
-    )
+    return pavrm_lora.convert(options["trunk"], options["generator"], options["out"], rank=options["rank"], overwrite=bool(options.get("force")), **heads)
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -197,7 +197,7 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     found = paths.input_path(path)
     clips = media.find_clips([found])
     if prompts_file.strip():
-        prompts = video_prompts.read(paths.input_path(prompts_file), [clip.name for clip in clips])
+        prompts = video_prompts.read(paths.input_path(prompts_file), [clip.name for clip in clips], [clip.path.absolute() for clip in clips])
     else:
         require_text(spec, prompt)
         prompts = [prompt] * len(clips)

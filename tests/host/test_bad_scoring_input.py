@@ -218,6 +218,48 @@ def test_prompt_files(tmp_path, name, content):
     assert video_prompts.read(tmp_path / name, ["a.mp4", "b.mp4"]) == ["a cat", "a dog"]
 
 
+def pictures(folder: Path, *names: str) -> list[Path]:
+    """Small pictures of different colours; returns their paths."""
+    paths = [folder / name for name in names]
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (80 * index % 256, 200, 90)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("form", ["files", "folder"])
+def test_a_prompt_with_a_folder_goes_to_the_video_in_that_folder(run, tmp_path, form):
+    files = pictures(tmp_path / "clips", "a/p.png", "b/p.png")
+    given = files if form == "files" else [tmp_path / "clips"]
+    (tmp_path / "p.csv").write_text("file,prompt\n" + "".join(f"{name},{prompt}\n" for name, prompt in (("a/p.png", "red"), ("b/p.png", "blue"))))
+    options = {"prompt": None, "prompts": str(tmp_path / "p.csv")}
+    assert [video["prompt"] for video in run(*given, **options)[1]["videos"]] == ["red", "blue"]
+    (third,) = pictures(tmp_path / "clips", "c/p.png")
+    assert "2 prompts by file name, none for" in run(*given, third, **options)[2]
+    assert "none for p.png" in run(third, **options)[2], "its folder is none that the file names"
+
+
+@pytest.mark.parametrize(
+    ("entries", "names", "expected"),
+    [
+        ({"a/p.png": "red", "b/p.png": "blue"}, ["p.png"], r"2 prompts for p.png \(a/p.png, b/p.png\)"),
+        ({"p.png": "red", "p.jpg": "blue"}, ["p.webp"], "2 prompts for p.webp"),
+        ({"p.png": "red"}, ["p.png", "p.jpg"], "none for p.jpg"),
+        ({"p.png": "any", "a/p.png": "red"}, ["/x/a/p.png", "/x/b/p.png"], ["red", "any"]),
+        ({"a/p": "red", "../b/p.png": "blue"}, ["/x/a/p.png", "/x/b/p.png"], ["red", "blue"]),
+        ({"x/a/p.png": "red", "y/a/p.png": "blue"}, ["/y/a/p.png", "/x/a/p.png"], ["blue", "red"]),
+        ({"c/p.png": "red"}, ["/x/a/p.png"], "none for /x/a/p.png"),
+    ],
+)
+def test_names_of_several_videos_are_told_apart(tmp_path, entries, names, expected):
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    if isinstance(expected, list):
+        assert video_prompts.read(tmp_path / "p.json", names) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        video_prompts.read(tmp_path / "p.json", names)
+
+
 def test_an_empty_line_is_a_prompt_only_where_it_fits(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
     assert video_prompts.read(tmp_path / "p.txt", ["1", "2", "3"]) == ["a cat", "", "a dog"]
