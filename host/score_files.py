@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,11 +69,10 @@ def score(
     """
     model: RewardModel | None = None
     results = []
+    batch, files = sorted(set(job.prompts)) if _is_batched(job.spec) else [], job.spec.stamp()
     for done, (clip, prompt) in enumerate(zip(job.clips, job.prompts, strict=True)):
         if on_progress:
             on_progress(done, len(job.clips), clip.name)
-        batch = sorted(set(job.prompts)) if _is_batched(job.spec) else []
-        files = [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in job.spec.files() if Path(file).is_file()]
         key = key_of(_VERSION, clip.stamp(), prompt, job.spec.to_dict(), files, batch, str(job.dtype))
         known = store.get(key) if gradients is None else None
         if known is None:

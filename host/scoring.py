@@ -256,8 +256,7 @@ def _video_score(model_name: str, name: str, prompt: str, numbers: dict[str, Any
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> Any:
     """Return a loaded reward model on the host's device, from memory when its files have not changed."""
-    files = [[file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size] for file in spec.files() if Path(file).exists()]
-    key = json.dumps([spec.to_dict(), files, str(device)], sort_keys=True, default=str)
+    key = json.dumps([spec.to_dict(), spec.stamp(), str(device)], sort_keys=True, default=str)
     offload = comfy.model_management.unet_offload_device() if device.type != "cpu" else device
     with _models_lock:
         if key not in _models:

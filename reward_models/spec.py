@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +74,21 @@ class RewardModelSpec:
         own = [self.path] if self.path else []
         own += [str(self.options[name]) for name in _FILE_OPTIONS if self.options.get(name)]
         return own + [file for row in self.options.get("rows", ()) for file in RewardModelSpec.from_dict(row["reward"]).files()]
+
+    def stamp(self) -> list:
+        """What changes when a file changes that decides the numbers: the model's own, files in its folders, and where its sizes are looked up."""
+        files: list[Path] = []
+        for name in (*self.files(), *self._config_files()):
+            path = Path(name)
+            beside = path.with_suffix(".json")
+            files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+            files += [beside] if beside.is_file() and beside != path else []
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
+
+    def _config_files(self) -> list[str]:
+        config = self.options.get("config")
+        own = [str(config)] if config and not isinstance(config, Mapping) and not str(config).lstrip().startswith("{") else []
+        return own + [file for row in self.options.get("rows", ()) for file in RewardModelSpec.from_dict(row["reward"])._config_files()]
 
     def load(self, device: Any = "cpu", dtype: Any = None) -> RewardModel:
         """Load the model.

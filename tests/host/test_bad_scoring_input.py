@@ -295,3 +295,18 @@ def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(run
     for option in ("csv", "gradients", "results", "baseline"):
         for place in (tmp_path, tmp_path / "file" / "x"):
             assert f"--{option} {place} cannot be written" in run(image, **{option: str(place)})[2]
+
+
+@pytest.mark.parametrize("place", ["config", "beside"])
+def test_stored_scores_are_made_anew_when_the_sizes_change(run, hps, tmp_path, place):
+    """Another activation gives other numbers from the same weights."""
+    (image,) = pictures(tmp_path, "p.png")
+    weights, sizes = tmp_path / "w.safetensors", tmp_path / ("sizes.json" if place == "config" else "w.json")
+    weights.write_bytes((hps / "hps_tiny.safetensors").read_bytes())
+    config = json.loads((hps / "config.json").read_text())
+    options = {"weights": str(weights), "config": str(sizes) if place == "config" else None, "results": str(tmp_path / "kept.jsonl")}
+    rewards = []
+    for is_quick in (False, True, True):
+        sizes.write_text(json.dumps({**config, "quick_gelu": is_quick}))
+        rewards.append(run(image, **options)[1]["videos"][0]["per_video"])
+    assert rewards[0] != rewards[1] == rewards[2]
