@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,20 +73,30 @@ def find_clips(paths: Sequence[str | Path], *, is_one_video: bool = False) -> li
     Raises:
         ValueError: a path does not exist or is of no known kind, or there is nothing in it.
     """
-    clips: list[Clip] = []
+    files: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir() and is_one_video:
-            clips += [Clip(name=path.name, path=path)] if _pictures(path) else []
+            files += [(path, path.name)] if _pictures(path) else []
         elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.suffix.lower() in (*PICTURES, *VIDEOS, *TENSORS) and not file.name.startswith(".")]
-            clips += [clip for file in sorted(files, key=natural) for clip in _clips_of(file, file.relative_to(path).as_posix())]
+            found = [file for file in path.rglob("*") if file.suffix.lower() in (*PICTURES, *VIDEOS, *TENSORS) and not file.name.startswith(".")]
+            files += [(file, file.relative_to(path).as_posix()) for file in sorted(found, key=natural)]
         elif path.is_file():
-            clips += _clips_of(path, path.name)
+            files.append((path, path.name))
         else:
             raise ValueError(f"There is no file or folder {path}; check the name.")
+    clips = [clip for file, name in _named_apart(files) for clip in _clips_of(file, name)]
     if not clips:
         raise ValueError(f"There is nothing to score in {', '.join(map(str, paths))}; it takes {' '.join((*PICTURES, *VIDEOS, *TENSORS))}.")
-    return _unique(clips)
+    return clips
+
+
+def _named_apart(files: list[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
+    """Files of one name are called by their paths, and one that is given twice has a number as well: results are kept by name."""
+    counts, taken = Counter(name for _, name in files), Counter()
+    for file, name in files:
+        name = name if counts[name] == 1 else str(file)
+        taken[name] += 1
+        yield file, name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
 def natural(path: Path) -> list:
@@ -93,13 +104,11 @@ def natural(path: Path) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", path.as_posix())]
 
 
-def _unique(clips: list[Clip]) -> list[Clip]:
-    names = [clip.name for clip in clips]
-    return [dataclasses.replace(clip, name=str(clip.path)) if names.count(clip.name) > 1 and not clip.key else clip for clip in clips]
-
-
 def _clips_of(file: Path, name: str) -> Iterator[Clip]:
     ending = file.suffix.lower()
+    if file.is_dir():
+        yield Clip(name=name, path=file)
+        return
     if ending not in (*PICTURES, *VIDEOS, *TENSORS):
         raise ValueError(f"{file} ends in {ending or 'nothing'!r}; pictures, videos, .safetensors and .npy are scored.")
     if ending not in TENSORS:

@@ -310,3 +310,17 @@ def test_stored_scores_are_made_anew_when_the_sizes_change(run, hps, tmp_path, p
         sizes.write_text(json.dumps({**config, "quick_gelu": is_quick}))
         rewards.append(run(image, **options)[1]["videos"][0]["per_video"])
     assert rewards[0] != rewards[1] == rewards[2]
+
+
+def test_every_video_has_a_name_and_a_gradient_of_its_own(run, tmp_path):
+    """Tensor files of one name, several videos in one file, and a file given twice."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_file({"frames": frames(1, 3, 8, 9)}, tmp_path / folder / "x.safetensors")
+        np.save(tmp_path / folder / "y.npy", frames(2, 1, 3, 8, 9).numpy())
+    paths = [tmp_path / folder / name for folder in ("a", "b", "b") for name in ("x.safetensors", "y.npy")]
+    videos = run(*paths, gradients=str(tmp_path / "g.safetensors"))[1]["videos"]
+    assert len({video["name"] for video in videos}) == 9
+    assert {video["name"]: (1, 3, 8, 9) for video in videos} == {name: tuple(value.shape) for name, value in load_file(tmp_path / "g.safetensors").items()}
+    assert f"{tmp_path}/b/y.npy#2[1]" in {video["name"] for video in videos}
+    assert [video["name"] for video in run(*paths[:2])[1]["videos"]] == ["x.safetensors:frames", "y.npy[0]", "y.npy[1]"]
