@@ -1,6 +1,7 @@
 """`lab.py score`, `score-latent` and `pavrm-lora`: options as JSON in, one JSON document or a table out. Entry of a process started by launch.py.
 
-Exit status 0, or 2 when the input is refused; with `--json` the document then has `"verdict": "refused"` and the sentence as `reason`.
+Exit status 0, or 2 when the input is refused; with `--json` the document then has `"verdict": "refused"` and the sentence as `reason`. Status 1 and the
+verdict "incomplete": there are scores, but `errors` lists what could not be scored or measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
 
-REFUSED = 2
+INCOMPLETE, REFUSED = 1, 2
 # Options that name what is read, and what is written.
 _INPUTS = ("weights", "config", "clip", "detector", "landmarks", "reference", "prompts", "trunk", "query", "head", "generator", "input")
 _OUTPUTS = ("csv", "gradients", "results", "baseline", "tensors", "out")
@@ -34,11 +35,14 @@ def main(argv: list[str]) -> int:
         if options.get("json"):
             print(json.dumps({"verdict": "refused", "reason": str(error)}))
         return REFUSED
+    errors = document.get("errors")
     if options.get("json") or "videos" not in document:
-        print(json.dumps({"verdict": "ok", **document}, allow_nan=False))
+        print(json.dumps({"verdict": "incomplete" if errors else "ok", **document}, allow_nan=False))
     else:
         print(_table(document))
-    return 0
+    for error in errors or ():
+        print(f"Error: {error['name']}: {error['reason']}", file=sys.stderr)
+    return INCOMPLETE if errors else 0
 
 
 def _check_outputs(options: dict[str, Any]) -> None:
@@ -124,13 +128,14 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
     from . import media, score_files, score_store, video_prompts
 
     spec = _spec(options)
-    clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
-    prompts = _prompts(options, spec, clips, video_prompts.read)
-    job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
-    store = score_store.ScoreStore(_store_path(options, clips))
     gradients: dict[str, torch.Tensor] | None = {} if options.get("gradients") else None
     with torch.inference_mode(False), score_files.collected_warnings() as warnings:
-        videos = score_files.score(job, store, score_files.progress_bar(), gradients)
+        clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
+        prompts = _prompts(options, spec, clips, video_prompts.read)
+        job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
+        store = score_store.ScoreStore(_store_path(options, clips))
+        scores = score_files.score(job, store, score_files.progress_bar(), gradients)
+    videos, errors = scores.videos, list(scores.errors)
     if options.get("csv"):
         score_store.write_csv(options["csv"], videos)
     if gradients is not None:
@@ -140,7 +145,7 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
     document = {"kind": spec.kind, **_description(spec), "videos": videos, "warnings": list(dict.fromkeys([*warnings, *_kept_warnings(videos)]))}
     if options.get("baseline"):
         document["baseline"] = _baseline(options["baseline"], videos)
-    return document
+    return {**document, "errors": errors}
 
 
 def _kept_warnings(videos: list[dict[str, Any]]) -> list[str]:

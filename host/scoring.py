@@ -192,7 +192,7 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
         prompts_file: A prompt per video, see video_prompts.py.
 
     Raises:
-        ValueError: Nothing to score, or prompts and videos do not fit.
+        ValueError: Nothing to score, prompts and videos do not fit, or videos that cannot be scored; the scores of the others are kept.
     """
     found = paths.input_path(path)
     clips = media.find_clips([found])
@@ -211,8 +211,11 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=str(device))
     store = ScoreStore(paths.scores_folder() / f"{key_of(str(found.resolve()))[:24]}.jsonl")
     with torch.inference_mode(False):
-        rows = score_files.score(job, store, on_progress, load=lambda: _loaded(spec, device))
-    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
+        scores = score_files.score(job, store, on_progress, load=lambda: _loaded(spec, device))
+    if scores.errors:
+        # A mean over fewer videos than the folder holds would pass for the folder's.
+        raise ValueError(scores.failure())
+    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in scores.videos]
 
 
 def files_stamp(path: str | None, prompts_file: str | None = None) -> str:

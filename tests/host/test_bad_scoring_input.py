@@ -32,10 +32,12 @@ def run(hps, capsys):
         status = score_command.main(["score", json.dumps({"paths": [str(path) for path in paths], **job, **options})])
         printed = capsys.readouterr()
         document = json.loads(printed.out)
-        assert "Traceback" not in printed.err and document["verdict"] == {0: "ok", score_command.REFUSED: "refused"}[status]
+        verdicts = {0: "ok", score_command.INCOMPLETE: "incomplete", score_command.REFUSED: "refused"}
+        assert "Traceback" not in printed.err and document["verdict"] == verdicts[status]
         reason = document.get("reason", "")
-        assert f"Error: {reason}" in printed.err or status == 0
-        return status, None if status else document, reason
+        assert f"Error: {reason}" in printed.err or status != score_command.REFUSED
+        assert all(f"Error: {error['name']}: {error['reason']}" in printed.err for error in document.get("errors", ()))
+        return status, None if status == score_command.REFUSED else document, reason
 
     return call
 
@@ -324,3 +326,46 @@ def test_every_video_has_a_name_and_a_gradient_of_its_own(run, tmp_path):
     assert {video["name"]: (1, 3, 8, 9) for video in videos} == {name: tuple(value.shape) for name, value in load_file(tmp_path / "g.safetensors").items()}
     assert f"{tmp_path}/b/y.npy#2[1]" in {video["name"] for video in videos}
     assert [video["name"] for video in run(*paths[:2])[1]["videos"]] == ["x.safetensors:frames", "y.npy[0]", "y.npy[1]"]
+
+
+def test_a_broken_file_keeps_no_other_from_its_score(run, tmp_path, hps):
+    pictures(tmp_path / "clips", "a.png", "z.png")
+    for name in ("m.png", "n.npy", "o.safetensors"):
+        (tmp_path / "clips" / name).write_bytes(b"not that at all")
+    (tmp_path / "clips" / "link.png").symlink_to(tmp_path / "absent.png")
+    options = {"results": str(tmp_path / "kept.jsonl"), "csv": str(tmp_path / "s.csv")}
+    for _ in range(2):
+        status, document, _ = run(tmp_path / "clips", **options)
+        assert status == score_command.INCOMPLETE and [video["name"] for video in document["videos"]] == ["a.png", "z.png"]
+        assert [error["name"] for error in document["errors"]] == ["link.png", "m.png", "n.npy", "o.safetensors"]
+        assert all(str(tmp_path / "clips" / error["name"]) in error["reason"] for error in document["errors"])
+    assert len(Path(options["results"]).read_text().splitlines()) == 2 and "z.png" in Path(options["csv"]).read_text()
+    for name in ("a.png", "z.png"):
+        (tmp_path / "clips" / name).unlink()
+    status, _, reason = run(tmp_path / "clips")
+    assert status == score_command.REFUSED and reason.startswith("4 of 4 videos cannot be scored") and "m.png cannot be read as a picture" in reason
+
+
+def test_tensor_files_without_frames_are_left_out_of_a_folder_and_refused_by_name(run, repo, tmp_path):
+    pictures(tmp_path, "a.png")
+    save_file({"blocks.0.self_attn.q.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
+    np.save(tmp_path / "grey.npy", frames(2, 1, 8, 9).numpy())
+    status, document, _ = run(tmp_path)
+    assert status == 0 and [video["name"] for video in document["videos"]] == ["a.png"]
+    assert all(any(f"{tmp_path / name} " in text and "left out" in text for text in document["warnings"]) for name in ("lora.safetensors", "grey.npy"))
+    assert "no tensor that could be frames" in run(tmp_path / "a.png", tmp_path / "lora.safetensors")[2]
+
+
+@pytest.mark.parametrize("kind", ["hpsv2", "mps"])
+def test_every_clip_whose_prompt_is_cut_says_so(run, shared_fixtures, tmp_path, kind):
+    """The text is encoded for the first of them only; in a batch of prompts, all of them for the first clip."""
+    files, long, other = pictures(tmp_path, "a.png", "b.png", "c.png", "d.png"), "word " * 80, "thing " * 90
+    (tmp_path / "p.json").write_text(json.dumps(["short", long, long, other]))
+    mps = shared_fixtures / "scorers" / "mps"
+    own = {"weights": str(mps / "mps_tiny.safetensors"), "config": str(mps / "config.json"), "normalise": "batch"} if kind == "mps" else {}
+    options = {"prompt": None, "prompts": str(tmp_path / "p.json"), "results": str(tmp_path / "kept.jsonl"), "kind": kind, **own}
+    for _ in range(2):
+        document = run(*files, **options)[1]
+        found = [" ".join(video["warnings"]) for video in document["videos"]]
+        assert found[0] == "" and found[1] == found[2] and "80 tokens, 75 fit" in found[1] and "word" not in found[3] and "90 tokens, 75 fit" in found[3]
+        assert len(document["warnings"]) == 2

@@ -80,6 +80,18 @@ def test_folder_is_scored_with_a_prompt_each_and_goes_on_where_it_stopped(base, 
     assert Path(output.args[3]).read_text().count("clip1.png") == 2
 
 
+def test_what_is_wrong_with_videos_of_a_folder_is_told_by_name(base, hps):
+    (base / "input" / "prompts.json").write_text(json.dumps(["a cat", "word " * 80, "word " * 80]))
+    for _ in range(2):
+        text = ScoreVideo.execute(hps, "", path="clips", prompts_file="prompts.json").ui["text"][0]
+        assert "\nclip1.png, clip2.png: Prompt needs 80 tokens" in text and text.count("Prompt needs") == 1
+    (base / "input" / "clips" / "clip00.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 of 4 videos cannot be scored; .*\nclip00.png: .* cannot be read as a picture"):
+        ScoreVideo.execute(hps, "a cat", path="clips")
+    (base / "input" / "clips" / "clip00.png").unlink()
+    assert "3 videos" in ScoreVideo.execute(hps, "a cat", path="clips").ui["text"][0]
+
+
 def test_prompts_that_do_not_fit_the_videos_are_named(base, hps):
     (base / "input" / "two.txt").write_text("a cat\na dog\n")
     with pytest.raises(ValueError, match="holds 2 prompts, but there are 3 videos"):
