@@ -131,9 +131,11 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
     gradients: dict[str, torch.Tensor] | None = {} if options.get("gradients") else None
     with torch.inference_mode(False), score_files.collected_warnings() as warnings:
         clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
+        if options.get("baseline") and len(clips) < 2:
+            raise ValueError("--baseline measures how far rewards spread and needs at least 2 videos (better 16 or more), got 1; give more, or leave it out.")
         prompts = _prompts(options, spec, clips, video_prompts.read)
         job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
-        store = score_store.ScoreStore(_store_path(options, clips))
+        store = score_store.ScoreStore(_store_path(options, clips), is_read=not options.get("no_resume"))
         scores = score_files.score(job, store, score_files.progress_bar(), gradients)
     videos, errors = scores.videos, list(scores.errors)
     if options.get("csv"):
@@ -144,7 +146,10 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
         save_file(gradients, options["gradients"])
     document = {"kind": spec.kind, **_description(spec), "videos": videos, "warnings": list(dict.fromkeys([*warnings, *_kept_warnings(videos)]))}
     if options.get("baseline"):
-        document["baseline"] = _baseline(options["baseline"], videos)
+        try:
+            document["baseline"] = _baseline(options["baseline"], videos)
+        except (ValueError, OSError) as error:
+            errors.append({"name": "--baseline", "path": options["baseline"], "reason": str(error)})
     return {**document, "errors": errors}
 
 

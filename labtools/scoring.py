@@ -40,7 +40,7 @@ def arguments_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--csv", metavar="FILE", help="also write a table")
     parser.add_argument("--results", metavar="FILE", help="keep finished scores in this .jsonl, and take them from it (folders: kept in the cache by default)")
-    parser.add_argument("--no-resume", action="store_true", help="score everything anew")
+    parser.add_argument("--no-resume", action="store_true", help="score everything anew; nothing is taken from --results, and new scores still go there")
     parser.add_argument("--gradients", metavar="FILE", help="write d(video reward)/d(frames) per video to a .safetensors")
     parser.add_argument("--baseline", metavar="FILE", help="write mean and standard deviation over the videos, for a mix")
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reward_lab.host import media, score_command, score_store, video_prompts
+from reward_lab.host import media, reward_loading, score_command, score_store, video_prompts
 
 
 @pytest.fixture
@@ -369,3 +369,27 @@ def test_every_clip_whose_prompt_is_cut_says_so(run, shared_fixtures, tmp_path, 
         found = [" ".join(video["warnings"]) for video in document["videos"]]
         assert found[0] == "" and found[1] == found[2] and "80 tokens, 75 fit" in found[1] and "word" not in found[3] and "90 tokens, 75 fit" in found[3]
         assert len(document["warnings"]) == 2
+
+
+def test_a_baseline_that_cannot_be_measured_costs_no_score(run, tmp_path, monkeypatch):
+    files = pictures(tmp_path, "a.png", "b.png")
+    files[1].write_bytes(files[0].read_bytes())
+    baseline = str(tmp_path / "base.json")
+    status, document, _ = run(*files, baseline=baseline)
+    assert status == score_command.INCOMPLETE and len(document["videos"]) == 2 and not Path(baseline).exists()
+    assert [error["name"] for error in document["errors"]] == ["--baseline"] and "have the same reward" in document["errors"][0]["reason"]
+    pictures(tmp_path, "c.png", "b.png")
+    assert run(*files, baseline=baseline)[1]["baseline"] == json.loads(Path(baseline).read_text())
+    monkeypatch.setattr(reward_loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+    assert "--baseline measures how far rewards spread and needs at least 2 videos" in run(files[0], baseline=baseline)[2]
+
+
+def test_no_resume_takes_nothing_from_the_results_and_still_writes_them(run, tmp_path):
+    (image,) = pictures(tmp_path, "a.png")
+    kept = tmp_path / "kept.jsonl"
+    true = run(image, results=str(kept))[1]["videos"][0]["per_video"]
+    entry = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**entry, "score": {**entry["score"], "per_video": 7.0}}) + "\n")
+    assert run(image, results=str(kept))[1]["videos"][0]["per_video"] == 7.0
+    assert run(image, results=str(kept), no_resume=True)[1]["videos"][0]["per_video"] == true
+    assert run(image, results=str(kept))[1]["videos"][0]["per_video"] == true

@@ -57,7 +57,7 @@ def hps(base):
 
 
 def test_folder_is_scored_with_a_prompt_each_and_goes_on_where_it_stopped(base, hps, monkeypatch):
-    (base / "input" / "prompts.csv").write_text("file,prompt\nclip2.png,a dog\nclip0,a cat\nclip1.png,\"a fox, red\"\n")
+    (base / "input" / "prompts.csv").write_text('file,prompt\nclip2.png,a dog\nclip0,a cat\nclip1.png,"a fox, red"\n')
     calls, original = [], score_files._score_clip
 
     def counted(model, clip, prompt, *rest):
@@ -198,9 +198,7 @@ def test_every_latent_of_a_batch_is_scored_with_its_own_text(base, latent_spec, 
     texts = torch.nn.functional.pad(torch.cat([inputs["case0.text"], inputs["case1.text"][:, :7]]), (0, 0, 0, 506))
     both = ScoreLatent.execute({"samples": latents}, [[texts, {}]], latent_spec, "0.2, 0.7", 5)
     document = json.loads(both.args[2])
-    singles = [
-        json.loads(ScoreLatent.execute({"samples": latents[i : i + 1]}, [[texts[i : i + 1], {}]], latent_spec, "0.2, 0.7", 5).args[2]) for i in range(2)
-    ]
+    singles = [json.loads(ScoreLatent.execute({"samples": latents[i : i + 1]}, [[texts[i : i + 1], {}]], latent_spec, "0.2, 0.7", 5).args[2]) for i in range(2)]
     assert document["videos"] == [single["videos"][0] for single in singles] and document["levels"] == singles[0]["levels"]
     assert singles[0]["probability"] != singles[1]["probability"]
     assert both.args[0] == pytest.approx(sum(single["probability"] for single in singles) / 2)
