@@ -6,6 +6,7 @@ verdict "incomplete": there are scores, but `errors` lists what could not be sco
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
+from ..reward_models.spec import ALIASES, KINDS, OPTIONS, OPTIONS_OF, PATHLESS, RewardModelSpec, read_rows, refuse_unknown
 
 INCOMPLETE, REFUSED = 1, 2
 # Options that name what is read, and what is written.
@@ -94,32 +95,50 @@ def _spec(options: dict[str, Any]) -> RewardModelSpec:
         raise ValueError("A PAVRM scores latents, not frames: use `lab.py score-latent`.")
     if kind not in KINDS:
         raise ValueError(f"--kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    _refuse_foreign(kind, options)
     if kind == "mix":
         return _mix_spec(options)
     if not options.get("weights") and kind not in PATHLESS:
         raise ValueError(f"--kind {kind} needs --weights FILE.")
-    names = ("config", "resize", "condition", "threshold", "normalise", "scale", "clip", "detector", "landmarks", "reference", "missing")
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    if options.get("stability"):
-        given["stability"] = True
-    if options.get("antialias") is not None:
-        given["antialias"] = options["antialias"] == "on"
+    given = {name: options[name] for name in OPTIONS_OF[kind] if _is_given(options, name)}
+    if "antialias" in given:
+        given["antialias"] = given["antialias"] == "on"
     return RewardModelSpec(kind=kind, path=options.get("weights") or "", options=given)
 
 
+def _is_given(options: dict[str, Any], name: str) -> bool:
+    return options.get(name) is not None and options[name] is not False
+
+
+def _refuse_foreign(kind: str, options: dict[str, Any]) -> None:
+    """Options that would change nothing are refused: whoever gives one believes that it does.
+
+    Raises:
+        ValueError: such an option, and why it has no effect.
+    """
+    known = ("config",) if kind == "mix" else OPTIONS_OF[kind]
+    foreign = [name for name in OPTIONS if name not in known and _is_given(options, name)]
+    if kind in PATHLESS:
+        # A mix gives its dtype to every reward; a measure has no matrices.
+        foreign += [name for name in ("weights", *(() if kind == "mix" else ("dtype",))) if _is_given(options, name)]
+    if foreign:
+        reason = "each row of the mix has files and options of its own" if kind == "mix" else f"its options are {', '.join(known) or 'none'}"
+        raise ValueError(f"{', '.join(f'--{name}' for name in foreign)} cannot be set for {kind}; {reason}.")
+
+
 def _mix_spec(options: dict[str, Any]) -> RewardModelSpec:
-    """A mix is described by a JSON file, rows of {"name", "reward": {"kind", "path", "options"}, "weight", "centre", "scale"}; paths start beside it."""
+    """A mix is described by a JSON file, {"rows": [...]} with rows as `spec.read_rows` takes them; paths start beside it."""
     if not options.get("config"):
         raise ValueError('--kind mix needs --config MIX.json: {"rows": [{"reward": {"kind": ..., "path": ...}, "weight": 1, "centre": 0, "scale": 1}, ...]}.')
     path = Path(options["config"])
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))["rows"]
-        for row in rows:
-            if row["reward"].get("path"):
-                row["reward"]["path"] = str(path.parent / row["reward"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the description of a reward mix ({type(error).__name__}: {error}).") from error
-    return RewardModelSpec(kind="mix", path="", options={"rows": rows})
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        refuse_unknown(document, ("rows",), "The description of a mix")
+        rows = read_rows(document.get("rows"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not the description of a reward mix: {error}") from error
+    here = [dataclasses.replace(row, reward=row.reward.beside(path.parent)).to_dict() for row in rows]
+    return RewardModelSpec(kind="mix", path="", options={"rows": here})
 
 
 def _score(options: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +193,7 @@ def _prompts(options: dict[str, Any], spec: RewardModelSpec, clips: list, read) 
         return read(options["prompts"], [clip.name for clip in clips], [clip.path.absolute() for clip in clips])
     if options.get("prompt") is not None:
         return [options["prompt"]] * len(clips)
-    if spec.kind in ("aesthetic", "face", "dynamic_degree", "flicker", "drift"):
+    if not spec.reads_text:
         return [""] * len(clips)
     raise ValueError(f"{spec.kind} compares videos with a text: give --prompt TEXT or --prompts FILE.")
 

@@ -117,8 +117,7 @@ def _keys(job: Job) -> list[str]:
 
 
 def _is_batched(spec: RewardModelSpec) -> bool:
-    rows = [RewardModelSpec.from_dict(row["reward"]) for row in spec.options.get("rows", ())]
-    return spec.options.get("normalise") == "batch" or any(map(_is_batched, rows))
+    return spec.options.get("normalise") == "batch" or any(_is_batched(row.reward) for row in spec.rows())
 
 
 def _in_batch(model: Any, job: Job) -> RewardModel:

@@ -123,8 +123,7 @@ def require_text(spec: RewardModelSpec, prompt: str) -> None:
     Raises:
         ValueError: The prompt is empty and the model needs one.
     """
-    kinds = [RewardModelSpec.from_dict(row["reward"]).kind for row in spec.options.get("rows", ())] or [spec.kind]
-    if not prompt.strip() and any(kind in ("hpsv2.1", "mps", "pickscore") for kind in kinds):
+    if not prompt.strip() and spec.reads_text:
         raise ValueError("The prompt is empty. Write what the video should show; reward models score frames for a text.")
 
 

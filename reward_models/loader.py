@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import aesthetic, clip, face, hpsv2, layouts, measures, mix, mps, pickscore, published, stability
 from .base import RewardModel
-from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, RewardModelSpec
+from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, read_rows
 from .weights import Weights, load_into, read_weights
 
 _LOG = logging.getLogger("reward_lab")
@@ -98,12 +98,9 @@ def _check_published(kind: str, path: Path) -> None:
 
 
 def _mix(rows: Any, device: torch.device | str, dtype: torch.dtype) -> RewardModel:
-    components = []
-    for row in rows:
-        numbers = {name: float(row[name]) for name in ("weight", "centre", "scale") if name in row}
-        model = RewardModelSpec.from_dict(row["reward"]).load(device, dtype)
-        components.append(mix.Component(name=str(row.get("name") or model.name), model=model, **numbers))
-    return mix.MixReward(components)
+    return mix.MixReward(
+        [mix.Component(name=row.name, model=row.reward.load(device, dtype), weight=row.weight, centre=row.centre, scale=row.scale) for row in read_rows(rows)]
+    )
 
 
 def _clip_network(content: Weights, path: Path, config: Mapping[str, Any] | str | Path | None, kind: str) -> nn.Module:
