@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from reward_lab.host import score_command
+from reward_lab.reward_models import arcface
 from reward_lab.reward_models.spec import RewardModelSpec, read_rows
 
 FLICKER = {"reward": {"kind": "flicker"}}
@@ -68,6 +70,21 @@ def test_files_of_a_mix_are_looked_for_beside_it(mix, run, shared_fixtures, tmp_
     face = {"detector": "d.pth", "reference": "faces", "landmarks": "/abs/l.safetensors"}
     spec = RewardModelSpec(kind="face", path="r.onnx", options=face).beside(Path("/m"))
     assert dict(spec.options) == {"detector": "/m/d.pth", "reference": "/m/faces", "landmarks": "/abs/l.safetensors"}
+
+
+def test_a_face_in_a_mix_takes_pictures_as_its_reference(mix, run, clip, tmp_path):
+    backbone = arcface.IResNet((1, 1, 1, 1), 32).eval()
+    torch.save(backbone.state_dict(), tmp_path / "face.pth")
+    frames = load_file(clip)["frames"][:1]
+    save_file({"frames": frames}, clip)
+    save_file({"landmarks": torch.tensor([[[9.0, 6.0], [19.0, 6.0], [14.0, 10.0], [10.0, 15.0], [18.0, 15.0]]])}, tmp_path / "l.safetensors")
+    (tmp_path / "faces").mkdir()
+    pixels = (frames[0].movedim(0, -1) * 255).round().byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "faces" / "a.png")
+    options = {"landmarks": str(tmp_path / "l.safetensors"), "reference": str(tmp_path / "faces")}
+    single = run("face", weights=str(tmp_path / "face.pth"), **options)["videos"][0]["per_video"]
+    document = mix([{"reward": {"kind": "face", "path": "../face.pth", "options": {"landmarks": "../l.safetensors", "reference": "../faces"}}, "weight": 2}])
+    assert document["videos"][0]["per_video"] == pytest.approx(2 * single, abs=1e-6) and single > 0.9, "the reference is the frame itself"
 
 
 def test_a_mix_that_reads_no_text_needs_no_prompt(mix, run):
