@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 import comfy.ldm.modules.diffusionmodules.model
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.ops
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..lora_train.input_config import LATENTS
 from ..lora_train.lora.adapter import LoraAdapter, LoraLayer
 from ..lora_train.lora.linears import install
 from ..lora_train.lora.targets import select_targets
@@ -31,6 +33,10 @@ from .wan import WanBackbone
 
 # The device that stands for the card; the host is `cpu`.
 CARD = torch.device("meta")
+_VAES = {
+    "wan2.1": (comfy.ldm.wan.vae.WanVAE, {"dim": 96, "z_dim": 16}),
+    "wan2.2": (comfy.ldm.wan.vae2_2.WanVAE, {"dim": 160, "dec_dim": 256, "z_dim": 48}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +133,22 @@ def _mark_blocks(timeline: MemoryTimeline, executor: BlockExecutor) -> None:
     executor.store.use = marked
 
 
-def dry_decode(latents: int, width_px: int, height_px: int, keep_place: str, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Watched]:
+def dry_decode(
+    latents: int, width_px: int, height_px: int, keep_place: str, *, vae: str = "wan2.1", dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Watched]:  # fmt: skip
     """A decode of the published VAE's width: `gradient`, forward and backward; `stream`, without gradient. Weights are not counted.
 
     Args:
         latents: latent frames, all of them decoded.
         keep_place: where feature caches wait, `device` or `host`.
+        vae: a key of `LATENTS`.
     """
+    kind, sizes = _VAES[vae]
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with CARD:
-            network = comfy.ldm.wan.vae.WanVAE(dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+            network = kind(**sizes, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
     finally:
         torch.set_default_dtype(before)
     # As on a card; the host's CPU attention asks a device for its free memory, which this one cannot tell.
@@ -147,7 +157,8 @@ def dry_decode(latents: int, width_px: int, height_px: int, keep_place: str, *, 
     decoder.keep_device = torch.device("cpu") if keep_place == "host" else CARD
     found = {}
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTimeline(CARD.type) as timeline:
-        latent = torch.empty(1, decoder.latent_channels, latents, height_px // 8, width_px // 8, device=CARD).requires_grad_()
+        cell = LATENTS[vae].pixels
+        latent = torch.empty(1, decoder.latent_channels, latents, height_px // cell, width_px // cell, device=CARD).requires_grad_()
         frames = decoder.decode(latent)
         torch.autograd.grad(frames, latent, torch.empty_like(frames))
         del frames

@@ -26,9 +26,9 @@ _POLL_S = 0.005
 class CardMeter:
     """Bytes of tensors on a CUDA or ROCm card, weights included. See `lora_train.rehearsal.MemoryMeter`."""
 
-    def __init__(self, device: torch.device, predicted_bytes: Callable[[], int], memory_bytes: int) -> None:
+    def __init__(self, device: torch.device, predicted_bytes: Callable[[str], int], memory_bytes: int) -> None:
         """Args:
-        predicted_bytes: the plan's peak without driver.
+        predicted_bytes: the plan's peak without driver, of the rehearsal or of the run.
         memory_bytes: what the run may use.
         """
         self._device = device
@@ -53,7 +53,7 @@ class ProcessMeter:
 
     Memory that the allocator has kept from before is used again without growth, so a step may show less than it takes."""
 
-    def __init__(self, predicted_bytes: Callable[[], int], free_bytes: int) -> None:
+    def __init__(self, predicted_bytes: Callable[[str], int], free_bytes: int) -> None:
         self._process = psutil.Process()
         self.predicted_bytes = predicted_bytes
         self.limit_bytes = free_bytes
@@ -102,12 +102,14 @@ def meter_of(config: TrainConfig, device: torch.device, knobs_of: Callable[[], K
     def choice() -> Choice:
         return Choice(**{entry.name: getattr(knobs_of(), entry.name) for entry in fields(Choice)})
 
-    def on_card() -> int:
-        return max(phases(job, choice()).values())
+    def on_card(when: str) -> int:
+        """Clips are made before anything is measured; looks are not rehearsed."""
+        left_out = ("clips", "looks") if when == "rehearsal" else ("clips",)
+        return max(value for name, value in phases(job, choice()).items() if name not in left_out)
 
-    def growth() -> int:
+    def growth(when: str) -> int:
         """Of one process that is card and host in one: what a step needs beyond what is there between steps, and the LoRA's gradients."""
         host = host_parts(job, choice())
-        return on_card() - rest_bytes(job, choice()) + host["activations"] + host["decoder"] + 4 * job.lora_parameters
+        return on_card(when) - rest_bytes(job, choice()) + host["activations"] + host["decoder"] + 4 * job.lora_parameters
 
     return ProcessMeter(growth, memory_bytes) if device.type == "cpu" else CardMeter(device, on_card, memory_bytes)

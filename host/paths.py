@@ -14,16 +14,24 @@ import torch
 from PIL import Image
 
 REWARD_MODEL_FOLDER = "reward_models"
+EXPERT_FOLDER = "diffusion_models"
+# ComfyUI-GGUF's name for the same folders (`diffusion_models`, `unet`) with another ending.
+GGUF_FOLDER = "unet_gguf"
+GGUF_EXTENSION = ".gguf"
 REWARD_MODEL_EXTENSIONS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def register_model_folders() -> None:
-    """Tell the host about `models/reward_models`. The host would list every file of a new folder, so extensions are set here."""
+    """Tell the host about `models/reward_models` and GGUF files. The host would list every file of a new folder, so extensions are set here."""
     folder = Path(folder_paths.models_dir) / REWARD_MODEL_FOLDER
     folder_paths.add_model_folder_path(REWARD_MODEL_FOLDER, str(folder))
     # Where Train PAVRM puts its files, as the host does with `output/loras`.
     folder_paths.add_model_folder_path(REWARD_MODEL_FOLDER, str(trained_reward_models_folder()))
-    folder_paths.folder_names_and_paths[REWARD_MODEL_FOLDER][1].update(REWARD_MODEL_EXTENSIONS)
+    known = folder_paths.folder_names_and_paths
+    known[REWARD_MODEL_FOLDER][1].update(REWARD_MODEL_EXTENSIONS)
+    if GGUF_EXTENSION not in known.get(GGUF_FOLDER, ([], set()))[1]:
+        # The very list of folders, so that those which are added later belong to it as well.
+        known[GGUF_FOLDER] = (known[EXPERT_FOLDER][0], {GGUF_EXTENSION})
 
 
 def model_files(folder_name: str) -> list[str]:
@@ -38,6 +46,25 @@ def model_files(folder_name: str) -> list[str]:
     if folder_name not in folder_paths.folder_names_and_paths:
         return []
     return folder_paths.get_filename_list(folder_name)
+
+
+def expert_files() -> list[str]:
+    """List the files of diffusion models, GGUF ones last."""
+    return list(dict.fromkeys([*model_files(EXPERT_FOLDER), *model_files(GGUF_FOLDER)]))
+
+
+def expert_path(file_name: str) -> Path:
+    """Return the absolute path of a diffusion model.
+
+    Raises:
+        ValueError: When no such file is in the folders.
+    """
+    return model_path(GGUF_FOLDER if is_gguf(file_name) else EXPERT_FOLDER, file_name)
+
+
+def is_gguf(file: str | Path) -> bool:
+    """Tell by its name whether a file is in the GGUF format."""
+    return str(file).lower().endswith(GGUF_EXTENSION)
 
 
 def model_path(folder_name: str, file_name: str) -> Path:

@@ -73,13 +73,17 @@ def make_config(wan_files: Mapping[str, str], dataset: str, settings: Mapping[st
     """Turn the node's inputs into a config.
 
     Raises:
-        ValueError: a value is out of range, a sweep without votes, or `advanced` is no JSON object or has an unknown name.
+        ValueError: a value is out of range, a trunk in GGUF, a sweep without votes, or `advanced` is no JSON object or has an unknown name.
     """
     trunk = {TRUNKS[0]: wan_files["low"] or wan_files["high"], TRUNKS[1]: wan_files["high"]}.get(settings["trunk"])
     if trunk is None:
         if settings["pavrm_file"] == NO_FILE:
             raise ValueError("trunk is 'PAVRM file', but no file is chosen. Choose one for pavrm_file, or begin with an expert.")
         trunk = str(paths.model_path(paths.REWARD_MODEL_FOLDER, settings["pavrm_file"]))
+    if paths.is_gguf(trunk):
+        raise ValueError(
+            f"The trunk would be {Path(trunk).name}, a GGUF file, whose weights cannot be learned. Choose the expert's safetensors file, or a PAVRM."
+        )
     values: dict[str, Any] = {
         "kind": "pavrm",
         "name": settings["name"],

@@ -101,7 +101,13 @@ def picture(config: TrainConfig, found: Mapping[str, Any]):
         Bars(title="In memory", unit="GB", rows=(*memory, ("peak", found["host_peak_bytes"] / 1e9)), limit=free, limit_label=f"{free:.1f} GB free"),
     ]
     seconds = ", ".join(f"{name} {table.duration(value)}" for name, value in found["seconds_per_step"].items() if name != "total" and value >= 0.005)
-    notes = [f"An update: {seconds}.", f"Knobs: {table.knobs(found['knobs'])}.", f"{found['note'][0].upper()}{found['note'][1:]}."]
+    once = table.clips(config, found)
+    notes = [
+        f"An update: {seconds}.",
+        *([f"{once[0].upper()}{once[1:]}."] if once else []),
+        f"Knobs: {table.knobs(found['knobs'])}.",
+        f"{found['note'][0].upper()}{found['note'][1:]}.",
+    ]
     if not found["fits"]:
         notes.insert(0, f"{refusal(found).partition('; ')[2][:1].upper()}{refusal(found).partition('; ')[2][1:]}.")
     video = config.video

@@ -154,6 +154,12 @@ def _check_pavrm(config: TrainConfig, pavrm: RewardSource, text_width: int) -> N
         channels, own = _input_channels(header), config.video.latent_channels
         if channels is not None and channels not in (own, 2 * own + MASK_CHANNELS):
             raise ValueError(f"the PAVRM reads {channels} channels, but latents of {config.video.vae} have {own}; it belongs to another model")
+        scores_imageless = config.method == "one_pass" or config.starts_from_clips or bool(config.held_out.every) or config.real.keep < 1
+        if channels == 2 * own + MASK_CHANNELS and scores_imageless:
+            raise ValueError(
+                f"the PAVRM reads start images ({channels} channels), but held-out looks, clips and one_pass have none: use method prfl with start images "
+                "and held_out.every 0, or a PAVRM of a text-to-video model"
+            )
 
 
 def _text_width(header: Header) -> int | None:

@@ -24,7 +24,7 @@ from ..testlab.axes import parse_axes
 from . import paths, queue, scoring
 
 GRID_CLASS = "RewardLabTestLabGrid"
-WEIGHT_FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", paths.REWARD_MODEL_FOLDER)
+WEIGHT_FOLDERS = (paths.EXPERT_FOLDER, paths.GGUF_FOLDER, "text_encoders", "vae", "loras", paths.REWARD_MODEL_FOLDER)
 WEIGHT_ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
 
 

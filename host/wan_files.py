@@ -13,6 +13,7 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import folder_paths
+import nodes
 import torch
 
 from ..lora_train.flow import EXPERTS
@@ -29,7 +30,9 @@ logger = logging.getLogger("reward_lab")
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # Chosen for the low-noise expert of a model that has none.
 NO_EXPERT = "none (one model)"
-FOLDERS = {"high": "diffusion_models", "low": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
+# ComfyUI-GGUF's loader: ComfyUI itself knows no layers for such weights.
+GGUF_LOADER = "UnetLoaderGGUF"
 # A key that only files of that kind have; told apart by suffix, since full checkpoints put prefixes before it.
 MARKS = {
     "high": ("head.head.weight", "a Wan diffusion model"),
@@ -39,9 +42,24 @@ MARKS = {
 }
 
 
+class NotLoadedError(AttributeError):
+    """A node uses a model that is not there. An attribute that is not there, to the host, which asks every output for some."""
+
+
+class NoModel:
+    """Stands in a MODEL's place: whatever uses it fails with the reason, and the nodes that do not, run. An output that blocks would leave no failure in the
+    host's history, where sweeps and API clients look for it."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotLoadedError(self._reason)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedWan:
-    """The host's objects for one Wan2.2 model."""
+    """The host's objects for one Wan2.2 model; a GGUF model that cannot be loaded is a `NoModel`."""
 
     model_high: Any
     model_low: Any
@@ -53,8 +71,8 @@ def resolve(high: str, low: str, text_encoder: str, vae: str, weight_dtype: str 
     """Find the files and check them without loading.
 
     Args:
-        high: Name in models/diffusion_models.
-        low: Name in models/diffusion_models, or NO_EXPERT; a 5B model's name stands for that as well.
+        high: Name in models/diffusion_models, safetensors or GGUF.
+        low: The same, or NO_EXPERT; a 5B model's name stands for that as well.
         text_encoder: Name in models/text_encoders.
         vae: Name in models/vae.
         weight_dtype: One of WEIGHT_DTYPES.
@@ -69,7 +87,7 @@ def resolve(high: str, low: str, text_encoder: str, vae: str, weight_dtype: str 
         raise ValueError(f"weight_dtype is {weight_dtype!r}; it must be one of {', '.join(WEIGHT_DTYPES)}.")
     names = {"high": high, "low": low, "text_encoder": text_encoder, "vae": vae}
     names = {role: name for role, name in names.items() if name != NO_EXPERT}
-    found = {role: paths.model_path(FOLDERS[role], name) for role, name in names.items()}
+    found = {role: paths.model_path(FOLDERS[role], name) if role in FOLDERS else paths.expert_path(name) for role, name in names.items()}
     headers = {role: _checked_header(role, path) for role, path in found.items()}
     if found.get("low") == found["high"] and latent_channels(headers["high"]) == LATENTS["wan2.2"].channels:
         del found["low"], headers["low"]
@@ -83,7 +101,7 @@ def resolve(high: str, low: str, text_encoder: str, vae: str, weight_dtype: str 
 
 
 def load(files: dict[str, str]) -> LoadedWan:
-    """Load the files that `resolve` found, through the host's own loaders.
+    """Load the files that `resolve` found, through the host's own loaders; GGUF files through ComfyUI-GGUF's, where that is installed.
 
     Args:
         files: WAN_FILES.
@@ -95,7 +113,10 @@ def load(files: dict[str, str]) -> LoadedWan:
     model_options = {} if dtype is None else {"dtype": dtype}
     models = {}
     for expert in filter(files.get, EXPERTS):
-        models[expert] = comfy.sd.load_diffusion_model(files[expert], model_options=dict(model_options))
+        if paths.is_gguf(files[expert]) and GGUF_LOADER not in nodes.NODE_CLASS_MAPPINGS:
+            models[expert] = NoModel(_no_gguf(files[expert]))
+            continue
+        models[expert] = _load_gguf(files[expert]) if paths.is_gguf(files[expert]) else comfy.sd.load_diffusion_model(files[expert], dict(model_options))
         if files["low"]:
             models[expert].set_attachments(EXPERT_ATTACHMENT, expert)
     clip = load_text_encoder(files["text_encoder"], embedding_directory=folder_paths.get_folder_paths("embeddings"))
@@ -105,10 +126,24 @@ def load(files: dict[str, str]) -> LoadedWan:
     return LoadedWan(model_high=models["high"], model_low=models.get("low", models["high"]), clip=clip, vae=vae)
 
 
+def _load_gguf(path: str) -> Any:
+    """The MODEL that ComfyUI-GGUF makes of a file, which it finds by its name in the host's folders."""
+    folders = folder_paths.get_folder_paths(paths.GGUF_FOLDER)
+    name = next(Path(path).relative_to(folder).as_posix() for folder in folders if Path(path).is_relative_to(folder))
+    return nodes.NODE_CLASS_MAPPINGS[GGUF_LOADER]().load_unet(name)[0]
+
+
+def _no_gguf(path: str) -> str:
+    return (
+        f"{Path(path).name} can be trained, but ComfyUI itself cannot sample GGUF files: install the custom node ComfyUI-GGUF, whose loader is then used "
+        "here, or choose the safetensors file of this expert."
+    )
+
+
 def _checked_header(role: str, path: Path) -> Header:
-    """Read a file's header and check that it is of the right kind. Files of other formats are left to the host."""
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        logger.warning("%s is not a safetensors file; it is not checked before loading", path.name)
+    """Read a file's header and check that it is of the right kind. Files of other formats than safetensors and GGUF are left to the host."""
+    if path.suffix.lower() not in (".safetensors", ".sft", paths.GGUF_EXTENSION):
+        logger.warning("%s is neither a safetensors nor a GGUF file; it is not checked before loading", path.name)
         return Header(shapes={}, dtypes={}, bytes_of={}, metadata={})
     header = read_header(path, ROLES[role])
     mark, kind = MARKS[role]

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -140,6 +141,10 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     logger.info("run %s: training %s on %s in %s", folder.name, "a PAVRM" if is_pavrm else " and ".join(config.trained_experts), device, dtype)
     if resume:
+        from ..lora_train import checkpoint
+
+        # Before anything of the run that there is gets cut.
+        checkpoint.check_settings(folder, config)
         _forget_after_checkpoint(folder)
     if is_pavrm:
         pavrm_worker.train(config, folder, stop, resume, device, dtype)
@@ -205,8 +210,9 @@ def _open_real(config):
     """Real latents of a file, or of a dataset of encoded videos.
 
     Raises:
-        ValueError: they cannot be read, or are those of another VAE.
+        ValueError: they cannot be read, or are those of another VAE or of another size than the run's videos.
     """
+    from ..lora_train.input_config import LATENTS
     from ..lora_train.real import RealLatents, RealSamples
     from . import datasets
 
@@ -220,7 +226,22 @@ def _open_real(config):
             f"the real latents {path} have {real.shape[0]} channels, but video.vae is {config.video.vae!r}, which has {config.video.latent_channels}: "
             "encode the videos with the VAE of these models"
         )
+    wanted, cell = config.video.latent_shape(1)[1:], LATENTS[config.video.vae].pixels
+    is_larger = math.prod(real.shape) > math.prod(wanted)
+    # What starts from clips has their size; beside rollouts, smaller ones do no harm. The plan and everything else reckon with video.*.
+    if real.shape != wanted and (is_larger or config.starts_from_clips):
+        (width, height, frames), video = _video_size(real.shape, cell), config.video
+        raise ValueError(
+            f"the real latents {path} are of videos of {width} x {height} px and {frames} frames, but video says {video.width_px} x {video.height_px} px and "
+            f"{video.frames} frames; set video.width_px {width}, height_px {height} and frames {frames}, or encode the videos at the size of video"
+        )
     return real
+
+
+def _video_size(shape_CFHW, cell_px: int) -> tuple[int, int, int]:
+    """Width, height and frames of a latent's video."""
+    _, frames, height, width = shape_CFHW
+    return width * cell_px, height * cell_px, 4 * (frames - 1) + 1
 
 
 def _encode(config, real) -> tuple[dict, object]:

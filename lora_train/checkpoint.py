@@ -96,6 +96,22 @@ def latest_step(folder: Path) -> int:
     return int(_STATE.fullmatch(found[-1].name)[1]) if found else 0
 
 
+def check_settings(folder: Path, config: TrainConfig) -> None:
+    """Refuse to resume with settings that train something else than the newest state; reads its header only.
+
+    Raises:
+        ValueError: names the state and the remedy.
+    """
+    found = states(folder)
+    if found and _metadata(found[-1])["digest"] != config.digest():
+        raise ValueError(f"{found[-1]} was made with other settings, so it cannot be resumed with these; restore config.json or start a new run")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
 def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) -> Progress:
     """Put back the newest state; a run without one starts at step 0.
 
@@ -105,14 +121,12 @@ def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) 
     found = states(folder)
     if not found:
         return Progress()
+    check_settings(folder, config)
     with safe_open(found[-1], framework="pt") as file:
-        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-    if metadata["digest"] != config.digest():
-        raise ValueError(f"{found[-1]} was made with other settings, so it cannot be resumed with these; restore config.json or start a new run")
     for trainee in trainees:
         trainee.load_state(_own(tensors, trainee.expert))
-    values = json.loads(metadata["progress"])
+    values = json.loads(_metadata(found[-1])["progress"])
     watch = Watch(**{**values["watch"], "recent_kl": tuple(values["watch"]["recent_kl"])})
     return Progress(**{**values, "last_rewards": tuple(values["last_rewards"]), "watch": watch})
 

@@ -259,8 +259,12 @@ class TrainConfig:
         is_told = bool(self.real.path) or self.real.replay > 0 or not self.uses_clips
         without = {"prfl": ", or set prfl.real_weight 0", "one_pass": ""}.get(self.method, ", or set objective.start noise")
         _require(is_told, f"real.path is empty; give real videos, or set real.replay to let the base model make so many{without}")
-        with_image = sum(bool(prompt.image) for prompt in self.prompts) if self.method == "one_pass" else 0
-        _require(with_image == 0, f"{with_image} prompts have start images, which one_pass does not read; take them out, or use preset reward-lab-backprop")
+        with_image = sum(bool(prompt.image) for prompt in self.prompts) if self.starts_from_clips else 0
+        remedy = "take them out, or use preset reward-lab-backprop with objective.start noise"
+        _require(with_image == 0, f"{with_image} prompts have start images, which a run that starts from clips does not read; {remedy}")
+        has_real = self.method == "prfl" and self.prfl.real_weight > 0 and "high" in self.trained_experts
+        only_noise = "sampling.boundary is 1, so no noise level of real videos is the high-noise expert's; set prfl.real_weight 0"
+        _require(not has_real or self.sampling.boundary < 1, only_noise)
         needs_looks = self.guards.needs_looks or self.held_out.judge is not None
         _require(bool(self.held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
 

@@ -52,7 +52,9 @@ def shifted_sigmas(steps: int, shift: float, schedule: str = "simple") -> list[f
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift is {shift}, but it must be a positive number (Wan2.2: 5 to 12)")
     if schedule == "simple":
-        positions = [(_TABLE - int(index * _TABLE / steps)) / _TABLE for index in range(steps)]
+        # Rounded as the host rounds: index * 1000 / steps falls on the other side of a whole number for some numbers of steps (38, 76, ...).
+        stride = _TABLE / steps
+        positions = [(_TABLE - int(index * stride)) / _TABLE for index in range(steps)]
     elif schedule == "linear":
         positions = [1 - index / steps for index in range(steps)]
     elif schedule == "diffusers":

@@ -28,6 +28,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _LIST = 8, 9
 _ALIGNMENT = 32
 _SHAPE_KEY = "comfy.gguf.orig_shape."
+# Wan's own, and two that converters write for any model; a file may also name none.
+_ARCHITECTURE_KEY, _ARCHITECTURES = "general.architecture", ("wan", "pig", "cow")
 # Far more than any model has; what is larger is a damaged count.
 _LIMIT, _TEXT_LIMIT = 1_000_000, 1 << 26
 
@@ -42,7 +44,7 @@ def read_gguf_header(path: Path, what: str) -> Header:
         Types are GGUF's names (`Q8_0`, `F16`); the metadata holds the text values.
 
     Raises:
-        ValueError: missing, no GGUF file of version 2 or 3, damaged, or shorter than its header promises.
+        ValueError: missing, no GGUF file of version 2 or 3, damaged, of another architecture than Wan, or shorter than its header promises.
     """
     if not path.is_file():
         raise ValueError(f"the {what} {path} does not exist; check the path or download the file")
@@ -64,6 +66,9 @@ def read_gguf_header(path: Path, what: str) -> Header:
             start = -(-file.tell() // alignment) * alignment
         except (ValueError, struct.error, UnicodeDecodeError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"the {what} {path} has an unreadable GGUF header ({error}); download it again") from error
+    architecture = known.get(_ARCHITECTURE_KEY, _ARCHITECTURES[0])
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(f"the {what} {path} is a GGUF file of architecture {architecture!r}; of these only Wan diffusion models ('wan') are read here")
     return _header(path, what, entries, known, start)
 
 

@@ -55,6 +55,11 @@ def real_latents(config: TrainConfig) -> bool:
     return config.uses_clips and bool(config.real.path)
 
 
+def picks(config: TrainConfig) -> bool:
+    """Whether the rewards choose among real clips."""
+    return real_latents(config) and config.real.keep < 1
+
+
 def replays(config: TrainConfig) -> bool:
     """Whether the base model makes the clips."""
     return config.uses_clips and not config.real.path

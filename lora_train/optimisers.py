@@ -11,6 +11,8 @@ from .method_config import Optimiser
 
 _TENSOR, _NUMBER = "optimiser/", "optimiser_number/"
 _MUON_MOMENTUM = 0.95
+# Kinds whose kernels write to tensors without torch's knowledge.
+WRITE_UNSEEN = ("adamw8bit",)
 
 
 def make(settings: Optimiser, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -47,6 +49,21 @@ def learning_rate(settings: Optimiser, step: int, steps: int) -> float:
     done = min(1.0, (step - settings.warmup) / max(1, steps - settings.warmup))
     left = (1 + math.cos(math.pi * done)) / 2 if settings.schedule == "cosine" else 1 - done
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * left)
+
+
+def written(optimiser: torch.optim.Optimizer, average: Mapping[str, torch.Tensor]) -> dict[int, int]:
+    """How often each tensor that an update writes was written to, by id: parameters, the optimiser's state, the moving average."""
+    tensors = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    tensors += [value for state in optimiser.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return {id(tensor): tensor._version for tensor in (*tensors, *average.values())}
+
+
+def forget_try(optimiser: torch.optim.Optimizer, before: Mapping[int, int]) -> None:
+    """Take back an update that failed before it wrote: gradients, and state that was only begun. `before`: `written` when it began."""
+    for parameter, state in list(optimiser.state.items()):
+        if any(id(value) not in before for value in state.values() if isinstance(value, torch.Tensor)):
+            del optimiser.state[parameter]
+    optimiser.zero_grad(set_to_none=True)
 
 
 def state_tensors(optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:

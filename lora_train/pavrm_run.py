@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from . import checkpoint, events
-from .objectives.pavrm import LatentScorer, PavrmObjective
+from . import checkpoint, events, recovery
+from .objectives.pavrm import Batch, LatentScorer, PavrmObjective
 from .pavrm_config import PavrmConfig
 from .pavrm_data import Draws, Learnable
 from .pavrm_trainee import PavrmTrainee, new_trainee
@@ -23,6 +23,8 @@ from .protocols import EventSink, StopRequested
 from .run import NonFiniteError
 
 VALIDATION_FOLDER = "samples"
+_REMEDY = "Take a smaller batch, shape.blocks or videos, set gradient_checkpointing true, or close what else uses the card; then resume from the checkpoint"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
 
     Raises:
         NonFiniteError: the loss or gradient became NaN or infinite; names step, sigma and the last three accuracies.
+        CardFullError: the card's memory ended twice in one step; a checkpoint was written.
+        DamagedError: it ended when an update had begun to write; the last checkpoint is good.
     """
     trainee = new_trainee(parts.scorer.groups(), config.optimiser)
     objective = PavrmObjective(config, parts.scorer, Draws(parts.learnable, config.data, config.seed))
@@ -71,35 +75,19 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
         if parts.stop_requested():
             reason = "stopped"
             break
-        begun = time.perf_counter()
-        batches = [objective.add_gradient(step, micro) for micro in range(config.optimiser.accumulate)]
-        loss, correct, sigma = (sum(getattr(batch, name) for batch in batches) / len(batches) for name in ("loss", "correct", "sigma"))
-        grad_norm = trainee.update(step) if math.isfinite(loss) else math.nan
-        if not math.isfinite(grad_norm):
-            remedy = "smaller learning rates (optimiser.block_lr, optimiser.head_lr)"
-            raise NonFiniteError(step, f"mean sigma {sigma:.4f}", loss, grad_norm, (*progress.last_rewards, correct), "batch accuracies", remedy)
-        progress = replace(progress, step=step, forwards=progress.forwards + len(batches) * config.batch, last_rewards=(*progress.last_rewards[-2:], correct))
-        held_out = None
-        if config.validate_every and has_held_out and (step % config.validate_every == 0 or step == config.steps):
-            held_out = _validated(config, parts, objective, trainee, folder, step)
-        parts.sink(
-            events.Step(
-                time=parts.clock(),
-                step=step,
-                steps=config.steps,
-                reward=correct,
-                loss=loss,
-                grad_norm=grad_norm,
-                sigma=sigma,
-                seconds=time.perf_counter() - begun,
-                expert=trainee.expert,
-                learning_rate=config.optimiser.head_lr * trainee.warmth(step),
-                forwards=progress.forwards,
-                held_out=held_out[0] if held_out else None,
-                held_out_error=held_out[1] if held_out else None,
-                held_out_base=progress.held_out_base if held_out else None,
-            )
-        )
+        begun, held_out = time.perf_counter(), None
+        try:
+            batch, grad_norm = _again(lambda: _updated(config, objective, trainee, progress, step), parts, objective, trainee, step)  # noqa: B023
+            forwards = progress.forwards + config.optimiser.accumulate * config.batch
+            progress = replace(progress, step=step, forwards=forwards, last_rewards=(*progress.last_rewards[-2:], batch.correct))
+            if config.validate_every and has_held_out and (step % config.validate_every == 0 or step == config.steps):
+                held_out = _validated(config, parts, objective, trainee, folder, step)
+        except recovery.CardFullError:
+            # What is in memory is the last update.
+            if saved_at != progress.step:
+                _save(config, parts, folder, trainee, progress)
+            raise
+        parts.sink(_step_event(config, parts, trainee, progress, batch, grad_norm, held_out, time.perf_counter() - begun))
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             _save(config, parts, folder, trainee, progress)
             saved_at = step
@@ -112,6 +100,26 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
     finished = events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason)
     parts.sink(finished)
     return finished
+
+
+def _again(compute: Callable[[], T], parts: PavrmParts, objective: PavrmObjective, trainee: PavrmTrainee, step: int) -> T:
+    """Once more, with one latent at a time, where the card's memory ends."""
+
+    def tell(detail: str) -> None:
+        parts.sink(events.Replanned(time=parts.clock(), step=step, detail=detail))
+
+    return recovery.again(compute, [trainee], objective.shrink, tell, step, _REMEDY)
+
+
+def _updated(config: PavrmConfig, objective: PavrmObjective, trainee: PavrmTrainee, progress: checkpoint.Progress, step: int) -> tuple[Batch, float]:
+    """Make update `step`; returns the means over its micro-batches and the gradient's norm."""
+    batches = [objective.add_gradient(step, micro) for micro in range(config.optimiser.accumulate)]
+    mean = Batch(**{name: sum(getattr(batch, name) for batch in batches) / len(batches) for name in ("loss", "correct", "sigma")})
+    grad_norm = trainee.update(step) if math.isfinite(mean.loss) else math.nan
+    if not math.isfinite(grad_norm):
+        remedy = "smaller learning rates (optimiser.block_lr, optimiser.head_lr)"
+        raise NonFiniteError(step, f"mean sigma {mean.sigma:.4f}", mean.loss, grad_norm, (*progress.last_rewards, mean.correct), "batch accuracies", remedy)
+    return mean, grad_norm
 
 
 def _started(config: PavrmConfig, parts: PavrmParts, trainee: PavrmTrainee, progress: checkpoint.Progress) -> events.Started:
@@ -127,12 +135,35 @@ def _started(config: PavrmConfig, parts: PavrmParts, trainee: PavrmTrainee, prog
     )
 
 
+def _step_event(
+    config: PavrmConfig, parts: PavrmParts, trainee: PavrmTrainee, progress: checkpoint.Progress, batch: Batch, grad_norm: float,
+    held_out: tuple[float, float] | None, seconds: float,
+) -> events.Step:  # fmt: skip
+    return events.Step(
+        time=parts.clock(),
+        step=progress.step,
+        steps=config.steps,
+        reward=batch.correct,
+        loss=batch.loss,
+        grad_norm=grad_norm,
+        sigma=batch.sigma,
+        seconds=seconds,
+        expert=trainee.expert,
+        learning_rate=config.optimiser.head_lr * trainee.warmth(progress.step),
+        forwards=progress.forwards,
+        held_out=held_out[0] if held_out else None,
+        held_out_error=held_out[1] if held_out else None,
+        held_out_base=progress.held_out_base if held_out else None,
+    )
+
+
 def _validated(
     config: PavrmConfig, parts: PavrmParts, objective: PavrmObjective, trainee: PavrmTrainee, folder: Path, step: int
 ) -> tuple[float, float]:
     """Write the report of a step, tell of it, and return accuracy and its standard error."""
     with trainee.averaged():
-        report = validate(config, objective, parts.learnable)
+        # The average is in the weights' place by now: a second try writes nothing.
+        report = _again(lambda: validate(config, objective, parts.learnable), parts, objective, trainee, step)
     accuracy, error = summary(report)
     target = folder / VALIDATION_FOLDER
     target.mkdir(parents=True, exist_ok=True)

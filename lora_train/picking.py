@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import score_in_chunks
+from . import recovery
 from .config import TrainConfig
 from .prompts import derived_seed
 from .real import Chosen
@@ -37,17 +38,26 @@ def with_picked(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
     if config.real.keep == 1 or parts.real is None:
         return parts
     path = folder / FILE
-    if not path.exists():
+    rows = _read(path, config, parts)
+    if rows is None:
         rows = _scored(config, parts)
         if rows is None:
             return parts  # stopped: no update will be made
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps({"made_for": config.digest(), "clips": rows}, indent=1), encoding="utf-8")
         partial.replace(path)
         logger.info("learning from %d of %d clips, those that the rewards like best; scores of all: %s", sum(row["kept"] for row in rows), len(rows), path)
-    kept = [row["clip"] for row in json.loads(path.read_text(encoding="utf-8")) if row["kept"]]
-    return replace(parts, real=Chosen(parts.real, kept))
+    return replace(parts, real=Chosen(parts.real, [row["clip"] for row in rows if row["kept"]]))
+
+
+def _read(path: Path, config: TrainConfig, parts: Parts) -> list[dict] | None:
+    """The rows of an earlier start of the run; None if there are none, or they are of other settings or clips."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    is_same = found["made_for"] == config.digest() and [row["caption"] for row in found["clips"]] == parts.real.prompts
+    return found["clips"] if is_same else None
 
 
 def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
@@ -57,7 +67,8 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
         if parts.stop_requested():
             return None
         latent_BCFHW = parts.real.clip(number)[None].to(parts.device)
-        for name, score in clip_scores(config, parts, latent_BCFHW, prompt, number).items():
+        found = recovery.twice(lambda: clip_scores(config, parts, latent_BCFHW, prompt, number), parts, (), 0)  # noqa: B023
+        for name, score in found.items():
             scores.setdefault(name, []).append(score)
     even = [_standardised(torch.tensor(values, dtype=torch.float64)) for values in scores.values()]
     order = torch.stack(even).amin(0).argsort(descending=True, stable=True).tolist()

@@ -25,6 +25,7 @@ from .planning.memory_plan import least_host, memory_plan, refusal, remedies
 from .planning.shapes import NAMES, ModelShape, header_shape, shape_of
 from .planning.speed import CARDS, GIB, Card
 from .safetensors_file import Header, read_header
+from .weight_formats import quantised_weights
 
 _SAVED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -84,7 +85,7 @@ def _gradient_span(config: TrainConfig, expert: str) -> tuple[float, float, int]
     own, objective = config.gradient_steps(expert), config.objective
     if config.method == "reward_flow":
         return own[0], own[-1], len(own)
-    strategy, count = ("random", config.prfl.points) if config.method == "prfl" else (objective.strategy, objective.grad_steps)
+    strategy, count = {"prfl": ("random", config.prfl.points), "one_pass": ("random", 1)}.get(config.method, (objective.strategy, objective.grad_steps))
     if strategy == "list":
         chosen = sorted(step for step in objective.step_list if step in own)
         return chosen[0], chosen[-1], len(chosen)
@@ -108,13 +109,13 @@ def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | N
         host_free_bytes: host memory that the run may use.
 
     Raises:
-        ValueError: a model file is missing, truncated or not safetensors.
+        ValueError: a model file is missing, truncated, neither safetensors nor GGUF, or stored in a way that cannot be trained through.
     """
     if card is not None and card.name == "cpu" and config.dtype == "auto":
         config = replace(config, dtype="fp32")
     experts, lora_bytes, state_bytes = {}, 0, 0
     for expert in needs.experts(config):
-        header = None if shape else read_header(getattr(config.models, expert), f"{expert}-noise expert")
+        header = None if shape else _trainable_header(getattr(config.models, expert), f"{expert}-noise expert")
         is_trained = expert in config.trained_experts
         linears = linear_shapes(header) if header else shape.linears
         modules, parameters = lora_parameters(linears, config) if is_trained else (0, 0)
@@ -144,6 +145,12 @@ def plan(config: TrainConfig, *, shape: ModelShape | None = None, card: Card | N
     if card is not None:
         found |= memory_plan(config, shape, card, host_free_bytes, passes_per_update(config, first))
     return found
+
+
+def _trainable_header(path: str, what: str) -> Header:
+    header = read_header(path, what)
+    quantised_weights(path, header, what)
+    return header
 
 
 def check_disk(config: TrainConfig, folder: Path) -> None:

@@ -94,9 +94,16 @@ class Objective(Protocol):
         """Take what `measure` gave, now or before the run was resumed."""
 
 
+class Learner(Protocol):
+    """What an update changes, of a LoRA or of a PAVRM: the optimiser with its parameters, and their moving average (empty: none)."""
+
+    optimiser: torch.optim.Optimizer
+    average: dict[str, torch.Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shrunk:
-    """What a smaller plan changed, for the log, and where the LoRA's masters live now."""
+    """What a smaller plan changed, for the log, and where the masters of what is learned live now."""
 
     changes: str
     masters_on: torch.device

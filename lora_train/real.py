@@ -105,6 +105,6 @@ class Chosen(Clips):
         return self._clips.clip(self._numbers[number])
 
 
-def write_real(path: Path, latents_BCFHW: torch.Tensor, prompts: Sequence[str]) -> None:
-    """Write such a file."""
-    save_file({"latents": latents_BCFHW.contiguous()}, path, metadata={"prompts": json.dumps(list(prompts))})
+def write_real(path: Path, latents_BCFHW: torch.Tensor, prompts: Sequence[str], **facts: str) -> None:
+    """Write such a file. `facts`: further metadata."""
+    save_file({"latents": latents_BCFHW.contiguous()}, path, metadata={"prompts": json.dumps(list(prompts)), **facts})

@@ -1,7 +1,7 @@
 """What a run does when the card's memory ends in the middle of a step: once more with a smaller plan, then an orderly end.
 
 A step's draws are a function of (seed, step), so the second try computes what the first one would have. Nothing of the first try may stay: its graph, its
-half-made gradients, its count of passes.
+half-made gradients, its count of passes. What has begun to change the LoRA itself cannot be taken back, and ends the run at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from . import events
-from .protocols import Shrunk
-from .trainee import DamagedError, Trainee
+from . import events, optimisers
+from .protocols import Learner, Shrunk
+from .trainee import Trainee
 
 if TYPE_CHECKING:
     from .run import Parts
@@ -24,7 +24,7 @@ logger = logging.getLogger("reward_lab")
 _DRIVER_WORDS = ("cuda error", "hip error", "cudnn error", "cublas_status", "nvml", "device-side assert", "acceleratorerror")
 _FULL_WORDS = ("cuda error: out of memory", "hip error: out of memory", "status_alloc_failed")
 _REMEDY = (
-    "Take a smaller video, batch or lora.rank, close what else uses the card, or plan for less of it with engine.card_gb; "
+    "Take a smaller video, batch or lora.rank, close what else uses the card, or leave more of it free (engine.card_gb, engine.optimiser_place 'host'); "
     "then resume from the checkpoint"
 )
 T = TypeVar("T")
@@ -34,17 +34,42 @@ class CardFullError(RuntimeError):
     """The card's memory ended in both tries of a step; weights and optimiser are those of the last finished update."""
 
 
+class DamagedError(RuntimeError):
+    """An update failed half-way: what is in memory must neither be saved nor computed with; the last checkpoint is good."""
+
+
 def twice(compute: Callable[[], T], parts: Parts, trainees: Iterable[Trainee], step: int) -> T:
+    """`again` for the training of LoRAs: with the executors' next smaller plan, and with passes counted once."""
+    passes = parts.experts.count.total
+
+    def afresh() -> T:
+        parts.experts.count.total = passes
+        return compute()
+
+    def shrink() -> Shrunk | None:
+        shrunk = None if parts.shrink is None else parts.shrink()
+        for trainee in trainees if shrunk else ():
+            trainee.to(shrunk.masters_on)
+        return shrunk
+
+    return again(afresh, trainees, shrink, lambda detail: parts.sink(events.Replanned(time=parts.clock(), step=step, detail=detail)), step, _REMEDY)
+
+
+def again(compute: Callable[[], T], learners: Iterable[Learner], shrink: Callable[[], Shrunk | None], tell: Callable[[str], None], step: int, remedy: str) -> T:
     """Run `compute`; if the card's memory ends in it, free everything, go to the next smaller plan, and run it once more.
 
     Args:
-        compute: adds gradients and counts passes, and changes nothing else.
+        compute: adds gradients, and may end with an update.
+        shrink: goes to the next smaller plan; None where there is none.
+        tell: is told of a second try.
+        remedy: what a user can do.
 
     Raises:
-        CardFullError: the second try failed as well, or there is no smaller plan.
+        CardFullError: the second try failed as well, or there is no smaller plan; nothing is changed.
+        DamagedError: the memory ended when the update had changed something.
     """
-    passes = parts.experts.count.total
     for is_second in (False, True):
+        written = [optimisers.written(learner.optimiser, learner.average) for learner in learners]
         try:
             return compute()
         except RuntimeError as error:
@@ -52,20 +77,25 @@ def twice(compute: Callable[[], T], parts: Parts, trainees: Iterable[Trainee], s
                 raise
             # Not kept any longer: its traceback holds the frames, and these hold the tensors.
             reason = (str(error).splitlines() or [""])[0]
-        for trainee in trainees:
-            trainee.optimiser.zero_grad(set_to_none=True)
-        parts.experts.count.total = passes
+        for learner, before in zip(learners, written, strict=True):
+            _take_back(learner, before, f"step {step}", f"({reason}). {remedy}")
         _free()
-        shrunk = None if is_second else _shrink(parts)
+        shrunk = None if is_second else _shrunk(shrink)
         if shrunk is None:
             tried = "also with the next smaller plan" if is_second else "and there is no smaller plan"
-            raise CardFullError(f"step {step}: the card's memory is full, {tried} ({reason}). {_REMEDY}")
-        for trainee in trainees:
-            trainee.to(shrunk.masters_on)
+            raise CardFullError(f"step {step}: the card's memory is full, {tried} ({reason}). {remedy}")
         detail = f"out of the card's memory; once more with the next smaller plan: {shrunk.changes}"
         logger.warning("step %d: %s (%s)", step, detail, reason)
-        parts.sink(events.Replanned(time=parts.clock(), step=step, detail=detail))
+        tell(detail)
     raise AssertionError
+
+
+def _take_back(learner: Learner, before: dict[int, int], where: str, why: str) -> None:
+    # State that is new is zeros that nobody has written to.
+    if any(count != before.get(name, 0) for name, count in optimisers.written(learner.optimiser, learner.average).items()):
+        changed = "the card's memory ended while what is learned was being changed, which is now neither the old nor the new"
+        raise DamagedError(f"{where}: {changed}. The last checkpoint is good {why}")
+    optimisers.forget_try(learner.optimiser, before)
 
 
 def is_card_full(error: BaseException) -> bool:
@@ -74,9 +104,10 @@ def is_card_full(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in _FULL_WORDS))
 
 
-def _shrink(parts: Parts) -> Shrunk | None:
+def _shrunk(shrink: Callable[[], Shrunk | None]) -> Shrunk | None:
+    """None also where there is no room even to go to a smaller plan."""
     try:
-        return None if parts.shrink is None else parts.shrink()
+        return shrink()
     except RuntimeError as error:
         if not is_card_full(error):
             raise

@@ -32,8 +32,8 @@ class MemoryMeter(Protocol):
 
     limit_bytes: int
 
-    def predicted_bytes(self) -> int:
-        """The present plan's peak, in what `peak_bytes` measures."""
+    def predicted_bytes(self, when: str) -> int:
+        """The present plan's peak in the `rehearsal` or the `run`, in what `peak_bytes` measures."""
 
     def start(self) -> None:
         """Forget what was measured so far."""
@@ -81,7 +81,7 @@ def rehearse(config: TrainConfig, parts: Parts, objective: Objective, trainees: 
 
 def report(parts: Parts, when: str, measured_bytes: int, seconds: float) -> None:
     """Send and log what was measured beside what was planned. `when`: `rehearsal`, or `run` at the end of one."""
-    predicted = parts.meter.predicted_bytes()
+    predicted = parts.meter.predicted_bytes(when)
     error = measured_bytes / predicted - 1 if predicted else 0.0
     parts.sink(
         events.Memory(

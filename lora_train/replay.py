@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..reward_models.base import score_in_chunks
-from . import needs
+from . import needs, recovery
 from .config import TrainConfig
 from .draws import parted, prompt_sampler
 from .picking import with_picked
@@ -36,14 +37,22 @@ def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
     if not needs.replays(config):
         return with_picked(config, parts, folder)
     path = folder / FILE
-    if not path.exists():
+    if not _is_of(path, config):
         clips, prompts = _make(config, parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        write_real(partial, torch.cat(clips), prompts)
+        write_real(partial, torch.cat(clips), prompts, made_for=config.digest())
         # A run that is stopped meanwhile makes no update with the few there are, and makes them anew when it is resumed.
         path = partial.replace(path if len(clips) == config.real.replay else path.with_name(f"stopped-{FILE}"))
     return replace(parts, real=RealLatents(path), clip_forwards=_forwards(config))
+
+
+def _is_of(path: Path, config: TrainConfig) -> bool:
+    """Whether the clips there were made with these settings: a run that had no checkpoint yet may have been changed since."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return file.metadata().get("made_for") == config.digest()
 
 
 def _forwards(config: TrainConfig) -> float:
@@ -54,24 +63,29 @@ def _forwards(config: TrainConfig) -> float:
 
 @torch.no_grad()
 def _make(config: TrainConfig, parts: Parts) -> tuple[list[torch.Tensor], list[str]]:
-    sampler, sigmas, clips, prompts = prompt_sampler(config), config.sampling.sigmas(), [], []
+    sampler, clips, prompts = prompt_sampler(config), [], []
     for index in range(config.real.replay):
         (prompt,), (image,) = parted(sampler.draw(index, 1))
-        seeds = [derived_seed(config.seed, "replay", index, number) for number in range(config.real.tries)]
-        noise = [torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        several = [prompt] * len(noise)
-        context = parts.contexts.batch(several, [image] * len(noise))
-        latent_BCFHW = parts.experts.roll(torch.cat(noise).to(parts.device), sigmas, context)
-        best = int(_scores(parts, latent_BCFHW, several, context.prompt_BPD).argmax()) if len(noise) > 1 else 0
-        clips.append(latent_BCFHW[best : best + 1].cpu())
+        clips.append(recovery.twice(lambda: _best(config, parts, index, prompt, image), parts, (), 0))  # noqa: B023
         prompts.append(prompt)
         if parts.stop_requested():
             break
     return clips, prompts
 
 
-def _scores(parts: Parts, latent_BCFHW: torch.Tensor, prompts: list[str], context_BPD: torch.Tensor) -> torch.Tensor:
+def _best(config: TrainConfig, parts: Parts, index: int, prompt: str, image: str) -> torch.Tensor:
+    """Of the tries for one prompt the one that the reward likes best, on the host. They are made one after the other: the card holds one video at a time."""
+    context, judge_noise, tries = parts.contexts.batch([prompt], [image]), torch.Generator().manual_seed(0), []
+    for number in range(config.real.tries):
+        noise = torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(derived_seed(config.seed, "replay", index, number)))
+        latent_BCFHW = parts.experts.roll(noise.to(parts.device), config.sampling.sigmas(), context)
+        score = _score(parts, latent_BCFHW, prompt, context.prompt_BPD, judge_noise) if config.real.tries > 1 else 0.0
+        tries.append((score, latent_BCFHW.cpu()))
+    return max(tries, key=lambda made: made[0])[1]
+
+
+def _score(parts: Parts, latent_BCFHW: torch.Tensor, prompt: str, context_BPD: torch.Tensor, judge_noise: torch.Generator) -> float:
     if parts.reward is not None:
-        return score_in_chunks(parts.reward, parts.decoder.decode(latent_BCFHW), prompts, _FRAMES_PER_CHUNK).per_video
-    noise = torch.randn(latent_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(latent_BCFHW)
-    return parts.latent_reward.score((1 - _JUDGED_AT) * latent_BCFHW + _JUDGED_AT * noise, _JUDGED_AT, context_BPD).logit_B
+        return score_in_chunks(parts.reward, parts.decoder.decode(latent_BCFHW), [prompt], _FRAMES_PER_CHUNK).per_video.item()
+    noise = torch.randn(latent_BCFHW.shape, generator=judge_noise).to(latent_BCFHW)
+    return parts.latent_reward.score((1 - _JUDGED_AT) * latent_BCFHW + _JUDGED_AT * noise, _JUDGED_AT, context_BPD).logit_B.item()

@@ -29,7 +29,7 @@ from .protocols import Decoder, EventSink, LatentReward, Objective, Outcome, Sam
 from .real import Clips
 from .rehearsal import MemoryMeter
 from .rollout import ContextCache, Experts
-from .trainee import Trainee, new_trainee
+from .trainee import Trainee, averaged, new_trainee
 
 
 class NonFiniteError(RuntimeError):
@@ -114,20 +114,20 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
                 break
             begun = time.perf_counter()
             try:
-                update = _updated(config, parts, objective, trainees, progress, step)
+                update = recovery.twice(lambda: _updated(config, objective, trainees, progress, step), parts, trainees.values(), step)  # noqa: B023
+                progress, stop = _after_update(config, parts, progress, step, update)
+                is_last = step == config.steps or stop is not None
+                held_out = None
+                if config.held_out.every and (step % config.held_out.every == 0 or is_last):
+                    held_out, progress, stop = _looked(config, parts, trainees, progress, stop)
+                parts.sink(_step_event(config, parts, trainees, progress, update, held_out, time.perf_counter() - begun))
+                if config.sample_every and (step % config.sample_every == 0 or is_last):
+                    _shown(config, parts, trainees, step)
             except recovery.CardFullError:
                 # What is in memory is the last update; half-made gradients are gone.
                 if saved_at != progress.step:
                     _save(config, parts, folder, trainees, progress)
                 raise
-            progress, stop = _after_update(config, parts, progress, step, update)
-            is_last = step == config.steps or stop is not None
-            held_out = None
-            if config.held_out.every and (step % config.held_out.every == 0 or is_last):
-                held_out, progress, stop = _looked(config, parts, trainees, progress, stop)
-            parts.sink(_step_event(config, parts, trainees, progress, update, held_out, time.perf_counter() - begun))
-            if config.sample_every and (step % config.sample_every == 0 or is_last):
-                recovery.twice(lambda: show_samples(config, parts, trainees, step), parts, trainees.values(), step)  # noqa: B023
             if config.checkpoint_every and step % config.checkpoint_every == 0:
                 _save(config, parts, folder, trainees, progress)
                 saved_at = step
@@ -168,10 +168,10 @@ def _new_trainee(config: TrainConfig, parts: Parts, expert: str, installed: Exit
     return new_trainee(expert, adapter, installed.enter_context(install(linears, adapter)), config.optimiser, config.steps)
 
 
-def _updated(config: TrainConfig, parts: Parts, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, step: int) -> Update:
+def _updated(config: TrainConfig, objective: Objective, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, step: int) -> Update:
     """Make update `step` of the expert whose turn it is."""
     expert = config.trained_experts[(step - 1) % len(trainees)]
-    outcomes = recovery.twice(lambda: _add_gradients(config, objective, trainees, expert, step), parts, trainees.values(), step)
+    outcomes = _add_gradients(config, objective, trainees, expert, step)
     reward, loss, kl, sigma = (sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes) for name in ("reward", "loss", "kl", "sigma"))
     grad_norm = trainees[expert].update(step) if math.isfinite(loss) else math.nan
     if not math.isfinite(grad_norm):
@@ -209,7 +209,7 @@ def _look_at_base(
         for trainee in trainees.values() if config.guards.needs_looks else ():
             trainee.remember()
     if config.sample_every:
-        recovery.twice(lambda: show_samples(config, parts, trainees, 0), parts, trainees.values(), 0)
+        _shown(config, parts, trainees, 0)
     return progress
 
 
@@ -217,7 +217,9 @@ def _looked(
     config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, stop: Stop | None
 ) -> tuple[Evaluation, checkpoint.Progress, Stop | None]:
     """Look at the held-out prompts and let the guards see it; what ended the run before the look stands."""
-    held_out = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), progress.step)
+    # Averages are in the masters' place before a first try: a second one writes nothing.
+    with averaged(trainees.values()):
+        held_out = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), progress.step)
     # Only looks that a longer run would take as well may count, or resuming would not give the same.
     if progress.step % config.held_out.every != 0:
         return held_out, progress, stop
@@ -225,6 +227,11 @@ def _looked(
     for trainee in trainees.values() if is_best and config.guards.needs_looks else ():
         trainee.remember()
     return held_out, replace(progress, watch=watch), stop or looked
+
+
+def _shown(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], step: int) -> None:
+    with averaged(trainees.values()):
+        recovery.twice(lambda: show_samples(config, parts, trainees, step), parts, trainees.values(), step)
 
 
 def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], progress: checkpoint.Progress) -> events.Started:

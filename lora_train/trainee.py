@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +13,6 @@ from . import optimisers
 from .config import Optimiser
 from .lora.adapter import LoraAdapter
 from .lora.linears import InstalledLora
-
-
-class DamagedError(RuntimeError):
-    """An update failed half-way: what is in memory must not be saved; the last checkpoint is good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +36,8 @@ class Trainee:
 
         Returns:
             Norm of the gradient before clipping; when it is not finite, nothing was changed.
+
+        Memory may end in it anywhere; `optimisers.written` tells whether something was changed by then.
         """
         parameters = self.adapter.parameters()
         limit = self.settings.clip_norm if self.settings.clip_norm > 0 else math.inf
@@ -46,18 +45,12 @@ class Trainee:
         if math.isfinite(grad_norm):
             for group in self.optimiser.param_groups:
                 group["lr"] = self.learning_rate(step)
-            try:
-                self.optimiser.step()
-                # Not every optimiser says that it wrote; copies beside streamed blocks are renewed by this number.
-                for parameter in parameters:
-                    torch.autograd.graph.increment_version(parameter)
-                for name, tensor in self.adapter.tensors().items() if self.average else ():
-                    self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
-            except torch.OutOfMemoryError as error:
-                raise DamagedError(
-                    f"step {step}: the card's memory ended while the LoRA was being changed, which is now neither the old nor the new one. The last "
-                    f"checkpoint is good; resume from it with engine.optimiser_place 'host' ({error})"
-                ) from error
+            # Not every optimiser says that it writes; copies beside streamed blocks are renewed by this number.
+            for parameter in parameters if self.settings.kind in optimisers.WRITE_UNSEEN else ():
+                torch.autograd.graph.increment_version(parameter)
+            self.optimiser.step()
+            for name, tensor in self.adapter.tensors().items() if self.average else ():
+                self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
         self.optimiser.zero_grad(set_to_none=True)
         return grad_norm
 
@@ -83,6 +76,21 @@ class Trainee:
         """What is saved as the LoRA: the moving average if there is one, else the masters."""
         return self.average or self.adapter.tensors()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the masters are what is saved: the moving average where there is one."""
+        masters = self._named()
+        kept = {name: masters[name].detach().clone() for name in self.average}
+        try:
+            with torch.no_grad():
+                for name, tensor in self.average.items():
+                    masters[name].copy_(tensor)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    masters[name].copy_(tensor)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next update depends on, on the CPU."""
         state = {f"master/{name}": tensor for name, tensor in self.adapter.tensors().items()}
@@ -107,6 +115,15 @@ class Trainee:
 
     def _named(self) -> dict[str, torch.nn.Parameter]:
         return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
+
+
+@contextmanager
+def averaged(trainees: Iterable[Trainee]) -> Iterator[None]:
+    """Within, all of them are what is saved."""
+    with ExitStack() as stack:
+        for trainee in trainees:
+            stack.enter_context(trainee.averaged())
+        yield
 
 
 def new_trainee(expert: str, adapter: LoraAdapter, switch: InstalledLora, settings: Optimiser, steps: int = 0) -> Trainee:

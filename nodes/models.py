@@ -19,18 +19,18 @@ class WanModels(io.ComfyNode):
             display_name="Load Wan2.2 Models",
             category="Reward Lab/models",
             description="Loads both Wan2.2 experts (high noise and low noise), or the one 5B model, the umT5 text encoder and the Wan VAE. "
-            "A file in the wrong expert's slot is detected from its metadata or its name.",
+            "A file in the wrong expert's slot is detected from its metadata or its name. GGUF files can be trained; sampling them needs ComfyUI-GGUF.",
             search_aliases=["wan loader", "wan2.2", "unet loader", "two experts"],
             inputs=[
                 io.Combo.Input(
                     "high_noise_model",
-                    options=paths.model_files("diffusion_models"),
+                    options=paths.expert_files(),
                     tooltip="The high-noise expert. It does the first part of sampling, from pure noise down to the boundary. "
                     "A model without experts (5B) stands here alone.",
                 ),
                 io.Combo.Input(
                     "low_noise_model",
-                    options=[*paths.model_files("diffusion_models"), wan_files.NO_EXPERT],
+                    options=[*paths.expert_files(), wan_files.NO_EXPERT],
                     tooltip="The low-noise expert. It does the rest of sampling, from the boundary down to the finished video. 'none' for the 5B model.",
                 ),
                 io.Combo.Input(
@@ -59,7 +59,7 @@ class WanModels(io.ComfyNode):
 
     @classmethod
     def execute(cls, high_noise_model: str, low_noise_model: str, text_encoder: str, vae: str, weight_dtype: str) -> io.NodeOutput:
-        """Load the four files. Raises ValueError for a missing, truncated or swapped file."""
+        """Load the four files. Raises ValueError for a missing, truncated or swapped file, or one of another model."""
         files = wan_files.resolve(high_noise_model, low_noise_model, text_encoder, vae, weight_dtype)
         loaded = wan_files.load(files)
         return io.NodeOutput(loaded.model_high, loaded.model_low, loaded.clip, loaded.vae, files)

@@ -13,9 +13,7 @@ PARTS = ("nodes", "host", "runs", "testlab", "lora_train", "reward_models", "poc
 SCAFFOLD = ("benchmarks", "tests")
 FILE_LINES = 400
 FUNCTION_LINES = 60
-# A training loop is read from top to bottom in one place; a node's schema is a table.
-LOOP_LINES = 120
-TRAINING_LOOPS = (ROOT / "lora_train" / "run.py", ROOT / "lora_train" / "pavrm_run.py")
+# A node's schema is a table.
 TABLES = ("define_schema",)
 HOST_MODULES = frozenset(
     {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes", "execution", "node_helpers", "latent_preview"}
@@ -161,10 +159,9 @@ def test_file_length() -> None:
 def test_function_length() -> None:
     long = []
     for path in python_files():
-        limit = LOOP_LINES if path in TRAINING_LOOPS else FUNCTION_LINES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in TABLES
-            if is_function and node.end_lineno - node.lineno + 1 > limit:
+            if is_function and node.end_lineno - node.lineno + 1 > FUNCTION_LINES:
                 long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines")
     assert long == []
 

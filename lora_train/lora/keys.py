@@ -26,18 +26,20 @@ def to_file_tensors(tensors: Mapping[str, torch.Tensor], alpha: float, dtype: to
     """Masters (`<path>.down`, `<path>.up`) to the tensors of a LoRA file.
 
     Args:
-        alpha: one for all modules; saved 0-dim.
-        dtype: of all saved tensors.
+        alpha: one for all modules; saved 0-dim, in fp32 where `dtype` does not hold it.
+        dtype: of all other saved tensors.
 
     Returns:
         Three tensors a module, on the CPU, sorted by key.
     """
     out: dict[str, torch.Tensor] = {}
+    scale = torch.tensor(alpha, dtype=dtype)
+    scale = scale if float(scale) == alpha else torch.tensor(alpha, dtype=torch.float32)
     for name, tensor in tensors.items():
         path, part = name.rsplit(".", 1)
         key = file_key(path)
         out[f"{key}.lora_{part}.weight"] = tensor.detach().to("cpu", dtype).contiguous()
-        out[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        out[f"{key}.alpha"] = scale.clone()
     return dict(sorted(out.items()))
 
 

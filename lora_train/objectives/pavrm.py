@@ -3,6 +3,8 @@
 One micro-batch, in order: draw videos, noise levels and noise; x = (1 - sigma) x0 + sigma noise; logits; loss; backward.
 CE is the binary cross-entropy of sigmoid(logit) with the label, BT is -log sigmoid(logit_winner - logit_loser), both from the logit, so that neither
 saturates. The two of a pair share noise and noise level. The network is told the timestep floor(1000 sigma).
+Where memory is short, logits are computed without gradient, the loss gives the gradient with respect to each, and latents go through the network once more, one
+by one, each with its own backward: the same sum of gradients, for one more forward.
 Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7:scripts/pavrm/train_pavrm.py (Apache-2.0). Differs in: each sample is scored on its own (upstream mixes the
 samples of a batch), noise levels are drawn per sample, videos of several shapes fit into one batch.
 
@@ -22,6 +24,7 @@ from torch.nn import functional
 from ..pavrm_config import TIMESTEPS, PavrmConfig
 from ..pavrm_data import Draws, LatentVideo, Sample
 from ..prompts import derived_seed
+from ..protocols import Shrunk
 
 
 class LatentScorer(Protocol):
@@ -85,12 +88,23 @@ class PavrmObjective:
 
     def __init__(self, config: PavrmConfig, scorer: LatentScorer, draws: Draws) -> None:
         self._config, self._scorer, self._draws = config, scorer, draws
+        self._is_alone = False
+        # Latents that still have to go through the network with gradient, and their logits.
+        self._waiting: list[tuple[Noisy, torch.Tensor]] = []
+
+    def shrink(self) -> Shrunk | None:
+        """From now on one latent goes through the network at a time; None where that is so already."""
+        if self._is_alone or (self._config.batch == 1 and not self._config.trains_pairs):
+            return None
+        self._is_alone = True
+        return Shrunk(changes="one latent at a time", masters_on=self._scorer.device)
 
     def add_gradient(self, step: int, micro: int) -> Batch:
         """Add the gradient of micro-batch `micro` of update `step` (from 1), divided by the number of micro-batches, to the parameters."""
         config = self._config
         start = ((step - 1) * config.optimiser.accumulate + micro) * config.batch
         losses, hits, sigmas = [], [], []
+        self._waiting = []
         if config.trains_labels:
             self._labels(start, losses, hits, sigmas)
         if config.trains_pairs:
@@ -98,6 +112,8 @@ class PavrmObjective:
         # Each term weighs the same whatever it holds: the mean over its samples.
         loss = torch.stack([torch.cat(part).mean() for part in losses]).sum()
         (loss / config.optimiser.accumulate).backward()
+        for entry, logit_B in self._waiting:
+            self._logits([entry]).backward(logit_B.grad)
         return Batch(loss=float(loss.detach()), correct=sum(hits) / len(hits), sigma=sum(sigmas) / len(sigmas))
 
     def _labels(self, start: int, losses: list, hits: list[float], sigmas: list[float]) -> None:
@@ -140,13 +156,24 @@ class PavrmObjective:
 
     def scored(self, noisy: Sequence[Noisy]) -> list[tuple[list[int], torch.Tensor]]:
         """Indices and logits, shape by shape: latents of several shapes make no tensor."""
+        if self._is_alone:
+            return [([index], self._alone(entry)) for index, entry in enumerate(noisy)]
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, entry in enumerate(noisy):
             by_shape.setdefault(tuple(entry.latent_CFHW.shape), []).append(index)
-        results = []
-        for indices in by_shape.values():
-            chosen = [noisy[index] for index in indices]
-            latent_BCFHW = torch.stack([entry.latent_CFHW for entry in chosen]).to(self._scorer.device)
-            timestep_B = torch.tensor([int(entry.sigma * TIMESTEPS) for entry in chosen], device=self._scorer.device)
-            results.append((indices, self._scorer.logits(latent_BCFHW, timestep_B, [entry.video for entry in chosen], [entry.caption for entry in chosen])))
-        return results
+        return [(indices, self._logits([noisy[index] for index in indices])) for indices in by_shape.values()]
+
+    def _alone(self, entry: Noisy) -> torch.Tensor:
+        """The logit of one latent, whose graph is made only when its gradient is known."""
+        wants_gradient = torch.is_grad_enabled()
+        with torch.no_grad():
+            logit_B = self._logits([entry])
+        if wants_gradient:
+            self._waiting.append((entry, logit_B.requires_grad_()))
+        return logit_B
+
+    def _logits(self, chosen: Sequence[Noisy]) -> torch.Tensor:
+        """Logits [B] of latents of one shape."""
+        latent_BCFHW = torch.stack([entry.latent_CFHW for entry in chosen]).to(self._scorer.device)
+        timestep_B = torch.tensor([int(entry.sigma * TIMESTEPS) for entry in chosen], device=self._scorer.device)
+        return self._scorer.logits(latent_BCFHW, timestep_B, [entry.video for entry in chosen], [entry.caption for entry in chosen])

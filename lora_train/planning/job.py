@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,11 +15,10 @@ from ..config import TrainConfig
 from ..input_config import LATENTS, PATCH, RewardSource, Video
 from ..lora.targets import select_targets
 from ..safetensors_file import read_header
-from .memory import Job
-from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAE_ELEMENTS, Scored
+from .memory import Finished, Job
+from .scoring import CLIP_BYTES, FRAMES_ON_CARD, VAES, Scored
 from .shapes import ModelShape
 
-_VAE_WIDTH = 96
 # Blocks of the published PAVRM's trunk.
 _PUBLISHED_TRUNK = 8
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
@@ -32,15 +32,16 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
     Args:
         reward_bytes: of reward model and VAE on the card; None takes those of published models.
     """
-    _, _, frames, height, width = video_of(config, shape).latent_shape(1)
+    video = video_of(config, shape)
+    _, _, frames, height, width = video.latent_shape(1)
     chosen = select_targets(shape.linears, config.lora.targets, config.lora.skip)
-    branches = 1 if guidance_of(config) == 1.0 else 2
+    branches = _branches(guidance_of(config))
     element_bytes = 4 if config.dtype == "fp32" else 2
     pavrm = needs.pavrm(config)
     decodes = needs.decodes(config)
     if reward_bytes is None:
         judges = _judge_bytes(config, shape, element_bytes) + (CLIP_BYTES if config.held_out.judge else 0)
-        reward_bytes = judges + (int(VAE_ELEMENTS * _vae_width(config) ** 2) * element_bytes if decodes else 0)
+        reward_bytes = judges + (int(VAES[video.vae].elements * _vae_width(config, video.vae) ** 2) * element_bytes if decodes else 0)
     return Job(
         shape=shape,
         tokens=frames * (height // 2) * (width // 2),
@@ -55,9 +56,10 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
         lora_parameters=len(config.trained_experts) * config.lora.rank * sum(sum(shape.linears[path]) for path in chosen),
         experts=len(needs.experts(config)),
         has_average=config.optimiser.ema_decay > 0,
-        scored=_scored(config, frames, element_bytes) if decodes else None,
+        scored=_scored(config, video, element_bytes) if decodes else None,
         reward_bytes=reward_bytes,
-        looks="whole" if needs.looks_at_videos(config) else "stream" if config.sample_every else "",
+        looks=_looks(config),
+        clips=_made(config, video) if needs.replays(config) else _picked(config) if needs.picks(config) else None,
         judged_blocks=_trunk_blocks(pavrm) if pavrm and not pavrm.options.get("generator") else 0,
     )
 
@@ -122,8 +124,8 @@ def graphs_of(config: TrainConfig) -> int:
     return max(1, len(objective.step_list)) if objective.strategy == "list" else 1 if objective.strategy == "last" else objective.grad_steps
 
 
-def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scored:
-    objective, video = config.objective, config.video
+def _scored(config: TrainConfig, video: Video, element_bytes: int) -> Scored:
+    objective, latent_frames = config.objective, video.latent_shape(1)[2]
     count = latent_frames if objective.decode == "all" else min(latent_frames, objective.decode_count)
     # Where the decoded frames begin is drawn: the most that can come before them.
     before = 0 if objective.decode in ("first", "all") else latent_frames - count
@@ -135,18 +137,63 @@ def _scored(config: TrainConfig, latent_frames: int, element_bytes: int) -> Scor
         latents=count + history if is_trained else 0,
         frames=min(frames, objective.score_frames or frames, FRAMES_ON_CARD) if is_trained else 0,
         tower=max(_towers(asdict(config.reward)), default=0.0) if is_trained else 0.0,
-        total_frames=video.frames,
         batch=config.batch,
         element_bytes=element_bytes,
-        width=_vae_width(config),
+        width=_vae_width(config, video.vae),
+        vae=video.vae,
     )
 
 
-def _vae_width(config: TrainConfig) -> float:
-    """Width of the VAE's decoder as a share of the published one; 1 where its file is not there."""
-    path = Path(config.models.vae)
+def _looks(config: TrainConfig) -> Finished | None:
+    """Samples and held-out videos; a PAVRM scores latents of held-out rollouts, at the guidance of training."""
+    is_whole = needs.looks_at_videos(config)
+    is_shown = is_whole or config.sample_every > 0
+    if not is_shown and not config.held_out.every:
+        return None
+    scales = [config.sampling.guidance] if is_shown else []
+    scales += [guidance_of(config)] if needs.scores_latents(config) and config.held_out.every else []
+    # Held-out videos may be cut, samples are not.
+    latents = config.video.latent_shape(1)[2]
+    held_frames = 4 * min(config.held_out.latents or latents, latents) - 3 if is_whole else 0
+    return Finished(
+        videos=config.held_out.batch or config.batch, branches=max(map(_branches, scales)), held_frames=held_frames,
+        frames=config.video.frames if config.sample_every else held_frames,
+    )  # fmt: skip
+
+
+def _made(config: TrainConfig, video: Video) -> Finished:
+    """Clips that the base model makes, one at a time; where it makes several for a prompt they are scored (`replay.py`)."""
+    is_scored = config.real.tries > 1 and needs.decodes_training_videos(config)
+    return Finished(
+        videos=1, branches=_branches(config.sampling.guidance), frames=video.frames if is_scored else 0, held_frames=video.frames if is_scored else 0,
+        is_judged=config.real.tries > 1 and not is_scored, total=config.real.replay * config.real.tries,
+        kept_bytes=config.real.replay * 4 * math.prod(video.latent_shape(1)),
+    )  # fmt: skip
+
+
+def _picked(config: TrainConfig) -> Finished:
+    """Clips of `real.path`, each scored by all rewards of the run (`picking.py`)."""
+    frames = config.video.frames if needs.decodes_training_videos(config) else 0
+    return Finished(videos=1, branches=0, frames=frames, held_frames=frames, is_judged=True, total=_offered(Path(config.real.path)))
+
+
+def _offered(path: Path) -> int:
+    """How many clips a file of latents or a dataset holds; 0 where only a reader of their metas could tell."""
+    if path.suffix == ".safetensors" and path.is_file():
+        return read_header(str(path), "real latents").shapes.get("latents", (0,))[0]
+    index = path / "dataset.json"
+    return len(json.loads(index.read_text(encoding="utf-8")).get("videos", ())) if index.is_file() else 0
+
+
+def _branches(guidance: float) -> int:
+    return 1 if guidance == 1.0 else 2
+
+
+def _vae_width(config: TrainConfig, vae: str) -> float:
+    """Width of the VAE's decoder as a share of the published one; 1 where its file is not there, or is that of another model than is planned."""
+    path = Path(config.models.vae if vae == config.video.vae else "")
     gain = read_header(str(path), "VAE").shapes.get("decoder.head.0.gamma") if path.suffix == ".safetensors" and path.is_file() else None
-    return gain[0] / _VAE_WIDTH if gain else 1.0
+    return gain[0] / VAES[vae].width if gain else 1.0
 
 
 def _trunk_blocks(pavrm: RewardSource) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .scoring import Scored, decode_bytes, look_bytes, tower_bytes
+from .scoring import Scored, decode_bytes, shown_bytes, tower_bytes
 from .shapes import ModelShape
 
 # Driver and libraries of a process, and what the allocator cannot reuse (assumed; 1.5 GB in the published plan with 0.6 GB of outer weights).
@@ -20,6 +20,8 @@ _LSE_BYTES = 4
 _MERGE_BYTES = 6 * 4 << 22
 # fp32 master, gradient and AdamW's two moments
 STATE_BYTES = 16
+# The clips that the base model makes are there three times while their file is written: each, all as one tensor, and the bytes that are written.
+_WRITTEN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,29 @@ class Choice:
     merges_resident: bool
     optimiser_place: str
     keep_feed_forward: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Finished videos without gradient: sampled, decoded, scored.
+
+    Attributes:
+        videos: at once.
+        branches: latents in a pass for each of them; guidance doubles; 0: they are not sampled.
+        frames: decoded of each; 0: none are.
+        held_frames: of these, kept together for a reward model, and not let go piece by piece.
+        is_judged: a latent reward scores them.
+        total: how many there are, where the time of all of them is asked.
+        kept_bytes: of latents that are collected on the host.
+    """
+
+    videos: int
+    branches: int
+    frames: int
+    held_frames: int
+    is_judged: bool = False
+    total: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +82,8 @@ class Job:
         has_average: a moving average of the masters is kept.
         scored: what is decoded and scored; None with a latent reward.
         reward_bytes: weights of the reward model and the VAE, on the card.
-        looks: `stream`: samples are decoded piece by piece; `whole`: held-out videos are held and scored; or empty.
+        looks: samples and held-out videos; None without any.
+        clips: what the base model makes, or the rewards choose among, before the first update; None without any.
         judged_blocks: blocks of a latent reward's own trunk, which go through the executor like the experts'; 0 without one.
     """
 
@@ -76,7 +102,8 @@ class Job:
     has_average: bool
     scored: Scored | None
     reward_bytes: int
-    looks: str = ""
+    looks: Finished | None = None
+    clips: Finished | None = None
     judged_blocks: int = 0
 
     def stream_bytes(self, batch: int) -> int:
@@ -122,15 +149,12 @@ def rest_bytes(job: Job, choice: Choice) -> int:
 
 
 def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, int]:
-    """Bytes of tensors on the card at the height of each phase, without driver and libraries.
+    """Bytes of tensors on the card at the height of each phase, without driver and libraries: those of an update, then `looks` and `clips` if there are any.
 
     Args:
         in_kernels: with what the attention kernel allocates inside of itself.
     """
     shape, fixed = job.shape, rest_bytes(job, choice)
-    # Merged copies of the Linears around the blocks, held through the rollout (`lora/linears.py`).
-    outer = shape.outer_linears
-    merged = job.experts * sum(outer[name][0] * outer[name][1] for name in job.adapted_outside) * job.element_bytes
     kept = job.graphs * kept_bytes(job, choice) if choice.keep_place == "device" else 0
     # Where a block runs, its own share is among the tensors that are counted below.
     wide = job.gradient_batch * job.tokens * shape.ffn * job.element_bytes if choice.keep_feed_forward else 0
@@ -138,14 +162,41 @@ def phases(job: Job, choice: Choice, *, in_kernels: bool = True) -> dict[str, in
     # With the others kept the last block is the highest, and the patch embedding's result is gone by then.
     gone = job.stream_bytes(job.gradient_batch) if kept and shape.blocks > 1 else 0
     found = {
-        "rollout": fixed + merged + max(2 * job.stream_bytes(job.rollout_batch) + _MERGE_BYTES, _forward_bytes(job, choice, job.rollout_batch, held=0)),
+        "rollout": fixed + _rollout_bytes(job, choice, job.rollout_batch),
         "forward": fixed + others - gone + _forward_bytes(job, choice, job.gradient_batch, held=1 if choice.keep_attention else 0),
         # The output head's input waits as well.
         "scoring": fixed + kept + (job.graphs * job.stream_bytes(job.gradient_batch) if kept else 0) + _scoring_bytes(job, choice, in_kernels),
         "backward": fixed + others + _backward_bytes(job, choice, in_kernels),
     }
-    looks = {"looks": fixed + merged + look_bytes(job.scored, job.looks == "whole")} if job.looks and job.scored else {}
-    return found | looks
+    if job.looks:
+        found["looks"] = fixed + _finished_bytes(job, choice, job.looks)
+    if job.clips:
+        base, unmerged = base_job(job), replace(choice, merges_resident=False)
+        found["clips"] = rest_bytes(base, unmerged) + _finished_bytes(base, unmerged, job.clips)
+    return found
+
+
+def base_job(job: Job) -> Job:
+    """The same before any LoRA is installed."""
+    return replace(job, rank=0, adapted=frozenset(), adapted_outside=frozenset(), lora_parameters=0)
+
+
+def _finished_bytes(job: Job, choice: Choice, made: Finished) -> int:
+    """Rollout, then the decoder or a latent reward's trunk."""
+    judging = _forward_bytes(judged(job), choice, made.videos, held=0) if made.is_judged and job.judged_blocks else 0
+    shown = _outer_merged_bytes(job) + shown_bytes(job.scored, made.videos, made.frames, made.held_frames) if made.frames else 0
+    return max(_rollout_bytes(job, choice, made.videos * made.branches), shown, judging)
+
+
+def _rollout_bytes(job: Job, choice: Choice, batch: int) -> int:
+    merging = 2 * job.stream_bytes(batch) + _MERGE_BYTES if job.rank else 0
+    return _outer_merged_bytes(job) + max(merging, _forward_bytes(job, choice, batch, held=0))
+
+
+def _outer_merged_bytes(job: Job) -> int:
+    """Merged copies of the Linears around the blocks, held through a rollout (`lora/linears.py`)."""
+    outer = job.shape.outer_linears
+    return job.experts * sum(outer[name][0] * outer[name][1] for name in job.adapted_outside) * job.element_bytes
 
 
 def _scoring_bytes(job: Job, choice: Choice, in_kernels: bool) -> int:
@@ -246,14 +297,18 @@ def host_parts(job: Job, choice: Choice) -> dict[str, int]:
     }
 
 
-def loading_bytes(job: Job) -> int:
-    """Host memory while models are loaded: all weights are there before some move to the card."""
-    return job.experts * job.shape.blocks * block_bytes(job) + _trunk_bytes(job) + PROCESS_BYTES
+def host_before(job: Job, choice: Choice) -> dict[str, int]:
+    """Bytes in host memory before the training itself: while models are loaded, when all weights are there before some move to the card; while the base model
+    makes clips, if it does."""
+    found = {"loading": job.experts * job.shape.blocks * block_bytes(job) + _trunk_bytes(job) + PROCESS_BYTES}
+    if job.clips and job.clips.kept_bytes:
+        found["making clips"] = host_parts(job, choice)["weights"] + _WRITTEN * job.clips.kept_bytes + PROCESS_BYTES
+    return found
 
 
 def host_bytes(job: Job, choice: Choice) -> int:
-    """Peak in host memory: of the training, or of the loading before it."""
-    return max(loading_bytes(job), sum(host_parts(job, choice).values()))
+    """Peak in host memory: of the training, or of what comes before it."""
+    return max(*host_before(job, choice).values(), sum(host_parts(job, choice).values()))
 
 
 def gpu_bytes(job: Job, choice: Choice) -> int:

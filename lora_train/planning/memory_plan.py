@@ -8,11 +8,12 @@ from typing import Any
 
 from .. import needs
 from ..config import TrainConfig
+from ..input_config import LATENTS
 from ..lora.targets import select_targets
 from .choose import USABLE, candidates, choose, fits, nearest
 from .job import job_of, size_step
-from .memory import PROCESS_BYTES, Choice, Job, gpu_bytes, host_bytes, host_parts, judged, kept_bytes, loading_bytes, phases, rest_bytes
-from .scoring import decode_flops
+from .memory import PROCESS_BYTES, Choice, Job, base_job, gpu_bytes, host_before, host_bytes, host_parts, judged, kept_bytes, phases, rest_bytes
+from .scoring import decode_flops, shown_flops
 from .shapes import ModelShape
 from .speed import Card, pass_seconds
 from .work import Passes, passes
@@ -56,6 +57,20 @@ def step_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card, coun
     return {**seconds, "total": sum(seconds.values())}
 
 
+def clips_seconds(config: TrainConfig, job: Job, choice: Choice, card: Card) -> float:
+    """Seconds that the base model takes for its clips, or the rewards to choose, once, before the first update; 0 without either."""
+    if job.clips is None:
+        return 0.0
+    base = base_job(job)
+    seconds = shown_flops(job.scored, job.clips.frames) / card.gemm if job.clips.frames else 0.0
+    if job.clips.branches:
+        seconds += config.sampling.steps * pass_seconds(base, choice, card, _passes(base, choice, False), job.clips.branches)["rollout"]
+    if job.clips.is_judged and job.judged_blocks:
+        trunk = judged(job)
+        seconds += pass_seconds(trunk, choice, card, _passes(trunk, choice, False), 1)["rollout"]
+    return job.clips.total * seconds
+
+
 def _passes(job: Job, choice: Choice, gate: bool) -> Passes:
     return passes(
         job.shape, job.tokens, job.rank, set(job.adapted), keeps_attention=choice.keep_attention, keeps_feed_forward=choice.keep_feed_forward,
@@ -79,9 +94,10 @@ def memory_plan(config: TrainConfig, shape: ModelShape, card: Card, host_free_by
         "gpu_rest_bytes": rest_bytes(job, choice),
         "host_peak_bytes": host_bytes(job, choice),
         "host_part_bytes": host_parts(job, choice),
-        "host_loading_bytes": loading_bytes(job),
+        "host_before_bytes": host_before(job, choice),
         "kept_activation_bytes": job.graphs * kept_bytes(job, choice),
         "seconds_per_step": {name: round(value, 3) for name, value in step_seconds(config, job, choice, card, counts).items()},
+        "seconds_before_first_step": round(clips_seconds(config, job, choice, card), 3),
         "fits": chosen is not None,
         "card": {"name": card.name, "memory_bytes": card.memory_bytes, "usable_bytes": int(USABLE * card.memory_bytes)},
         "host_free_bytes": host_free_bytes,
@@ -101,8 +117,8 @@ def _on_cpu(choice: Choice, shape: ModelShape) -> Choice:
 
 def _note(config: TrainConfig, shape: ModelShape) -> str:
     notes = ["predicted from operations and assumed rates; not measured on this card"]
-    if shape.latent_channels != 16:
-        notes.append("the 5B model's decoder is counted as that of 14B models, and its blocks as without a start image, with which they run whole")
+    if shape.latent_channels == LATENTS["wan2.2"].channels and needs.start_images(config):
+        notes.append("with start images a 5B model's blocks run whole in backward: more than is counted here")
     if config.reward.options.get("generator"):
         notes.append("a PAVRM in LoRA form runs its blocks whole: more than is counted here")
     return "; ".join(notes)
@@ -142,7 +158,7 @@ def refusal(plan: dict[str, Any]) -> str:
     if needed_card > card:
         short.append(f"{needed_card / 1e9:.1f} GB on the card, but {plan['card']['name']} has {card / 1e9:.1f} GB for it")
     if needed_host > host:
-        parts = {**plan["host_part_bytes"], "weights while loading": plan["host_loading_bytes"] if plan["host_loading_bytes"] == needed_host else 0}
+        parts = {**plan["host_part_bytes"], **{f"weights while {name}": value for name, value in plan["host_before_bytes"].items() if value == needed_host}}
         largest = max(parts, key=parts.get)
         part = f"{parts[largest] / 1e9:.1f} GB of it for {largest}"
         short.append(f"{needed_host / 1e9:.1f} GB of memory ({part}), but {host / 1e9:.1f} GB are free")
@@ -157,7 +173,8 @@ def least_host(config: TrainConfig, shape: ModelShape) -> tuple[int, str]:
     choice = min(choices, key=lambda choice: host_bytes(job, choice))
     parts = {name: value for name, value in host_parts(job, choice).items() if name != "process"}
     needed = host_bytes(job, choice) - PROCESS_BYTES
-    return needed, "loading the experts' weights" if sum(parts.values()) < needed else max(parts, key=parts.get)
+    before = {f"{name} with the experts' weights": value for name, value in host_before(job, choice).items()}
+    return needed, max(before, key=before.get) if sum(parts.values()) < needed else max(parts, key=parts.get)
 
 
 def remedies(config: TrainConfig, shape: ModelShape, card_bytes: int, host_free_bytes: int) -> list[str]:
@@ -178,6 +195,8 @@ def _changes(config: TrainConfig, shape: ModelShape) -> list[tuple[str, TrainCon
         found.append(("the engine's knobs left to the plan", replace(config, engine=type(config.engine)()), shape))
     if config.batch > 1:
         found.append(("batch 1", replace(config, batch=1), shape))
+    if needs.replays(config):
+        found.append(("clips of your own (real.path)", replace(config, real=replace(config.real, path="clips")), shape))
     if needs.decodes_training_videos(config) and objective.decode == "all":
         found.append(("objective.decode random", replace(config, objective=replace(objective, decode="random", decode_history=1)), shape))
     elif needs.decodes_training_videos(config) and objective.decode != "first":

@@ -10,10 +10,11 @@ _GB = 1e9
 
 
 def verdict(plan: dict[str, Any]) -> str:
-    """One line: fits or not, and the three figures that matter."""
+    """One line: fits or not, and the figures that matter."""
     card, host, seconds = plan["gpu_peak_bytes"] / _GB, plan["host_peak_bytes"] / _GB, plan["seconds_per_step"]["total"]
     word = "Fits" if plan["fits"] else "Does not fit"
-    return f"{word}: {card:.1f} GB on {plan['card']['name']}, {host:.1f} GB of memory, about {duration(seconds)} an update"
+    before = f", once {duration(plan['seconds_before_first_step'])} before them" if plan["seconds_before_first_step"] else ""
+    return f"{word}: {card:.1f} GB on {plan['card']['name']}, {host:.1f} GB of memory, about {duration(seconds)} an update{before}"
 
 
 def text(config: TrainConfig, plan: dict[str, Any], refusal: str = "") -> str:
@@ -38,6 +39,7 @@ def text(config: TrainConfig, plan: dict[str, Any], refusal: str = "") -> str:
             ("an update", "s", plan["seconds_per_step"]),
         ),
         "",
+        *filter(None, (clips(config, plan),)),
         f"limits: {plan['card']['usable_bytes'] / _GB:.1f} of {plan['card']['memory_bytes'] / _GB:.1f} GB on {plan['card']['name']}, "
         f"{plan['host_free_bytes'] / _GB:.1f} GB of memory, {plan['disk_bytes'] / _GB:.2f} GB of disk for checkpoints",
         f"knobs: {knobs(plan['knobs'])}",
@@ -48,9 +50,20 @@ def text(config: TrainConfig, plan: dict[str, Any], refusal: str = "") -> str:
 
 
 def memory_rows(plan: dict[str, Any]) -> dict[str, int]:
-    """Parts of host memory that there are; and the loading, where that asks for more than all of them together."""
-    parts = {name: value for name, value in plan["host_part_bytes"].items() if value}
-    return {**parts, "while loading": plan["host_loading_bytes"]} if plan["host_loading_bytes"] == plan["host_peak_bytes"] else parts
+    """Parts of host memory that there are; and what comes before the training, where that asks for more than all of them together."""
+    before = {f"while {name}": value for name, value in plan["host_before_bytes"].items() if value == plan["host_peak_bytes"]}
+    return {name: value for name, value in plan["host_part_bytes"].items() if value} | before
+
+
+def clips(config: TrainConfig, plan: dict[str, Any]) -> str:
+    """What is done with clips before the first update, in words; empty where nothing is."""
+    seconds, real = plan["seconds_before_first_step"], config.real
+    if not seconds:
+        return ""
+    if real.path:
+        return f"once, before the first update: {duration(seconds)} for scoring the clips of real.path, of which {real.keep:.0%} are learned from"
+    tries = f", the best of {real.tries} videos each," if real.tries > 1 else ""
+    return f"once, before the first update: {duration(seconds)} for {real.replay} clips of the base model{tries} at {config.sampling.steps} steps"
 
 
 def knobs(values: dict[str, Any]) -> str:

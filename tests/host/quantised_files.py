@@ -71,7 +71,7 @@ def write_gguf(source: str, target: Path, kind_of) -> Path:
     tensors, plain = [], {}
     generator = torch.Generator().manual_seed(1)
     for key, value in load_file(source).items():
-        plain[key] = value
+        value = plain[key] = value.float()
         kind = kind_of(key) if is_quantised_here(key, value) and value.shape[1] % BLOCKS[kind_of(key)][0] == 0 else "f32"
         if kind == "f32":
             tensors.append((key, tuple(value.shape), 0, value.contiguous().numpy().tobytes()))

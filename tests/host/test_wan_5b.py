@@ -310,6 +310,9 @@ def test_files_that_do_not_fit_are_told_before_any_work(settings, models, tiny_m
 
         write_real(tmp_path / "real.safetensors", torch.zeros(1, 16, 2, 4, 8), ["a"])
         _open_real(TrainConfig.from_dict({**settings, "real": {"path": str(tmp_path / "real.safetensors")}}))
+    with pytest.raises(ValueError, match=r"the real latents .* are of videos of 256 x 128 px and 5 frames, but video says .*; set video.width_px 256"):
+        write_real(tmp_path / "large.safetensors", torch.zeros(1, 48, 2, 8, 16), ["a"])
+        _open_real(TrainConfig.from_dict({**settings, "real": {"path": str(tmp_path / "large.safetensors")}}))
 
 
 def test_the_node_finds_one_model(models, monkeypatch, tmp_path):

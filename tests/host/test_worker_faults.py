@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import re
 import signal
@@ -176,6 +177,20 @@ def test_a_card_that_disappears_leaves_the_checkpoint_and_its_reason(work, fault
     assert work(settings, run_id, resume=True)[0] == 0
     for path in store.folder(whole).glob("tiny-*.safetensors"):
         assert path.read_bytes() == (store.folder(run_id) / path.name).read_bytes()
+
+
+def test_resuming_with_other_settings_is_refused_before_anything_is_cut(work, settings):
+    settings = {**settings, "held_out": {}, "sample_every": 0, "checkpoint_every": 1}
+    status, store, run_id = work(settings)
+    assert status == 0
+    history, path = store.events(run_id), store.folder(run_id) / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "seed": 99}), encoding="utf-8")
+    assert work(settings, run_id, resume=True)[0] == 2
+    seen = store.events(run_id)
+    assert seen[: len(history)] == history and "was made with other settings" in seen[-1]["error"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert work(settings, run_id, resume=True)[0] == 0
 
 
 def test_an_interrupt_leaves_nothing_behind(work, faults, settings):

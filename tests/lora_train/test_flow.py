@@ -51,7 +51,7 @@ def test_bad_input(arguments, message):
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("steps", [8, 12, 20, 40])
+@pytest.mark.parametrize("steps", [8, 12, 20, 38, 40, 76])
 def test_simple_grid_equals_the_host(comfyui, steps):
     import comfy.model_sampling
     import comfy.samplers

@@ -21,6 +21,13 @@ def _wan_paths(blocks):
     return outer + [f"blocks.{block}.{name}" for block in range(blocks) for name in inner] + ["head.head"]
 
 
+def test_an_alpha_that_bf16_does_not_hold_is_saved_as_it_is():
+    tensors = {"head.head.down": torch.zeros(2, 3), "head.head.up": torch.zeros(3, 2)}
+    for alpha, dtype in ((257.0, torch.float32), (64.0, torch.bfloat16)):
+        saved = to_file_tensors(tensors, alpha, torch.bfloat16)["lora_unet__head_head.alpha"]
+        assert float(saved) == alpha and saved.dtype == dtype
+
+
 @pytest.mark.parametrize(("blocks", "skip", "count"), [(40, ("ffn",), 326), (40, (), 406), (30, ("ffn",), 246), (30, (), 306)])
 def test_target_counts_of_the_official_files(blocks, skip, count):
     assert len(select_targets(_wan_paths(blocks), (), skip)) == count

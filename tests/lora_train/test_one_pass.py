@@ -13,12 +13,14 @@ from reward_lab.lora_train import needs, objectives, replay, run
 from reward_lab.lora_train.draws import draw_batch, prompt_sampler
 from reward_lab.lora_train.objectives.one_pass import OnePass
 from reward_lab.lora_train.prompts import derived_seed
+from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.real import RealLatents, write_real
 
 from .gradients import trainee_of
 from .test_prfl import ToyLatentReward
 
 PAVRM = {"kind": "pavrm", "path": "x"}
+SMALLER = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -149,6 +151,33 @@ def test_clips_of_the_base_are_the_best_of_each_prompt_and_are_paid_for(one_pass
     assert (tmp_path / "run" / replay.FILE).read_bytes() == before
 
 
+@pytest.mark.parametrize("where", ["roll", "decode"])
+def test_a_clip_that_does_not_fit_is_made_again_with_the_next_smaller_plan(one_pass, toy, tmp_path, where):
+    """Nothing of the first try stays: the clips, their cost and the run have the same bytes. Only one video is decoded at a time."""
+    config, parts = one_pass(real={"path": "", "replay": 3, "tries": 2}, steps=2, expert="low")
+    files, shrunk, decoded = {}, [], []
+    for name, full_at in (("whole", 0), ("again", 4)):
+        part, calls = parts.experts.backbones["low"] if where == "roll" else parts.decoder, []
+        own = part.velocity if where == "roll" else part.decode
+
+        def once_full(latent_BCFHW, *others, own=own, calls=calls, full_at=full_at):
+            calls.append(latent_BCFHW.shape[0])
+            if len(calls) == full_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return own(latent_BCFHW, *others)
+
+        setattr(part, "velocity" if where == "roll" else "decode", once_full)
+        ready = replay.with_clips(config, replace(parts, shrink=lambda: shrunk.append(1) or SMALLER), tmp_path / name)
+        decoded += calls
+        setattr(part, "velocity" if where == "roll" else "decode", own)
+        assert ready.clip_forwards == parts.experts.count.total
+        files[name] = (tmp_path / name / replay.FILE).read_bytes()
+        parts.experts.count.total = 0.0
+    assert files["whole"] == files["again"] and len(shrunk) == 1
+    assert [event.step for event in toy.events if event.name == "replanned"] == [0]
+    assert set(decoded) == ({2} if where == "roll" else {1})  # guidance doubles a pass
+
+
 def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, toy, tmp_path):
     config, parts = one_pass(real={"path": "", "replay": 3})
     stopped = replace(parts, stop_requested=lambda: True)
@@ -166,7 +195,7 @@ def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, to
         ({"one_pass": {"pavrm": {"kind": "hpsv2.1", "path": "x"}}}, "one_pass.pavrm is a hpsv2.1, but latents are scored by a pavrm"),
         ({"one_pass": {"flow_wait": 1.0}}, "flow_wait.*flow_weight"),
         ({"one_pass": {"null_rate": 1.5}}, "one_pass.null_rate is 1.5"),
-        ({"prompts": [{"text": "a cat", "image": "cat.png"}]}, "1 prompts have start images, which one_pass does not read"),
+        ({"prompts": [{"text": "a cat", "image": "cat.png"}]}, "1 prompts have start images, which a run that starts from clips does not read"),
         ({"real": {"path": "", "replay": 2, "tries": 0}}, "real.tries is 0"),
         ({"reward": PAVRM, "expert": "low", "sampling": {"steps": 2}}, "the PAVRM, which scores no clean latent, leaves the low-noise expert none"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reward_lab.lora_train import needs, objectives, picking, replay, run
+from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.real import Chosen, RealLatents, write_real
 
 from .test_prfl import ToyLatentReward
@@ -44,7 +45,7 @@ def test_the_best_by_the_reward_are_kept(picked_run, tmp_path):
     ready = replay.with_clips(config, parts, tmp_path / "run")
     rewards = [_reward(parts, number) for number in range(COUNT)]
     best = sorted(sorted(range(COUNT), key=lambda number: -rewards[number])[:3])
-    rows = json.loads((tmp_path / "run" / picking.FILE).read_text())
+    rows = json.loads((tmp_path / "run" / picking.FILE).read_text())["clips"]
     assert [row["clip"] for row in rows if row["kept"]] == best and [row["caption"] for row in rows] == parts.real.prompts
     assert [row["scores"]["toy"] for row in rows] == pytest.approx(rewards, rel=1e-5)
     assert ready.real.prompts == [parts.real.prompts[number] for number in best] and ready.real.shape == parts.real.shape
@@ -58,7 +59,7 @@ def test_the_best_by_the_reward_are_kept(picked_run, tmp_path):
 def test_a_clip_has_to_please_both_rewards(picked_run, tmp_path):
     config, parts = picked_run(one_pass={"pavrm": PAVRM})
     replay.with_clips(config, parts, tmp_path)
-    rows = json.loads((tmp_path / picking.FILE).read_text())
+    rows = json.loads((tmp_path / picking.FILE).read_text())["clips"]
     table = torch.tensor([[row["scores"]["toy"], row["scores"]["pavrm"]] for row in rows], dtype=torch.float64)
     least = ((table - table.mean(0)) / table.std(0, correction=0)).amin(1)
     kept = torch.tensor([row["kept"] for row in rows])
@@ -67,10 +68,29 @@ def test_a_clip_has_to_please_both_rewards(picked_run, tmp_path):
     assert any(set(column.topk(3).indices.tolist()) != set(kept.nonzero().flatten().tolist()) for column in table.T)
 
 
+def test_memory_that_ends_while_clips_are_scored_means_the_next_smaller_plan(picked_run, toy, tmp_path):
+    config, parts = picked_run()
+    replay.with_clips(config, parts, tmp_path / "whole")
+    own, calls = parts.decoder.decode, []
+
+    def decode(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(*given)
+
+    parts.decoder.decode = decode
+    smaller = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
+    replay.with_clips(config, replace(parts, shrink=lambda: smaller), tmp_path / "again")
+    assert (tmp_path / "again" / picking.FILE).read_bytes() == (tmp_path / "whole" / picking.FILE).read_bytes()
+    assert len(calls) == COUNT + 1 and [event.name for event in toy.events] == ["replanned"]
+
+
 def test_a_pavrm_alone_needs_no_decoder(picked_run, tmp_path):
     config, parts = picked_run(reward=PAVRM)
     assert parts.decoder is None and parts.reward is None
-    rows = json.loads((replay.with_clips(config, parts, tmp_path) and tmp_path / picking.FILE).read_text())
+    replay.with_clips(config, parts, tmp_path)
+    rows = json.loads((tmp_path / picking.FILE).read_text())["clips"]
     assert all(set(row["scores"]) == {"pavrm"} for row in rows)
 
 
@@ -105,3 +125,14 @@ def test_clips_that_score_alike_are_kept_in_their_order(picked_run, tmp_path):
 def test_a_share_that_cannot_be_is_named(picked_run, keep, words):
     with pytest.raises(ValueError, match=words):
         picked_run(real={"path": "clips.safetensors", "keep": keep})
+
+
+def test_picks_of_other_settings_or_clips_are_made_anew(picked_run, tmp_path):
+    config, parts = picked_run()
+    replay.with_clips(config, parts, tmp_path)
+    before = json.loads((tmp_path / picking.FILE).read_text())
+    other, _ = picked_run(real={**vars(config.real), "keep": 0.5})
+    assert len(replay.with_clips(other, parts, tmp_path).real.prompts) == 4
+    assert json.loads((tmp_path / picking.FILE).read_text())["made_for"] != before["made_for"]
+    fewer = replace(parts, real=Chosen(parts.real, range(4)))
+    assert len(replay.with_clips(other, fewer, tmp_path).real.prompts) == 2

@@ -49,6 +49,7 @@ def test_counts(config):
         {"method": "prfl", "prfl": {"first_step": 1, "last_step": 2, "points": 2, "guidance": 2.0}, "guards": {"kl_budget": 9.0}},
         {"method": "prfl", "expert": "low", "prfl": {"first_step": 4, "last_step": 4}, "objective": {"start": "real"}},
         {"method": "one_pass", "expert": "low", "objective": {"kl_weight": 0.0}},
+        {"method": "one_pass", "expert": "low", "objective": {"kl_weight": 0.0, "grad_steps": 3, "strategy": "tail"}},
     ],
 )
 def test_passes_agree_with_what_the_trainer_counts(toy, config, tmp_path, changes):

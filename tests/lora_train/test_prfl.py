@@ -44,6 +44,12 @@ def prfl(toy, tmp_path):
     return make
 
 
+def test_a_boundary_without_real_noise_levels_is_refused(toy):
+    values = {"method": "prfl", "expert": "high", "reward": {"kind": "pavrm", "path": "x"}, "real": {"path": "r.safetensors"}, "prfl": {"real_weight": 1.0}}
+    with pytest.raises(ValueError, match="sampling.boundary is 1, .* set prfl.real_weight 0"):
+        toy.config(**values, sampling={"boundary": 1.0})
+
+
 def test_flow_matching_trains_at_the_experts_own_noise_levels(prfl):
     config, parts = prfl(torch.float64, prfl={"real_weight": 0.7}, expert="low")
     seen = []

@@ -6,15 +6,16 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reward_lab.lora_train import checkpoint, objectives, run
+from reward_lab.lora_train import checkpoint, objectives, optimisers, run
 from reward_lab.lora_train.planning import choose
 from reward_lab.lora_train.planning.memory import gpu_bytes, host_bytes
 from reward_lab.lora_train.planning.memory_plan import job_of
 from reward_lab.lora_train.planning.shapes import named_shape
 from reward_lab.lora_train.protocols import Shrunk
-from reward_lab.lora_train.recovery import CardFullError, explain
-from reward_lab.lora_train.trainee import DamagedError
+from reward_lab.lora_train.recovery import CardFullError, DamagedError, explain
+from reward_lab.lora_train.trainee import Trainee
 
 SMALLER = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
 
@@ -39,14 +40,14 @@ class Failing:
         self.inner.use(measured)
 
 
-def settings(toy):
-    return toy.config(expert="both", optimiser={"accumulate": 2, "ema_decay": 0.9, "lr": 1e-2}, checkpoint_every=50)
+def settings(toy, optimiser=None, checkpoint_every=50):
+    return toy.config(expert="both", optimiser={"accumulate": 2, "ema_decay": 0.9, "lr": 1e-2, **(optimiser or {})}, checkpoint_every=checkpoint_every)
 
 
-def train(toy, folder, at=(), shrink=lambda: SMALLER, error=torch.OutOfMemoryError, **options):
-    config = settings(toy)
+def train(toy, folder, at=(), shrink=lambda: SMALLER, error=torch.OutOfMemoryError, resume=False, **changes):
+    config = settings(toy, **changes)
     parts = toy.parts(config, shrink=shrink)
-    return run.train(config, parts, Failing(objectives.create(config, parts), at, error), folder, **options)
+    return run.train(config, parts, Failing(objectives.create(config, parts), at, error), folder, resume=resume)
 
 
 def same(folder, other):
@@ -87,20 +88,120 @@ def test_the_end_is_in_order_and_can_be_resumed(toy, tmp_path, at, shrink, words
     assert whole == other and len(whole) == 2
 
 
+@pytest.mark.parametrize("what", ["evaluate", "show_samples"])
+def test_a_look_that_does_not_fit_loses_no_update(toy, tmp_path, monkeypatch, what):
+    def full(config, parts, trainees, *step):
+        if parts.experts.count.total > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(config, parts, trainees, *step)
+
+    own = getattr(run, what)
+    monkeypatch.setattr(run, what, full)
+    config = toy.config(checkpoint_every=50, held_out={"every": 3, "prompts": ["x"]}, sample_every=3, steps=9, optimiser={"ema_decay": 0.9})
+    parts = toy.parts(config, shrink=lambda: SMALLER, writer=Written())
+    with pytest.raises(CardFullError, match="also with the next smaller plan"):
+        run.train(config, parts, objectives.create(config, parts), tmp_path)
+    (checked,) = [event for event in toy.events if event.name == "checkpoint"]
+    assert checked.step >= 3 and checkpoint.latest_step(tmp_path) == checked.step
+
+
+class Written:
+    def write(self, videos, prompts, step):
+        return []
+
+
 def test_other_errors_are_not_tried_again(toy, tmp_path):
     with pytest.raises(RuntimeError, match="Tried to allocate"):
         train(toy, tmp_path, (3,), error=RuntimeError)
     assert not any(event.name in ("replanned", "checkpoint") for event in toy.events)
 
 
-def test_a_half_made_update_is_never_saved(toy, tmp_path, monkeypatch):
+class FullAt(TorchDispatchMode):
+    """The card's memory ends in one operation, before it is done."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        if self.calls == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def memory_ends_in_update(monkeypatch, step, at):
+    """In the `at`-th operation of the first try of update `step`; returns how many operations each update has made."""
+    own, made = Trainee.update, {}
+
+    def update(self, number):
+        with FullAt(at if number == step and number not in made else 0) as mode:
+            made[number] = 0
+            try:
+                return own(self, number)
+            finally:
+                made[number] = mode.calls
+
+    monkeypatch.setattr(Trainee, "update", update)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_memory_that_ends_anywhere_in_an_update_leaves_the_old_lora_or_ends_at_the_last_checkpoint(toy, tmp_path, monkeypatch, kind, step):
+    """Tried again where nothing was changed, also by state that was half made; never saved where something was. Both give the bytes of an undisturbed run."""
+    changes = {"optimiser": {"kind": kind, "weight_decay": 0.0}, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        operations = memory_ends_in_update(patch, step, 0)
+        train(toy, tmp_path / "whole", **changes)
+    ends = {}
+    for at in range(1, operations[step] + 1, max(1, operations[step] // 25)):
+        toy.events.clear()
+        folder = tmp_path / f"at{at}"
+        with monkeypatch.context() as patch:
+            memory_ends_in_update(patch, step, at)
+            try:
+                train(toy, folder, **changes)
+                ends[at] = "again"
+                assert [event.step for event in toy.events if event.name == "replanned"] == [step]
+            except DamagedError as error:
+                ends[at] = "ended"
+                assert "neither the old nor the new. The last checkpoint is good (" in str(error) and "optimiser_place" in str(error)
+                assert checkpoint.latest_step(folder) == step - 1
+        if ends[at] == "ended":
+            train(toy, folder, resume=True, **changes)
+        same(tmp_path / "whole", folder)
+    assert set(ends.values()) == {"again", "ended"} and list(ends.values()) == sorted(ends.values())
+
+
+def test_an_optimiser_that_writes_unseen_is_never_tried_again(toy, tmp_path, monkeypatch):
+    """Of kernels that torch does not know of, nobody can tell what they have written."""
+    monkeypatch.setattr(optimisers, "WRITE_UNSEEN", ("adamw",))
+    with monkeypatch.context() as patch:
+        memory_ends_in_update(patch, 2, 1)
+        train(toy, tmp_path / "clipping")  # its kernels had not begun
+
     def full(self, closure=None):
         raise torch.OutOfMemoryError("no room for the moments")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    with pytest.raises(RuntimeError, match="neither the old nor the new one. The last checkpoint is good; .*optimiser_place"):
-        train(toy, tmp_path)
-    assert checkpoint.states(tmp_path) == [] and not any(event.name == "replanned" for event in toy.events)
+    with pytest.raises(DamagedError, match="no room for the moments"):
+        train(toy, tmp_path / "kernel")
+    assert checkpoint.states(tmp_path / "kernel") == []
+
+
+def test_an_update_that_never_fits_ends_at_the_last_good_one(toy, tmp_path, monkeypatch):
+    def full(parameters, limit):
+        raise torch.OutOfMemoryError("no room for the norm")
+
+    train(toy, tmp_path / "whole", checkpoint_every=1)
+    own, calls = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: calls.append(1) or (full if len(calls) > 2 else own)(*given))
+    with pytest.raises(CardFullError, match="step 3: .* also with the next smaller plan .no room for the norm"):
+        train(toy, tmp_path / "other")
+    assert checkpoint.latest_step(tmp_path / "other") == 2
+    name = checkpoint.states(tmp_path / "other")[0].name
+    assert (tmp_path / "other" / checkpoint.FOLDER / name).read_bytes() == (tmp_path / "whole" / checkpoint.FOLDER / name).read_bytes()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from reward_lab.lora_train import checkpoint, objectives, run, safetensors_file
+from reward_lab.lora_train.evaluation import evaluate
+from reward_lab.lora_train.lora.keys import from_file_tensors
+from reward_lab.lora_train.lora.linears import install
 
 OBJECTIVE = {"mode": "x0", "strategy": "random", "decode": "all"}
 
@@ -88,6 +93,23 @@ def test_what_is_saved_is_the_moving_average(toy, tmp_path):
     key = "lora_unet__blocks_0_self_attn_q.lora_up.weight"
     torch.testing.assert_close(saved[key], expected["blocks.0.self_attn.q.up"], rtol=1e-5, atol=1e-8)
     assert not torch.allclose(saved[key], masters[-1]["blocks.0.self_attn.q.up"], rtol=1e-3)
+
+
+def test_looks_see_the_moving_average_and_training_does_not(toy, tmp_path):
+    """The last look's reward is that of the saved file; the updates are those of a run without looks."""
+    average = {"optimiser": {"lr": 5e-2, "ema_decay": 0.9}, "steps": 4}
+    config, _ = _train(toy, tmp_path / "run", held_out={"every": 2, "prompts": ["x", "a red square"]}, **average)
+    told = [event.held_out for event in toy.events if event.name == "step"][-1]
+    parts = toy.parts(config)
+    linears = parts.experts.backbones["low"].linears()
+    adapter = from_file_tensors(load_file(tmp_path / "run" / checkpoint.lora_file_name(config, "low")), linears)
+    with install(linears, adapter) as switch:
+        trainee = SimpleNamespace(switch=switch)
+        assert evaluate(config, parts, {"low": trainee}).mean == pytest.approx(told, rel=1e-5)
+    _train(toy, tmp_path / "plain", **average)
+    name = checkpoint.lora_file_name(config, "low")
+    one, other = (load_file(tmp_path / folder / name) for folder in ("run", "plain"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_the_seed_decides_everything(toy, tmp_path):

@@ -63,6 +63,7 @@ def _result(name, seed, shift, forwards=4500.0, looks=()):
 def test_report_pairs_sums_and_judges(tmp_path, capsys):
     shifts = {"base": 0.0, "rendered": 0.15, "reward-lab": 0.12, "videox-fun-high": 0.05, "hy-video-prfl": -0.1, learning_experiments.CONTROL: 0.11}
     shifts |= dict(zip(learning_experiments.REPLAYED, (0.09, 0.02), strict=True))
+    shifts |= dict(zip(learning_experiments.MISLABELLED, (0.11, 0.05, 0.04, -0.01, 0.02), strict=True))
     looks = [(2, 1000.0, 0.04), (4, 2000.0, 0.08)]
     for name, shift in shifts.items():
         for seed in (0, 1):
@@ -84,11 +85,28 @@ def test_report_pairs_sums_and_judges(tmp_path, capsys):
     assert added["met"] and added["measured"].startswith("reward +0.0100 ± 0.0000")
     (alike,) = (goal for words, goal in found.items() if words.startswith("without real clips"))
     assert not alike["met"] and alike["measured"].startswith("1.80 x")
+    early = found["the same after 1000 forwards, where none is near the ceiling yet"]
+    assert not early["met"] and early["measured"].startswith("+0.0400 against +0.0500: 0.8 x videox-fun-high")
+    lying = found["the same where the clips' captions lie as often as those of the base did"]
+    assert lying["met"] and lying["measured"].startswith("+0.1100 against +0.0500: 2.2 x videox-fun-high")
+    (added,) = (goal for words, goal in found.items() if words.startswith("rewards add to what clips with captions that lie teach"))
+    assert added["met"] and added["measured"].startswith("reward +0.1200 ± 0.0000")
     for direction in ("PRFL raises", "a reward of the first frame lowers"):
         assert not met[f"{direction} the dynamic degree (by two standard errors)"]
     assert "videox-fun-low-0" in document["missing"] and "reward-lab-1" not in document["missing"] and "reward-lab-2" in document["missing"]
     assert (tmp_path / "out" / "learning.png").stat().st_size > 1000
     assert "missed   PRFL raises the dynamic degree (by two standard errors): -0.100" in capsys.readouterr().out
+
+
+def test_guards_and_held_out_rewards_are_judged_with_every_seed():
+    def run(seed, text, curve):
+        return {"seed": seed, "oracle": {"text": [text]}, "looks": [{"oracle": {"text": [text - 0.1]}}], "reason": "no_gain", "detail": "Why.", "curve": curve}
+
+    curve = {"held_out": [None, 1.0, None, 3.0], "held_out_base": [None, 2.0, None, 2.0]}
+    runs, base = {0: run(0, 0.8, curve), 1: run(1, 0.6, curve)}, {seed: {"oracle": {"text": [0.55]}} for seed in (0, 1)}
+    judged = learning_report._guarded(runs, base)
+    assert not judged["met"] and "seed 0: base 55 %, never below 70 %, in the end 80 %; no_gain. Why. seed 1: base 55 %, never below 50 %" in judged["measured"]
+    assert learning_report._guarded({0: runs[0]}, base)["met"] and learning_report._held_out(curve) == (2.0, 3.0)
 
 
 def test_a_gain_that_is_never_reached_has_no_cost():
