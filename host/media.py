@@ -7,9 +7,11 @@ Shape letters: B videos, F frames, C H W.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +26,10 @@ logger = logging.getLogger("reward_lab")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 TENSORS = (".safetensors", ".npy")
+
+
+class NoFrames(ValueError):
+    """A tensor file is whole, but what it holds are no frames."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,9 @@ class Clip:
     index: int = 0
 
     def stamp(self) -> list:
-        """What changes when the file changes."""
+        """What changes when the file changes; a file that cannot be looked at has nothing."""
         files = _pictures(self.path) if self.path.is_dir() else [self.path]
-        status = [file.stat() for file in files]
+        status = [file.stat() for file in files if file.exists()]
         return [str(self.path.resolve()), self.key, self.index, [[entry.st_size, entry.st_mtime_ns] for entry in status]]
 
     def read(self) -> torch.Tensor:
@@ -66,26 +72,49 @@ def find_clips(paths: Sequence[str | Path], *, is_one_video: bool = False) -> li
     """What there is to score.
 
     Args:
-        paths: files and folders; folders are searched to any depth, in natural order of names.
+        paths: files and folders; folders are searched to any depth, in natural order of names. Tensor files without frames, such as a LoRA beside the
+            pictures, are left out with a warning there.
         is_one_video: the pictures of each folder are the frames of one video, in natural order; else every picture is a video of one frame.
 
     Raises:
-        ValueError: a path does not exist or is of no known kind, or there is nothing in it.
+        ValueError: a path does not exist or is of no known kind, a tensor file that is named holds no frames, or there is nothing to score.
     """
-    clips: list[Clip] = []
+    files: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir() and is_one_video:
-            clips += [Clip(name=path.name, path=path)] if _pictures(path) else []
+            files += [(path, path.name)] if _pictures(path) else []
         elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.suffix.lower() in (*PICTURES, *VIDEOS, *TENSORS) and not file.name.startswith(".")]
-            clips += [clip for file in sorted(files, key=natural) for clip in _clips_of(file, file.relative_to(path).as_posix())]
+            found = [file for file in path.rglob("*") if file.suffix.lower() in (*PICTURES, *VIDEOS, *TENSORS) and not file.name.startswith(".")]
+            files += [(file, file.relative_to(path).as_posix()) for file in sorted(found, key=natural)]
         elif path.is_file():
-            clips += _clips_of(path, path.name)
+            files.append((path, path.name))
         else:
             raise ValueError(f"There is no file or folder {path}; check the name.")
+    named = set(map(Path, paths))
+    clips = [clip for file, name in _named_apart(files) for clip in (_clips_of(file, name) if file in named else _walked(file, name))]
     if not clips:
         raise ValueError(f"There is nothing to score in {', '.join(map(str, paths))}; it takes {' '.join((*PICTURES, *VIDEOS, *TENSORS))}.")
-    return _unique(clips)
+    return clips
+
+
+def _named_apart(files: list[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
+    """Files of one name are called by their paths, and one that is given twice has a number as well: results are kept by name."""
+    counts, taken = Counter(name for _, name in files), Counter()
+    for file, name in files:
+        name = name if counts[name] == 1 else str(file)
+        taken[name] += 1
+        yield file, name if taken[name] == 1 else f"{name}#{taken[name]}"
+
+
+def _walked(file: Path, name: str) -> list[Clip]:
+    """Clips of a file that nobody named; one that is damaged is told when its turn comes."""
+    try:
+        return list(_clips_of(file, name))
+    except NoFrames as error:
+        logger.warning("%s It is left out.", error)
+        return []
+    except ValueError:
+        return [Clip(name=name, path=file)]
 
 
 def natural(path: Path) -> list:
@@ -93,13 +122,11 @@ def natural(path: Path) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", path.as_posix())]
 
 
-def _unique(clips: list[Clip]) -> list[Clip]:
-    names = [clip.name for clip in clips]
-    return [dataclasses.replace(clip, name=str(clip.path)) if names.count(clip.name) > 1 and not clip.key else clip for clip in clips]
-
-
 def _clips_of(file: Path, name: str) -> Iterator[Clip]:
     ending = file.suffix.lower()
+    if file.is_dir():
+        yield Clip(name=name, path=file)
+        return
     if ending not in (*PICTURES, *VIDEOS, *TENSORS):
         raise ValueError(f"{file} ends in {ending or 'nothing'!r}; pictures, videos, .safetensors and .npy are scored.")
     if ending not in TENSORS:
@@ -157,14 +184,11 @@ def _video(path: Path) -> list[np.ndarray]:
 
 def _keys(path: Path) -> list[str]:
     """Tensors of a safetensors file that look like frames; all three-to-five-dimensional ones when none is called so."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shaped = [key for key in file.keys() if 3 <= len(file.get_slice(key).get_shape()) <= 5]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); it is damaged or something else.") from error
+    with _opened(path) as file:
+        shaped = [key for key in file.keys() if 3 <= len(file.get_slice(key).get_shape()) <= 5]  # noqa: SIM118
     named = [key for key in shaped if re.search(r"(^|[._/])(frames?|images?|videos?|pictures?|pixels?)\d*$", key)]
     if not shaped:
-        raise ValueError(f"{path} holds no tensor that could be frames; give one of [F, 3, H, W], called frames.")
+        raise NoFrames(f"{path} holds no tensor that could be frames; give one of [F, 3, H, W], called frames.")
     return sorted(named or shaped, key=lambda key: natural(Path(key)))
 
 
@@ -174,18 +198,27 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
             return torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, OSError, EOFError, TypeError, MemoryError) as error:
             raise ValueError(f"{path} cannot be read as an array ({error}); it is damaged or something else.") from error
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return file.get_tensor(key)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); it is damaged or something else.") from error
 
 
 def _videos(tensor: torch.Tensor, what: str) -> torch.Tensor:
     """Any layout of frames as [B, F, C, H, W]; channels may stand before or after the picture.
 
     Raises:
-        ValueError: not 3 to 5 axes, or not three channels in either place.
+        NoFrames: not 3 to 5 axes, or not three channels in either place.
     """
     if not 3 <= tensor.ndim <= 5 or tensor.numel() == 0:
-        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; frames are [F, 3, H, W] or [F, H, W, 3], with at least one frame.")
+        raise NoFrames(f"{what} has shape {tuple(tensor.shape)}; frames are [F, 3, H, W] or [F, H, W, 3], with at least one frame.")
     shape, dtype = tuple(tensor.shape), tensor.dtype
     if shape[-3] == 3:
         pass
@@ -195,10 +228,10 @@ def _videos(tensor: torch.Tensor, what: str) -> torch.Tensor:
         channels = next((count for count in (shape[-3], shape[-1]) if count in (1, 2, 4)), shape[-3])
         hint = {1: "repeat the grey channel three times", 4: "drop the alpha channel"}
         if tensor.ndim == 5 and shape[1] in (16, 48):
-            raise ValueError(f"{what} has shape {shape}: these are latents, not frames; use `lab.py score-latent`, or decode them.")
-        raise ValueError(f"{what} has shape {shape}, that is {channels} channels; 3 (RGB) are needed; {hint.get(channels, 'give RGB')}.")
+            raise NoFrames(f"{what} has shape {shape}: these are latents, not frames; use `lab.py score-latent`, or decode them.")
+        raise NoFrames(f"{what} has shape {shape}, that is {channels} channels; 3 (RGB) are needed; {hint.get(channels, 'give RGB')}.")
     if dtype != torch.uint8 and not dtype.is_floating_point:
-        raise ValueError(f"{what} holds {dtype}; frames are floats in [0,1] or 8-bit values.")
+        raise NoFrames(f"{what} holds {dtype}; frames are floats in [0,1] or 8-bit values.")
     if dtype.is_floating_point and dtype.itemsize == 1:
         tensor = tensor.float()
     while tensor.ndim < 5:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..reward_models.mix import measure_baseline
-from ..reward_models.spec import RewardModelSpec
+from ..reward_models.spec import RewardModelSpec, read_rows
 from . import scoring
 
 
@@ -24,19 +24,15 @@ def mix_spec(rows: Sequence[Row]) -> tuple[RewardModelSpec, str]:
     """Make the value of a REWARD_MODEL socket and a report of the rows.
 
     Raises:
-        ValueError: No row, a scale that is not positive, or a reward that cannot be mixed.
+        ValueError: No row, or see `spec.read_rows`.
     """
     if not rows:
         raise ValueError("No reward is connected. Connect at least one Load Reward Model.")
     entries, lines = [], []
     for row, name in zip(rows, _names(rows), strict=True):
-        if row.spec.kind in ("pavrm", "mix"):
-            reason = "it scores latents, not frames" if row.spec.kind == "pavrm" else "connect its rewards here"
-            raise ValueError(f"A {row.spec.kind} cannot be part of a mix: {reason}.")
-        if row.scale <= 0:
-            raise ValueError(f"The scale of {name} is {row.scale:g}; it must be above 0. 1 leaves the reward as it is.")
         entries.append({"name": name, "reward": row.spec.to_dict(), "weight": row.weight, "centre": row.centre, "scale": row.scale})
         lines.append(f"{row.weight:g} x ({name} - {row.centre:.6g}) / {row.scale:.6g}")
+    read_rows(entries)
     return RewardModelSpec(kind="mix", path="", options={"rows": entries}), "\n+ ".join(lines)
 
 

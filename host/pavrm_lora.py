@@ -32,6 +32,7 @@ from ..lora_train.weight_formats import quantised_weights
 from ..reward_models import pavrm as head_module
 from ..reward_models.weights import load_into, read_weights
 from . import pavrm_files
+from .lora_convert import check_target, save_whole
 from .pavrm import Pavrm, build_trunk, cast_trunk
 
 _EXACT_SVD = 1024
@@ -333,7 +334,16 @@ def _head(state: Mapping[str, torch.Tensor], num_heads: int, what: str) -> head_
     return head.float().eval().requires_grad_(False)
 
 
-def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank: int, query: str | Path | None = None, head: str | Path | None = None) -> dict:
+def convert(
+    source: str | Path,
+    generator: str | Path,
+    out: str | Path,
+    *,
+    rank: int,
+    query: str | Path | None = None,
+    head: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict:
     """Write a PAVRM in LoRA form.
 
     Args:
@@ -342,15 +352,15 @@ def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank:
         out: file to write.
         rank: of the matrices.
         query, head: upstream's head files.
+        overwrite: whether a file that is there already is replaced.
 
     Returns:
         rank, relative_error of the weights, bytes of the file, number of matrices and of whole differences.
 
     Raises:
-        ValueError: see `extract` and `pavrm.load`.
+        ValueError: see `lora_convert.check_target`, `extract` and `pavrm.load`.
     """
-    from safetensors.torch import save_file
-
+    check_target(Path(out), overwrite=overwrite)
     read = pavrm_files.read_trunk(source)
     base = pavrm_files.read_trunk(generator, taps=(max(read.taps),))
     delta = extract(read.state, base.state, rank)
@@ -359,5 +369,5 @@ def convert(source: str | Path, generator: str | Path, out: str | Path, *, rank:
     if scorer.query_attention is None:
         raise ValueError(f"{source} pools by {scorer.pooling}; the LoRA form knows query attention only. Use the file as it is.")
     config = file_config(scorer, read.taps, rank=rank, relative_error=delta.relative_error, generator=generator)
-    save_file(tensors_of(delta, scorer.state_dict()), str(out), metadata={"format": "pt", "config": json.dumps(config)})
+    save_whole(tensors_of(delta, scorer.state_dict()), Path(out), {"format": "pt", "config": json.dumps(config)})
     return {**config, "bytes": Path(out).stat().st_size, "matrices": len(delta.lora), "whole": len(delta.diff)}

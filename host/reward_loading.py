@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..reward_models.base import RewardModel, as_float
+from ..reward_models.loader import mix_of
 from ..reward_models.spec import RewardModelSpec
 from . import media
 
@@ -20,11 +21,13 @@ _CHUNK_FRAMES = 16
 
 
 def load(spec: RewardModelSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> RewardModel:
-    """Load a reward model.
+    """Load a reward model; those of a mix come through here too, each with its own reference.
 
     Raises:
         ValueError: see `loader.load_reward_model`; a reference picture cannot be read.
     """
+    if spec.kind == "mix":
+        return mix_of(spec.rows(), lambda reward: load(reward, device, dtype))
     reference = spec.options.get("reference") if spec.kind == "face" else None
     if not reference or str(reference).endswith(".safetensors"):
         return spec.load(device, dtype)

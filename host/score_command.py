@@ -1,10 +1,12 @@
 """`lab.py score`, `score-latent` and `pavrm-lora`: options as JSON in, one JSON document or a table out. Entry of a process started by launch.py.
 
-Exit status 0, or 2 when the input is refused; with `--json` the document then has `"verdict": "refused"` and the sentence as `reason`.
+Exit status 0, or 2 when the input is refused; with `--json` the document then has `"verdict": "refused"` and the sentence as `reason`. Status 1 and the
+verdict "incomplete": there are scores, but `errors` lists what could not be scored or measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,9 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..reward_models.spec import ALIASES, KINDS, PATHLESS, RewardModelSpec
+from ..reward_models.spec import ALIASES, KINDS, OPTIONS, OPTIONS_OF, PATHLESS, RewardModelSpec, read_rows, refuse_unknown
 
-REFUSED = 2
+INCOMPLETE, REFUSED = 1, 2
+# Options that name what is read, and what is written.
+_INPUTS = ("weights", "config", "clip", "detector", "landmarks", "reference", "prompts", "trunk", "query", "head", "generator", "input")
+_OUTPUTS = ("csv", "gradients", "results", "baseline", "tensors", "out")
+# What a folder of inputs may hold of ours from an earlier call.
+_TABLES = (".csv", ".json", ".jsonl")
 
 
 def main(argv: list[str]) -> int:
@@ -29,23 +36,29 @@ def main(argv: list[str]) -> int:
         if options.get("json"):
             print(json.dumps({"verdict": "refused", "reason": str(error)}))
         return REFUSED
+    errors = document.get("errors")
     if options.get("json") or "videos" not in document:
-        print(json.dumps({"verdict": "ok", **document}, allow_nan=False))
+        print(json.dumps({"verdict": "incomplete" if errors else "ok", **document}, allow_nan=False))
     else:
         print(_table(document))
-    return 0
+    for error in errors or ():
+        print(f"Error: {error['name']}: {error['reason']}", file=sys.stderr)
+    return INCOMPLETE if errors else 0
 
 
 def _check_outputs(options: dict[str, Any]) -> None:
     """Make the folders of files that are written at the end, so that a place that cannot be written to costs no finished scores.
 
     Raises:
-        ValueError: such a place.
+        ValueError: such a place, or a file that is read.
     """
-    for name in ("csv", "gradients", "results", "baseline", "tensors", "out"):
+    inputs = [Path(value) for value in (*options.get("paths", ()), *(options.get(name) for name in _INPUTS)) if value]
+    for name in _OUTPUTS:
         path = Path(options.get(name) or "")
         if not options.get(name):
             continue
+        if any(_is_part_of(path, given) for given in inputs):
+            raise ValueError(f"--{name} {path} is one of the files that are read, and would be lost; choose another place.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
@@ -53,6 +66,15 @@ def _check_outputs(options: dict[str, Any]) -> None:
             is_writable = False
         if not is_writable:
             raise ValueError(f"--{name} {path} cannot be written: it is a folder, or its folder cannot be made or written to; choose another place.")
+
+
+def _is_part_of(path: Path, given: Path) -> bool:
+    """Whether a file that is there is an input, or lies in a folder of inputs."""
+    try:
+        is_in_folder = given.is_dir() and path.resolve().is_relative_to(given.resolve()) and path.suffix.lower() not in _TABLES
+        return path.is_file() and (is_in_folder or path.samefile(given))
+    except OSError:
+        return False
 
 
 def _device() -> str:
@@ -73,32 +95,50 @@ def _spec(options: dict[str, Any]) -> RewardModelSpec:
         raise ValueError("A PAVRM scores latents, not frames: use `lab.py score-latent`.")
     if kind not in KINDS:
         raise ValueError(f"--kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    _refuse_foreign(kind, options)
     if kind == "mix":
         return _mix_spec(options)
     if not options.get("weights") and kind not in PATHLESS:
         raise ValueError(f"--kind {kind} needs --weights FILE.")
-    names = ("config", "resize", "condition", "threshold", "normalise", "scale", "clip", "detector", "landmarks", "reference", "missing")
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    if options.get("stability"):
-        given["stability"] = True
-    if options.get("antialias") is not None:
-        given["antialias"] = options["antialias"] == "on"
+    given = {name: options[name] for name in OPTIONS_OF[kind] if _is_given(options, name)}
+    if "antialias" in given:
+        given["antialias"] = given["antialias"] == "on"
     return RewardModelSpec(kind=kind, path=options.get("weights") or "", options=given)
 
 
+def _is_given(options: dict[str, Any], name: str) -> bool:
+    return options.get(name) is not None and options[name] is not False
+
+
+def _refuse_foreign(kind: str, options: dict[str, Any]) -> None:
+    """Options that would change nothing are refused: whoever gives one believes that it does.
+
+    Raises:
+        ValueError: such an option, and why it has no effect.
+    """
+    known = ("config",) if kind == "mix" else OPTIONS_OF[kind]
+    foreign = [name for name in OPTIONS if name not in known and _is_given(options, name)]
+    if kind in PATHLESS:
+        # A mix gives its dtype to every reward; a measure has no matrices.
+        foreign += [name for name in ("weights", *(() if kind == "mix" else ("dtype",))) if _is_given(options, name)]
+    if foreign:
+        reason = "each row of the mix has files and options of its own" if kind == "mix" else f"its options are {', '.join(known) or 'none'}"
+        raise ValueError(f"{', '.join(f'--{name}' for name in foreign)} cannot be set for {kind}; {reason}.")
+
+
 def _mix_spec(options: dict[str, Any]) -> RewardModelSpec:
-    """A mix is described by a JSON file, rows of {"name", "reward": {"kind", "path", "options"}, "weight", "centre", "scale"}; paths start beside it."""
+    """A mix is described by a JSON file, {"rows": [...]} with rows as `spec.read_rows` takes them; paths start beside it."""
     if not options.get("config"):
         raise ValueError('--kind mix needs --config MIX.json: {"rows": [{"reward": {"kind": ..., "path": ...}, "weight": 1, "centre": 0, "scale": 1}, ...]}.')
     path = Path(options["config"])
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))["rows"]
-        for row in rows:
-            if row["reward"].get("path"):
-                row["reward"]["path"] = str(path.parent / row["reward"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the description of a reward mix ({type(error).__name__}: {error}).") from error
-    return RewardModelSpec(kind="mix", path="", options={"rows": rows})
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        refuse_unknown(document, ("rows",), "The description of a mix")
+        rows = read_rows(document.get("rows"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not the description of a reward mix: {error}") from error
+    here = [dataclasses.replace(row, reward=row.reward.beside(path.parent)).to_dict() for row in rows]
+    return RewardModelSpec(kind="mix", path="", options={"rows": here})
 
 
 def _score(options: dict[str, Any]) -> dict[str, Any]:
@@ -107,13 +147,16 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
     from . import media, score_files, score_store, video_prompts
 
     spec = _spec(options)
-    clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
-    prompts = _prompts(options, spec, [clip.name for clip in clips], video_prompts.read)
-    job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
-    store = score_store.ScoreStore(_store_path(options, clips))
     gradients: dict[str, torch.Tensor] | None = {} if options.get("gradients") else None
     with torch.inference_mode(False), score_files.collected_warnings() as warnings:
-        videos = score_files.score(job, store, score_files.progress_bar(), gradients)
+        clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
+        if options.get("baseline") and len(clips) < 2:
+            raise ValueError("--baseline measures how far rewards spread and needs at least 2 videos (better 16 or more), got 1; give more, or leave it out.")
+        prompts = _prompts(options, spec, clips, video_prompts.read)
+        job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=_device(), dtype=_dtype(options.get("dtype")))
+        store = score_store.ScoreStore(_store_path(options, clips), is_read=not options.get("no_resume"))
+        scores = score_files.score(job, store, score_files.progress_bar(), gradients)
+    videos, errors = scores.videos, list(scores.errors)
     if options.get("csv"):
         score_store.write_csv(options["csv"], videos)
     if gradients is not None:
@@ -122,8 +165,11 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
         save_file(gradients, options["gradients"])
     document = {"kind": spec.kind, **_description(spec), "videos": videos, "warnings": list(dict.fromkeys([*warnings, *_kept_warnings(videos)]))}
     if options.get("baseline"):
-        document["baseline"] = _baseline(options["baseline"], videos)
-    return document
+        try:
+            document["baseline"] = _baseline(options["baseline"], videos)
+        except (ValueError, OSError) as error:
+            errors.append({"name": "--baseline", "path": options["baseline"], "reason": str(error)})
+    return {**document, "errors": errors}
 
 
 def _kept_warnings(videos: list[dict[str, Any]]) -> list[str]:
@@ -142,13 +188,13 @@ def _store_path(options: dict[str, Any], clips: list) -> str | None:
     return str(Path(folder) / f"{key_of([str(Path(path).resolve()) for path in options['paths']])[:24]}.jsonl") if folder else None
 
 
-def _prompts(options: dict[str, Any], spec: RewardModelSpec, names: list[str], read) -> list[str]:
+def _prompts(options: dict[str, Any], spec: RewardModelSpec, clips: list, read) -> list[str]:
     if options.get("prompts"):
-        return read(options["prompts"], names)
+        return read(options["prompts"], [clip.name for clip in clips], [clip.path.absolute() for clip in clips])
     if options.get("prompt") is not None:
-        return [options["prompt"]] * len(names)
-    if spec.kind in ("aesthetic", "face", "dynamic_degree", "flicker", "drift"):
-        return [""] * len(names)
+        return [options["prompt"]] * len(clips)
+    if not spec.reads_text:
+        return [""] * len(clips)
     raise ValueError(f"{spec.kind} compares videos with a text: give --prompt TEXT or --prompts FILE.")
 
 
@@ -191,9 +237,8 @@ def _score_latent(options: dict[str, Any]) -> dict[str, Any]:
 def _pavrm_lora(options: dict[str, Any]) -> dict[str, Any]:
     from . import pavrm_lora
 
-    return pavrm_lora.convert(
-        options["trunk"], options["generator"], options["out"], rank=options["rank"], query=options.get("query"), head=options.get("head")
-    )
+    heads = {name: options.get(name) for name in ("query", "head")}
+    return pavrm_lora.convert(options["trunk"], options["generator"], options["out"], rank=options["rank"], overwrite=bool(options.get("force")), **heads)
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ from .score_store import ScoreStore, key_of
 
 logger = logging.getLogger("reward_lab")
 Progress = Callable[[int, int, str], None]
-# Part of every stored score's key: raise it when a reward model's numbers change, and stored ones are not used any more.
-_VERSION = 1
+# Part of every stored score's key: raise it when a reward model's numbers change, or what is kept with them, and stored ones are not used any more.
+_VERSION = 2
+# Errors that a sentence lists.
+_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +47,34 @@ class Job:
     dtype: torch.dtype = torch.float32
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What became of a job.
+
+    Attributes:
+        videos: a dictionary per scored clip, in order: name, path, prompt, frames, size_px, per_frame, per_video, parts, best_frame, worst_frame, warnings.
+        errors: name and reason of each clip that could not be read or scored.
+    """
+
+    videos: list[dict[str, Any]]
+    errors: list[dict[str, str]]
+
+    def failure(self) -> str:
+        """What could not be scored, in a sentence and a line each."""
+        shown = [f"{error['name']}: {error['reason']}" for error in self.errors[:_SHOWN]]
+        more = [f"and {len(self.errors) - _SHOWN} more"] if len(self.errors) > _SHOWN else []
+        head = f"{len(self.errors)} of {len(self.videos) + len(self.errors)} videos cannot be scored; mend them or take them out:"
+        return "\n".join([head, *shown, *more]) if len(self.errors) > 1 or self.videos else shown[0]
+
+
 def score(
     job: Job,
     store: ScoreStore,
     on_progress: Progress | None = None,
     gradients: dict[str, torch.Tensor] | None = None,
     load: Callable[[], RewardModel] | None = None,
-) -> list[dict[str, Any]]:
-    """Score every clip.
+) -> Scores:
+    """Score every clip; one that cannot be scored does not keep the others from it.
 
     Args:
         job: what to score; prompts and clips are equally many.
@@ -62,37 +83,41 @@ def score(
         load: gives the model, when something is left to score; None loads it from `job.spec`.
         gradients: filled with d(per_video)/d(frames) [F, 3, H, W] by clip name, when given; then nothing is taken from the store.
 
-    Returns:
-        A dictionary per clip, in order: name, path, prompt, frames, size_px, per_frame, per_video, parts, best_frame, worst_frame, warnings.
-
     Raises:
-        ValueError: a clip cannot be read or scored; what was scored before it is kept.
+        ValueError: the model cannot be loaded, or not one clip scored.
     """
-    model: RewardModel | None = None
-    results = []
-    for done, (clip, prompt) in enumerate(zip(job.clips, job.prompts, strict=True)):
+    clips = list(zip(job.clips, job.prompts, _keys(job), strict=True))
+    is_kept = gradients is None and all(store.get(key) for _, _, key in clips)
+    model = None if is_kept else _in_batch(load() if load else reward_loading.load(job.spec, job.device, job.dtype), job)
+    scores = Scores(videos=[], errors=[])
+    for done, (clip, prompt, key) in enumerate(clips):
         if on_progress:
-            on_progress(done, len(job.clips), clip.name)
-        batch = sorted(set(job.prompts)) if _is_batched(job.spec) else []
-        files = [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in job.spec.files() if Path(file).is_file()]
-        key = key_of(_VERSION, clip.stamp(), prompt, job.spec.to_dict(), files, batch, str(job.dtype))
+            on_progress(done, len(clips), clip.name)
         known = store.get(key) if gradients is None else None
         if known is None:
-            if model is None:
-                model = _in_batch(load() if load else reward_loading.load(job.spec, job.device, job.dtype), job)
-            with collected_warnings() as warnings:
-                known = _score_clip(model, clip, prompt, job.device, gradients)
-            known["warnings"] = warnings
+            try:
+                known = _with_warnings(model, clip, prompt, job, gradients)
+            except (ValueError, OSError) as error:
+                scores.errors.append({"name": clip.name, "path": str(clip.path), "reason": str(error)})
+                continue
             store.put(key, known)
-        results.append({**known, "name": clip.name, "path": str(clip.path)})
+        scores.videos.append({**known, "name": clip.name, "path": str(clip.path)})
     if on_progress:
-        on_progress(len(job.clips), len(job.clips), "")
-    return results
+        on_progress(len(clips), len(clips), "")
+    if not scores.videos:
+        raise ValueError(scores.failure())
+    return scores
+
+
+def _keys(job: Job) -> list[str]:
+    """What the score of each clip is stored under."""
+    batch, model_stamp = sorted(set(job.prompts)) if _is_batched(job.spec) else [], job.spec.stamp()
+    rest = (job.spec.to_dict(), model_stamp, batch, str(job.dtype))
+    return [key_of(_VERSION, clip.stamp(), prompt, *rest) for clip, prompt in zip(job.clips, job.prompts, strict=True)]
 
 
 def _is_batched(spec: RewardModelSpec) -> bool:
-    rows = [RewardModelSpec.from_dict(row["reward"]) for row in spec.options.get("rows", ())]
-    return spec.options.get("normalise") == "batch" or any(map(_is_batched, rows))
+    return spec.options.get("normalise") == "batch" or any(_is_batched(row.reward) for row in spec.rows())
 
 
 def _in_batch(model: Any, job: Job) -> RewardModel:
@@ -102,21 +127,28 @@ def _in_batch(model: Any, job: Job) -> RewardModel:
     return model
 
 
+def _with_warnings(model: Any, clip: media.Clip, prompt: str, job: Job, gradients: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+    with collected_warnings() as logged:
+        known = _score_clip(model, clip, prompt, job.device, gradients)
+    # A text is encoded once, for whichever clip comes first, and what is logged then may be about others: each clip asks about its own.
+    about_text = getattr(model, "prompt_warnings", lambda _: [])
+    others = set(about_text(sorted(set(job.prompts)))) if logged else set()
+    return {**known, "warnings": [*about_text([prompt]), *(message for message in dict.fromkeys(logged) if message not in others)]}
+
+
 def _score_clip(model: RewardModel, clip: media.Clip, prompt: str, device: str, gradients: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     frames_BFCHW = clip.read()[None]
     height, width = frames_BFCHW.shape[-2:]
     count = reward_loading.frames_per_chunk(height, width)
     frames_BFCHW = frames_BFCHW.to(device)
-    try:
-        if gradients is None:
-            output = score_in_chunks(model, frames_BFCHW, [prompt], count)
-        else:
-            wide = frames_BFCHW.float() / 255 if frames_BFCHW.dtype == torch.uint8 else frames_BFCHW.float()
-            output, gradient = reward_and_frame_gradient(model, wide, [prompt], count)
-            gradients[clip.name] = gradient[0].cpu().contiguous()
+    if gradients is None:
+        output = score_in_chunks(model, frames_BFCHW, [prompt], count)
         check_finite(output)
-    except ValueError as error:
-        raise ValueError(f"{clip.name}: {error}") from error
+    else:
+        wide = frames_BFCHW.float() / 255 if frames_BFCHW.dtype == torch.uint8 else frames_BFCHW.float()
+        output, gradient = reward_and_frame_gradient(model, wide, [prompt], count)
+        check_finite(output)
+        gradients[clip.name] = gradient[0].cpu().contiguous()
     return {"prompt": prompt, "frames": frames_BFCHW.shape[1], "size_px": [width, height], **as_numbers(output, 0)}
 
 

@@ -57,8 +57,18 @@ def _score_path(spec: RewardModelSpec, prompt: str, path: str, prompts_file: str
     mean = sum(score.reward for score in scores) / len(scores)
     ranked = sorted(scores, key=lambda score: score.reward, reverse=True)
     text = f"{len(scores)} videos, mean {mean:.4f}; best {ranked[0].name} ({ranked[0].reward:.4f}), worst {ranked[-1].name} ({ranked[-1].reward:.4f})"
+    text += "".join(f"\n{line}" for line in _warnings_of(scores))
     document = json.dumps({"reward_model": spec.kind, "reward": mean, "videos": [score.to_dict() for score in scores]})
     return Shown(reward=mean, plot=score_pictures.plot_videos(scores), json=document, text=text, csv=table)
+
+
+def _warnings_of(scores: list[scoring.VideoScore]) -> list[str]:
+    """Each warning once, with the videos that it is about."""
+    names: dict[str, list[str]] = {}
+    for score in scores:
+        for message in score.warnings:
+            names.setdefault(message, []).append(score.name)
+    return [f"{', '.join(about[:3])}{f' and {len(about) - 3} more' if len(about) > 3 else ''}: {message}" for message, about in names.items()]
 
 
 def score_latent(latent: dict, conditioning: list, spec: RewardModelSpec, sigmas: str, seed: int) -> Shown:

@@ -24,12 +24,13 @@ class ScoreStore:
 
     Args:
         path: JSONL file; None keeps nothing.
+        is_read: whether scores that are in it already are found.
     """
 
-    def __init__(self, path: str | Path | None):
+    def __init__(self, path: str | Path | None, *, is_read: bool = True):
         self._path = Path(path) if path else None
         self._found: dict[str, dict] = {}
-        if self._path and self._path.is_file():
+        if is_read and self._path and self._path.is_file():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)

@@ -123,8 +123,7 @@ def require_text(spec: RewardModelSpec, prompt: str) -> None:
     Raises:
         ValueError: The prompt is empty and the model needs one.
     """
-    kinds = [RewardModelSpec.from_dict(row["reward"]).kind for row in spec.options.get("rows", ())] or [spec.kind]
-    if not prompt.strip() and any(kind in ("hpsv2.1", "mps", "pickscore") for kind in kinds):
+    if not prompt.strip() and spec.reads_text:
         raise ValueError("The prompt is empty. Write what the video should show; reward models score frames for a text.")
 
 
@@ -192,12 +191,12 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
         prompts_file: A prompt per video, see video_prompts.py.
 
     Raises:
-        ValueError: Nothing to score, or prompts and videos do not fit.
+        ValueError: Nothing to score, prompts and videos do not fit, or videos that cannot be scored; the scores of the others are kept.
     """
     found = paths.input_path(path)
     clips = media.find_clips([found])
     if prompts_file.strip():
-        prompts = video_prompts.read(paths.input_path(prompts_file), [clip.name for clip in clips])
+        prompts = video_prompts.read(paths.input_path(prompts_file), [clip.name for clip in clips], [clip.path.absolute() for clip in clips])
     else:
         require_text(spec, prompt)
         prompts = [prompt] * len(clips)
@@ -211,8 +210,11 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     job = score_files.Job(clips=clips, prompts=prompts, spec=spec, device=str(device))
     store = ScoreStore(paths.scores_folder() / f"{key_of(str(found.resolve()))[:24]}.jsonl")
     with torch.inference_mode(False):
-        rows = score_files.score(job, store, on_progress, load=lambda: _loaded(spec, device))
-    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
+        scores = score_files.score(job, store, on_progress, load=lambda: _loaded(spec, device))
+    if scores.errors:
+        # A mean over fewer videos than the folder holds would pass for the folder's.
+        raise ValueError(scores.failure())
+    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in scores.videos]
 
 
 def files_stamp(path: str | None, prompts_file: str | None = None) -> str:
@@ -256,8 +258,7 @@ def _video_score(model_name: str, name: str, prompt: str, numbers: dict[str, Any
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> Any:
     """Return a loaded reward model on the host's device, from memory when its files have not changed."""
-    files = [[file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size] for file in spec.files() if Path(file).exists()]
-    key = json.dumps([spec.to_dict(), files, str(device)], sort_keys=True, default=str)
+    key = json.dumps([spec.to_dict(), spec.stamp(), str(device)], sort_keys=True, default=str)
     offload = comfy.model_management.unet_offload_device() if device.type != "cpu" else device
     with _models_lock:
         if key not in _models:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ _TEXT = ("prompt", "text", "caption")
 _NAME = ("file", "name", "video", "path", "filename")
 
 
-def read(path: str | Path, names: Sequence[str]) -> list[str]:
+def read(path: str | Path, names: Sequence[str], places: Sequence[str | Path] | None = None) -> list[str]:
     """The prompt of each video.
 
     Args:
         path: prompt file.
-        names: of the videos, in their order; an entry that names a file is matched by the name, with or without folder and ending.
+        names: of the videos, in their order; an entry that names a file is matched by the name, with or without folders and ending.
+        places: full path of each video, whose last folders must be those that an entry names; None takes the names.
 
     Raises:
-        ValueError: the file is missing or unreadable, or prompts and videos do not fit.
+        ValueError: the file is missing or unreadable, prompts and videos do not fit, or a video fits several prompts.
     """
     path = Path(path)
     try:
@@ -34,7 +35,7 @@ def read(path: str | Path, names: Sequence[str]) -> list[str]:
         raise ValueError(f"The prompt file {path} cannot be read ({error}); give a UTF-8 .txt, .csv, .json or .jsonl file.") from error
     entries = _entries(path, text, len(names))
     if all(name for name, _ in entries):
-        return _by_name(entries, names, path)
+        return _by_name(entries, names, places or names, path)
     prompts = [prompt for _, prompt in entries]
     if len(prompts) == 1:
         return prompts * len(names)
@@ -81,18 +82,53 @@ def _text(value: Any, path: Path) -> str:
     return value
 
 
-def _by_name(entries: list[tuple[str, str]], names: Sequence[str], path: Path) -> list[str]:
-    if len({name for name, _ in entries}) != len(entries):
-        raise ValueError(f"{path} names a video twice; give each one prompt.")
+def _by_name(entries: list[tuple[str, str]], names: Sequence[str], places: Sequence[str | Path], path: Path) -> list[str]:
     prompts = dict(entries)
-    by_file = {Path(name).name: prompt for name, prompt in entries}
-    by_stem = {Path(name).stem: prompt for name, prompt in entries}
-    result, missing = [], []
-    for name in names:
-        found = next((table[key] for table, key in ((prompts, name), (by_file, Path(name).name), (by_stem, Path(name).stem)) if key in table), None)
-        result.append(found)
-        missing += [name] if found is None else []
+    if len(prompts) != len(entries):
+        raise ValueError(f"{path} names a video twice; give each one prompt.")
+    found: list[str | None] = [name if name in prompts else None for name in names]
+    # First with the ending, then without: an entry that is the very name of one video is not that of its neighbour with another ending.
+    for part in (str, _stem):
+        free = _by_last_part([name for name in prompts if name not in found], part)
+        found = [entry or _entry_of(_parts(place), free, part, path) for entry, place in zip(found, places, strict=True)]
+    missing = [name for name, entry in zip(names, found, strict=True) if entry is None]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(f"{path} holds {len(entries)} prompts by file name, none for {shown}; {len(names)} videos are to be scored.")
-    return result
+    return [prompts[entry] for entry in found]
+
+
+def _by_last_part(entries: list[str], part: Callable[[str], str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(part(_parts(entry)[-1]), []).append(entry)
+    return found
+
+
+def _entry_of(place: tuple[str, ...], entries: dict[str, list[str]], part: Callable[[str], str], path: Path) -> str | None:
+    """The entry that names a place: of those that end as it does, the one with the most folders.
+
+    Raises:
+        ValueError: more than one.
+    """
+    agreeing: dict[int, list[str]] = {}
+    for entry in entries.get(part(place[-1]), ()):
+        folders = _parts(entry)[:-1]
+        shared = min(len(folders), len(place) - 1)
+        # A place whose folders are not told (a bare name) may be anyone's with that name.
+        if folders[len(folders) - shared :] == place[len(place) - 1 - shared : -1]:
+            agreeing.setdefault(shared, []).append(entry)
+    best = agreeing[max(agreeing)] if agreeing else []
+    if len(best) > 1:
+        raise ValueError(f"{path} has {len(best)} prompts for {'/'.join(place[-2:])} ({', '.join(best[:3])}); name each video with its ending and its folder.")
+    return best[0] if best else None
+
+
+def _parts(name: str | Path) -> tuple[str, ...]:
+    """Folders and file; steps up are left out, for they tell where the reader stood and not what the file is called."""
+    parts = tuple(part for part in Path(name).parts if part != "..")
+    return parts or (str(name),)
+
+
+def _stem(part: str) -> str:
+    return Path(part).stem

@@ -40,7 +40,7 @@ def arguments_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--csv", metavar="FILE", help="also write a table")
     parser.add_argument("--results", metavar="FILE", help="keep finished scores in this .jsonl, and take them from it (folders: kept in the cache by default)")
-    parser.add_argument("--no-resume", action="store_true", help="score everything anew")
+    parser.add_argument("--no-resume", action="store_true", help="score everything anew; nothing is taken from --results, and new scores still go there")
     parser.add_argument("--gradients", metavar="FILE", help="write d(video reward)/d(frames) per video to a .safetensors")
     parser.add_argument("--baseline", metavar="FILE", help="write mean and standard deviation over the videos, for a mix")
 
@@ -71,6 +71,7 @@ def arguments_pavrm_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generator", metavar="FILE", required=True, help="Wan file whose first blocks the LoRA stands on")
     parser.add_argument("--out", metavar="FILE", required=True, help="file to write (.safetensors)")
     parser.add_argument("--rank", type=int, default=64, help="of the matrices (default: 64); higher is larger and closer")
+    parser.add_argument("--force", action="store_true", help="replace the file when it is there")
 
 
 def job(options: argparse.Namespace, cache_root: Path) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from . import safetensors_file
 from .config import Prompt
 from .pavrm_data import Sample
 from .prompts import PromptSampler
@@ -107,4 +107,5 @@ class Chosen(Clips):
 
 def write_real(path: Path, latents_BCFHW: torch.Tensor, prompts: Sequence[str], **facts: str) -> None:
     """Write such a file. `facts`: further metadata."""
-    save_file({"latents": latents_BCFHW.contiguous()}, path, metadata={"prompts": json.dumps(list(prompts)), **facts})
+    # Not safetensors' own writer: it puts several entries of metadata in an order that changes from call to call.
+    safetensors_file.write(path, {"latents": latents_BCFHW.contiguous()}, {"prompts": json.dumps(list(prompts)), **facts})

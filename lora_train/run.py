@@ -152,6 +152,8 @@ def _begin(
     progress = checkpoint.load_latest(folder, config, list(trainees.values())) if resume else checkpoint.Progress()
     parts.experts.count.total = progress.forwards if progress.step else parts.clip_forwards
     parts.sink(_started(config, parts, trainees, progress))
+    if parts.stop_requested():
+        return trainees, progress  # a resumed run does all this
     # What takes too much counts as out of memory: the next smaller plan is rehearsed in its place.
     recovery.twice(lambda: rehearsal.rehearse(config, parts, objective, trainees), parts, trainees.values(), progress.step)
     if progress.step == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import aesthetic, clip, face, hpsv2, layouts, measures, mix, mps, pickscore, published, stability
 from .base import RewardModel
-from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, RewardModelSpec
+from .spec import ALIASES, KINDS, OPTIONS_OF, PATHLESS, MixRow, RewardModelSpec, read_rows
 from .weights import Weights, load_into, read_weights
 
 _LOG = logging.getLogger("reward_lab")
@@ -66,7 +66,7 @@ def load_reward_model(
         if kind in measures.KINDS:
             return measures.Measure(kind)
         if kind == "mix":
-            return _mix(options.get("rows", ()), device, dtype)
+            return mix_of(read_rows(options.get("rows")), lambda reward: reward.load(device, dtype))
         if kind == "face":
             return face.load(weights, device=device, dtype=dtype, **options)
         _check_published(kind, Path(weights))
@@ -97,13 +97,9 @@ def _check_published(kind: str, path: Path) -> None:
     raise ValueError(f"{path} has the size of the published {known.what}; load it with kind {known.kind}, or choose the file of {kind}.")
 
 
-def _mix(rows: Any, device: torch.device | str, dtype: torch.dtype) -> RewardModel:
-    components = []
-    for row in rows:
-        numbers = {name: float(row[name]) for name in ("weight", "centre", "scale") if name in row}
-        model = RewardModelSpec.from_dict(row["reward"]).load(device, dtype)
-        components.append(mix.Component(name=str(row.get("name") or model.name), model=model, **numbers))
-    return mix.MixReward(components)
+def mix_of(rows: Sequence[MixRow], load: Callable[[RewardModelSpec], RewardModel]) -> RewardModel:
+    """The mix of these rows, each reward loaded by `load`."""
+    return mix.MixReward([mix.Component(name=row.name, model=load(row.reward), weight=row.weight, centre=row.centre, scale=row.scale) for row in rows])
 
 
 def _clip_network(content: Weights, path: Path, config: Mapping[str, Any] | str | Path | None, kind: str) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reward_lab.host import media, score_command, score_store, video_prompts
+from reward_lab.host import media, reward_loading, score_command, score_store, video_prompts
 
 
 @pytest.fixture
@@ -32,10 +32,12 @@ def run(hps, capsys):
         status = score_command.main(["score", json.dumps({"paths": [str(path) for path in paths], **job, **options})])
         printed = capsys.readouterr()
         document = json.loads(printed.out)
-        assert "Traceback" not in printed.err and document["verdict"] == {0: "ok", score_command.REFUSED: "refused"}[status]
+        verdicts = {0: "ok", score_command.INCOMPLETE: "incomplete", score_command.REFUSED: "refused"}
+        assert "Traceback" not in printed.err and document["verdict"] == verdicts[status]
         reason = document.get("reason", "")
-        assert f"Error: {reason}" in printed.err or status == 0
-        return status, None if status else document, reason
+        assert f"Error: {reason}" in printed.err or status != score_command.REFUSED
+        assert all(f"Error: {error['name']}: {error['reason']}" in printed.err for error in document.get("errors", ()))
+        return status, None if status == score_command.REFUSED else document, reason
 
     return call
 
@@ -218,6 +220,48 @@ def test_prompt_files(tmp_path, name, content):
     assert video_prompts.read(tmp_path / name, ["a.mp4", "b.mp4"]) == ["a cat", "a dog"]
 
 
+def pictures(folder: Path, *names: str) -> list[Path]:
+    """Small pictures of different colours; returns their paths."""
+    paths = [folder / name for name in names]
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (80 * index % 256, 200, 90)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("form", ["files", "folder"])
+def test_a_prompt_with_a_folder_goes_to_the_video_in_that_folder(run, tmp_path, form):
+    files = pictures(tmp_path / "clips", "a/p.png", "b/p.png")
+    given = files if form == "files" else [tmp_path / "clips"]
+    (tmp_path / "p.csv").write_text("file,prompt\n" + "".join(f"{name},{prompt}\n" for name, prompt in (("a/p.png", "red"), ("b/p.png", "blue"))))
+    options = {"prompt": None, "prompts": str(tmp_path / "p.csv")}
+    assert [video["prompt"] for video in run(*given, **options)[1]["videos"]] == ["red", "blue"]
+    (third,) = pictures(tmp_path / "clips", "c/p.png")
+    assert "2 prompts by file name, none for" in run(*given, third, **options)[2]
+    assert "none for p.png" in run(third, **options)[2], "its folder is none that the file names"
+
+
+@pytest.mark.parametrize(
+    ("entries", "names", "expected"),
+    [
+        ({"a/p.png": "red", "b/p.png": "blue"}, ["p.png"], r"2 prompts for p.png \(a/p.png, b/p.png\)"),
+        ({"p.png": "red", "p.jpg": "blue"}, ["p.webp"], "2 prompts for p.webp"),
+        ({"p.png": "red"}, ["p.png", "p.jpg"], "none for p.jpg"),
+        ({"p.png": "any", "a/p.png": "red"}, ["/x/a/p.png", "/x/b/p.png"], ["red", "any"]),
+        ({"a/p": "red", "../b/p.png": "blue"}, ["/x/a/p.png", "/x/b/p.png"], ["red", "blue"]),
+        ({"x/a/p.png": "red", "y/a/p.png": "blue"}, ["/y/a/p.png", "/x/a/p.png"], ["blue", "red"]),
+        ({"c/p.png": "red"}, ["/x/a/p.png"], "none for /x/a/p.png"),
+    ],
+)
+def test_names_of_several_videos_are_told_apart(tmp_path, entries, names, expected):
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    if isinstance(expected, list):
+        assert video_prompts.read(tmp_path / "p.json", names) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        video_prompts.read(tmp_path / "p.json", names)
+
+
 def test_an_empty_line_is_a_prompt_only_where_it_fits(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
     assert video_prompts.read(tmp_path / "p.txt", ["1", "2", "3"]) == ["a cat", "", "a dog"]
@@ -253,3 +297,99 @@ def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(run
     for option in ("csv", "gradients", "results", "baseline"):
         for place in (tmp_path, tmp_path / "file" / "x"):
             assert f"--{option} {place} cannot be written" in run(image, **{option: str(place)})[2]
+
+
+@pytest.mark.parametrize("place", ["config", "beside"])
+def test_stored_scores_are_made_anew_when_the_sizes_change(run, hps, tmp_path, place):
+    """Another activation gives other numbers from the same weights."""
+    (image,) = pictures(tmp_path, "p.png")
+    weights, sizes = tmp_path / "w.safetensors", tmp_path / ("sizes.json" if place == "config" else "w.json")
+    weights.write_bytes((hps / "hps_tiny.safetensors").read_bytes())
+    config = json.loads((hps / "config.json").read_text())
+    options = {"weights": str(weights), "config": str(sizes) if place == "config" else None, "results": str(tmp_path / "kept.jsonl")}
+    rewards = []
+    for is_quick in (False, True, True):
+        sizes.write_text(json.dumps({**config, "quick_gelu": is_quick}))
+        rewards.append(run(image, **options)[1]["videos"][0]["per_video"])
+    assert rewards[0] != rewards[1] == rewards[2]
+
+
+def test_every_video_has_a_name_and_a_gradient_of_its_own(run, tmp_path):
+    """Tensor files of one name, several videos in one file, and a file given twice."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_file({"frames": frames(1, 3, 8, 9)}, tmp_path / folder / "x.safetensors")
+        np.save(tmp_path / folder / "y.npy", frames(2, 1, 3, 8, 9).numpy())
+    paths = [tmp_path / folder / name for folder in ("a", "b", "b") for name in ("x.safetensors", "y.npy")]
+    videos = run(*paths, gradients=str(tmp_path / "g.safetensors"))[1]["videos"]
+    assert len({video["name"] for video in videos}) == 9
+    assert {video["name"]: (1, 3, 8, 9) for video in videos} == {name: tuple(value.shape) for name, value in load_file(tmp_path / "g.safetensors").items()}
+    assert f"{tmp_path}/b/y.npy#2[1]" in {video["name"] for video in videos}
+    assert [video["name"] for video in run(*paths[:2])[1]["videos"]] == ["x.safetensors:frames", "y.npy[0]", "y.npy[1]"]
+
+
+def test_a_broken_file_keeps_no_other_from_its_score(run, tmp_path, hps):
+    pictures(tmp_path / "clips", "a.png", "z.png")
+    for name in ("m.png", "n.npy", "o.safetensors"):
+        (tmp_path / "clips" / name).write_bytes(b"not that at all")
+    (tmp_path / "clips" / "link.png").symlink_to(tmp_path / "absent.png")
+    options = {"results": str(tmp_path / "kept.jsonl"), "csv": str(tmp_path / "s.csv")}
+    for _ in range(2):
+        status, document, _ = run(tmp_path / "clips", **options)
+        assert status == score_command.INCOMPLETE and [video["name"] for video in document["videos"]] == ["a.png", "z.png"]
+        assert [error["name"] for error in document["errors"]] == ["link.png", "m.png", "n.npy", "o.safetensors"]
+        assert all(str(tmp_path / "clips" / error["name"]) in error["reason"] for error in document["errors"])
+    assert len(Path(options["results"]).read_text().splitlines()) == 2 and "z.png" in Path(options["csv"]).read_text()
+    for name in ("a.png", "z.png"):
+        (tmp_path / "clips" / name).unlink()
+    status, _, reason = run(tmp_path / "clips")
+    assert status == score_command.REFUSED and reason.startswith("4 of 4 videos cannot be scored") and "m.png cannot be read as a picture" in reason
+
+
+def test_tensor_files_without_frames_are_left_out_of_a_folder_and_refused_by_name(run, repo, tmp_path):
+    pictures(tmp_path, "a.png")
+    save_file({"blocks.0.self_attn.q.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
+    np.save(tmp_path / "grey.npy", frames(2, 1, 8, 9).numpy())
+    status, document, _ = run(tmp_path)
+    assert status == 0 and [video["name"] for video in document["videos"]] == ["a.png"]
+    assert all(any(f"{tmp_path / name} " in text and "left out" in text for text in document["warnings"]) for name in ("lora.safetensors", "grey.npy"))
+    assert "no tensor that could be frames" in run(tmp_path / "a.png", tmp_path / "lora.safetensors")[2]
+
+
+@pytest.mark.parametrize("kind", ["hpsv2", "mps"])
+def test_every_clip_whose_prompt_is_cut_says_so(run, shared_fixtures, tmp_path, kind):
+    """The text is encoded for the first of them only; in a batch of prompts, all of them for the first clip."""
+    files, long, other = pictures(tmp_path, "a.png", "b.png", "c.png", "d.png"), "word " * 80, "thing " * 90
+    (tmp_path / "p.json").write_text(json.dumps(["short", long, long, other]))
+    mps = shared_fixtures / "scorers" / "mps"
+    own = {"weights": str(mps / "mps_tiny.safetensors"), "config": str(mps / "config.json"), "normalise": "batch"} if kind == "mps" else {}
+    options = {"prompt": None, "prompts": str(tmp_path / "p.json"), "results": str(tmp_path / "kept.jsonl"), "kind": kind, **own}
+    for _ in range(2):
+        document = run(*files, **options)[1]
+        found = [" ".join(video["warnings"]) for video in document["videos"]]
+        assert found[0] == "" and found[1] == found[2] and "80 tokens, 75 fit" in found[1] and "word" not in found[3] and "90 tokens, 75 fit" in found[3]
+        assert len(document["warnings"]) == 2
+
+
+def test_a_baseline_that_cannot_be_measured_costs_no_score(run, tmp_path, monkeypatch):
+    files = pictures(tmp_path, "a.png", "b.png")
+    files[1].write_bytes(files[0].read_bytes())
+    baseline = str(tmp_path / "base.json")
+    status, document, _ = run(*files, baseline=baseline)
+    assert status == score_command.INCOMPLETE and len(document["videos"]) == 2 and not Path(baseline).exists()
+    assert [error["name"] for error in document["errors"]] == ["--baseline"] and "have the same reward" in document["errors"][0]["reason"]
+    pictures(tmp_path, "c.png", "b.png")
+    assert run(*files, baseline=baseline)[1]["baseline"] == json.loads(Path(baseline).read_text())
+    monkeypatch.setattr(reward_loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+    assert "--baseline measures how far rewards spread and needs at least 2 videos" in run(files[0], baseline=baseline)[2]
+
+
+def test_no_resume_takes_nothing_from_the_results_and_still_writes_them(run, tmp_path):
+    (image,) = pictures(tmp_path, "a.png")
+    kept = tmp_path / "kept.jsonl"
+    true = run(image, results=str(kept))[1]["videos"][0]["per_video"]
+    entry = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**entry, "score": {**entry["score"], "per_video": 7.0}}) + "\n")
+    assert run(image, results=str(kept))[1]["videos"][0]["per_video"] == 7.0
+    assert run(image, results=str(kept), no_resume=True)[1]["videos"][0]["per_video"] == true
+    assert run(image, results=str(kept))[1]["videos"][0]["per_video"] == true

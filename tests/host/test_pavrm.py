@@ -256,10 +256,35 @@ def test_lora_of_full_rank_is_the_pavrm_itself(folder, heads, command, generator
 
 def test_lora_error_falls_with_the_rank(folder, heads, generator_file, tmp_path):
     errors = [
-        pavrm_lora.convert(folder / "checkpoints" / "checkpoint-100", generator_file, tmp_path / "x.safetensors", rank=rank, **heads)["relative_error"]
+        pavrm_lora.convert(folder / "checkpoints" / "checkpoint-100", generator_file, tmp_path / f"{rank}.safetensors", rank=rank, **heads)["relative_error"]
         for rank in (2, 16, 64)
     ]
     assert 1 > errors[0] > errors[1] > errors[2] > 0
+
+
+def test_lora_replaces_no_file_unasked_and_never_one_that_it_reads(folder, heads, generator_file, tmp_path, capsys):
+    trunk, generator = tmp_path / "checkpoint-100", tmp_path / "generator.safetensors"
+    shutil.copytree(folder / "checkpoints" / "checkpoint-100", trunk)
+    shutil.copy(generator_file, generator)
+    shard = sorted(trunk.glob("*.safetensors"))[0]
+    before = {path: path.read_bytes() for path in (generator, shard)}
+
+    def run(out, **more) -> tuple[int, str]:
+        job = {"trunk": str(trunk), "generator": str(generator), "out": str(out), "rank": 2, **{name: str(value) for name, value in heads.items()}}
+        status = score_command.main(["pavrm-lora", json.dumps({**job, **more})])
+        return status, capsys.readouterr().err
+
+    for target in before:
+        for force in (False, True):
+            status, error = run(target, force=force)
+            assert status == score_command.REFUSED and f"{target} is one of the files that are read" in error
+            assert target.read_bytes() == before[target]
+    out = tmp_path / "lora.safetensors"
+    out.write_bytes(b"the only copy of something")
+    status, error = run(out)
+    assert status == score_command.REFUSED and "is there already" in error and out.read_bytes() == b"the only copy of something"
+    assert "must end in .safetensors" in run(tmp_path / "lora.pt")[1]
+    assert run(out, force=True)[0] == 0 and "blocks.0.self_attn.q" in str(sorted(load_file(out)))
 
 
 def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generator_file, tmp_path):

@@ -57,7 +57,7 @@ def hps(base):
 
 
 def test_folder_is_scored_with_a_prompt_each_and_goes_on_where_it_stopped(base, hps, monkeypatch):
-    (base / "input" / "prompts.csv").write_text("file,prompt\nclip2.png,a dog\nclip0,a cat\nclip1.png,\"a fox, red\"\n")
+    (base / "input" / "prompts.csv").write_text('file,prompt\nclip2.png,a dog\nclip0,a cat\nclip1.png,"a fox, red"\n')
     calls, original = [], score_files._score_clip
 
     def counted(model, clip, prompt, *rest):
@@ -78,6 +78,18 @@ def test_folder_is_scored_with_a_prompt_each_and_goes_on_where_it_stopped(base, 
     assert [video["reward"] for video in document["videos"]] == pytest.approx(expected, abs=1e-5)
     assert output.args[0] == pytest.approx(sum(expected) / 3, abs=1e-6) and "3 videos" in output.ui["text"][0]
     assert Path(output.args[3]).read_text().count("clip1.png") == 2
+
+
+def test_what_is_wrong_with_videos_of_a_folder_is_told_by_name(base, hps):
+    (base / "input" / "prompts.json").write_text(json.dumps(["a cat", "word " * 80, "word " * 80]))
+    for _ in range(2):
+        text = ScoreVideo.execute(hps, "", path="clips", prompts_file="prompts.json").ui["text"][0]
+        assert "\nclip1.png, clip2.png: Prompt needs 80 tokens" in text and text.count("Prompt needs") == 1
+    (base / "input" / "clips" / "clip00.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 of 4 videos cannot be scored; .*\nclip00.png: .* cannot be read as a picture"):
+        ScoreVideo.execute(hps, "a cat", path="clips")
+    (base / "input" / "clips" / "clip00.png").unlink()
+    assert "3 videos" in ScoreVideo.execute(hps, "a cat", path="clips").ui["text"][0]
 
 
 def test_prompts_that_do_not_fit_the_videos_are_named(base, hps):
@@ -186,9 +198,7 @@ def test_every_latent_of_a_batch_is_scored_with_its_own_text(base, latent_spec, 
     texts = torch.nn.functional.pad(torch.cat([inputs["case0.text"], inputs["case1.text"][:, :7]]), (0, 0, 0, 506))
     both = ScoreLatent.execute({"samples": latents}, [[texts, {}]], latent_spec, "0.2, 0.7", 5)
     document = json.loads(both.args[2])
-    singles = [
-        json.loads(ScoreLatent.execute({"samples": latents[i : i + 1]}, [[texts[i : i + 1], {}]], latent_spec, "0.2, 0.7", 5).args[2]) for i in range(2)
-    ]
+    singles = [json.loads(ScoreLatent.execute({"samples": latents[i : i + 1]}, [[texts[i : i + 1], {}]], latent_spec, "0.2, 0.7", 5).args[2]) for i in range(2)]
     assert document["videos"] == [single["videos"][0] for single in singles] and document["levels"] == singles[0]["levels"]
     assert singles[0]["probability"] != singles[1]["probability"]
     assert both.args[0] == pytest.approx(sum(single["probability"] for single in singles) / 2)

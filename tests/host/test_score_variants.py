@@ -284,10 +284,14 @@ def test_random_mps(tmp_path, run, comfyui, monkeypatch, seed):
             options = {**common, "condition": condition, "normalise": normalise, "threshold": threshold, "resize": resize}
             batch = ids if normalise == "batch" else ()
             expected = plain.mps(doubled, heads, sizes["is_quick"], crops if resize == "crop" else squashed, ids, condition_ids, threshold, batch)
-            if expected.isnan().any():
-                assert "masks every position of the prompt" in run([path for path, _ in pictures], status=2, **options)["reason"]
+            is_masked = expected.isnan()
+            if is_masked.all():
+                assert "masks every position of the prompt" in run([path for path, _ in pictures], status=score_command.REFUSED, **options)["reason"]
                 continue
-            found = run([path for path, _ in pictures], **options)
+            found = run([path for path, _ in pictures], status=score_command.INCOMPLETE if is_masked.any() else 0, **options)
+            assert [error["name"] for error in found["errors"]] == [path.name for (path, _), is_left in zip(pictures, is_masked, strict=True) if is_left]
+            assert all("masks every position of the prompt" in error["reason"] for error in found["errors"])
+            expected = expected[~is_masked]
             got = [video["per_video"] for video in found["videos"]]
             assert got == pytest.approx(expected.tolist(), abs=RAW), (condition, normalise, threshold, resize, [p.size for _, p in pictures])
             cosines = [video["parts"]["mps_cosine"]["per_video"] for video in found["videos"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,11 +180,13 @@ def test_a_clip_that_does_not_fit_is_made_again_with_the_next_smaller_plan(one_p
 
 
 def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, toy, tmp_path):
-    config, parts = one_pass(real={"path": "", "replay": 3})
-    stopped = replace(parts, stop_requested=lambda: True)
+    config, parts = one_pass(real={"path": "", "replay": 3}, sample_every=1)
+    stopped = replace(parts, stop_requested=lambda: True, writer=SimpleNamespace(write=lambda *videos: []))
     ready = replay.with_clips(config, stopped, tmp_path / "run")
     finished = run.train(config, ready, objectives.create(config, ready), tmp_path / "run")
     assert (finished.reason, finished.step) == ("stopped", 0) and not (tmp_path / "run" / replay.FILE).exists()
+    # Nor is the base looked at: who asked to stop waits.
+    assert toy.events[-1].name == "finished" and not any(event.name == "sample" for event in toy.events)
     assert len(replay.with_clips(config, parts, tmp_path / "run").real.prompts) == 3
 
 

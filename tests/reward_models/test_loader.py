@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reward_lab.reward_models import aesthetic, clip, hpsv2, layouts, mps
+from reward_lab.reward_models import aesthetic, clip, hpsv2, layouts, loader, mps
 from reward_lab.reward_models.loader import load_reward_model
-from reward_lab.reward_models.spec import KINDS, OPTIONS, OPTIONS_OF, RewardModelSpec
+from reward_lab.reward_models.spec import KINDS, OPTIONS, OPTIONS_OF, SIZES, RewardModelSpec
 from reward_lab.reward_models.weights import load_into
 
 
@@ -101,10 +101,12 @@ def test_spec_round_trip_and_load(hps_file, hps_config):
     again = RewardModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert again == spec
     assert again.load("cpu").prepare.resize == "squash"
-    with pytest.raises(ValueError, match="size are unknown"):
+    with pytest.raises(ValueError, match="'size' is unknown; the nearest known name is 'resize'"):
         RewardModelSpec(kind="mps", path="x", options={"size": 1})
-    with pytest.raises(ValueError, match="missing \\['path'\\], unknown \\['file'\\]"):
-        RewardModelSpec.from_dict({"kind": "mps", "file": "x"})
+    with pytest.raises(ValueError, match="'pth' is unknown; the nearest known name is 'path'"):
+        RewardModelSpec.from_dict({"kind": "mps", "pth": "x"})
+    with pytest.raises(ValueError, match="lacks path"):
+        RewardModelSpec.from_dict({"kind": "mps"})
 
 
 def test_spec_imports_no_torch(repo):
@@ -218,6 +220,10 @@ def test_the_bundled_config_is_open_clips_own():
 
     config = open_clip.get_model_config("ViT-H-14")
     assert {key: config[key] for key in clip.VIT_H_14} == dict(clip.VIT_H_14)
+
+
+def test_sizes_with_a_name_are_the_loaders():
+    assert set(SIZES) == set(loader._NAMED)
 
 
 def test_every_kind_has_its_options_and_says_what_it_cannot_take():

@@ -88,3 +88,21 @@ def test_spec_of_a_mix_travels_as_json_and_names_its_files(scorers, tmp_path):
     single = hps.load().score(frames, ["x"]).per_video
     drift = Measure("drift").score(frames, ["x"]).per_video
     torch.testing.assert_close(model.score(frames, ["x"]).per_video, 2 * (single - 0.2) / 0.1 + drift)
+
+
+def test_the_stamp_of_a_model_changes_with_every_file_that_decides_its_numbers(tmp_path):
+    faces, config, weights = tmp_path / "faces", tmp_path / "sizes.json", tmp_path / "w.pt"
+    (faces / "one").mkdir(parents=True)
+    for file in (config, weights, faces / "a.png", tmp_path / "r.onnx"):
+        file.write_bytes(b"x")
+    face = RewardModelSpec(kind="face", path=str(tmp_path / "r.onnx"), options={"reference": str(faces)})
+    clip = RewardModelSpec(kind="hpsv2.1", path=str(weights), options={"config": str(config)})
+    specs = (face, clip, RewardModelSpec(kind="mix", path="", options={"rows": [{"reward": face.to_dict()}, {"reward": clip.to_dict()}]}))
+    before = [spec.stamp() for spec in specs]
+    assert [spec.stamp() for spec in specs] == before
+    for changed, file in ((0, faces / "a.png"), (0, faces / "one" / "b.png"), (1, config), (1, weights), (1, weights.with_suffix(".json"))):
+        file.write_bytes(b"something else")
+        after = [spec.stamp() for spec in specs]
+        assert [one != other for one, other in zip(before, after, strict=True)] == [changed == 0, changed == 1, True], file
+        before = after
+    assert RewardModelSpec(kind="mps", path=str(weights), options={"config": '{"embed_dim": 8}'}).stamp() == clip.stamp()[:2]
