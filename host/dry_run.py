@@ -22,9 +22,8 @@ from ..lora_train.input_config import LATENTS
 from ..lora_train.lora.adapter import LoraAdapter, LoraLayer
 from ..lora_train.lora.linears import install
 from ..lora_train.lora.targets import select_targets
-from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.executor import BlockExecutor, Shared
 from ..lora_train.offload.knobs import Knobs
-from ..lora_train.offload.store import Slot
 from ..lora_train.offload.timeline import MemoryTimeline
 from ..lora_train.planning.shapes import ModelShape
 from .training_mode import training_mode
@@ -90,12 +89,12 @@ def dry_run(
     found = {}
     with FakeTensorMode(), training_mode(), MemoryTimeline(CARD.type) as timeline, ExitStack() as installed:
         backbone = _fake_backbone(shape)
-        slots = [Slot() for _ in range(knobs.slots)]
+        shared = Shared.of(knobs, CARD)
         switch = installed.enter_context(install(backbone.linears(), _fake_adapter(backbone.linears(), rank, skip)))
-        _mark_blocks(timeline, installed.enter_context(backbone.engine(knobs, slots)))
+        _mark_blocks(timeline, installed.enter_context(backbone.engine(knobs, shared)))
         trunk = _fake_backbone(replace(shape, blocks=judged_blocks)) if judged_blocks else None
         if trunk is not None:
-            _mark_blocks(timeline, installed.enter_context(trunk.engine(knobs, slots)))
+            _mark_blocks(timeline, installed.enter_context(trunk.engine(knobs, shared)))
         latent = torch.empty(batch, shape.latent_channels, *latent_FHW, device=CARD)
         context = torch.empty(batch, text_tokens, shape.text_width, device=CARD, dtype=torch.bfloat16)
         _watched(timeline)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from ..lora_train.config import TrainConfig
 from ..lora_train.kernels.lora_linear import choose_kernels
-from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.executor import BlockExecutor, Shared
 from ..lora_train.offload.knobs import Knobs
 from ..lora_train.offload.self_check import self_check
-from ..lora_train.offload.store import Slot
 from ..lora_train.plan import free_memory_bytes, passes_per_update
 from ..lora_train.planning.choose import candidates, smaller
 from ..lora_train.planning.job import job_of
@@ -33,18 +32,31 @@ from .wan import WanBackbone
 logger = logging.getLogger("reward_lab")
 
 
-def choose_knobs(config: TrainConfig, device: torch.device) -> Knobs:
-    """The plan's knobs for this run, with those that the settings fix.
+@dataclass(frozen=True, kw_only=True)
+class FreeMemory:
+    """What a run may use of card and host. The plan counts models and process itself, so this is measured before any model is loaded; what would be measured
+    later lacks their bytes already."""
+
+    card: Card
+    host_bytes: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, device: torch.device) -> FreeMemory:
+        return cls(card=card_of(config, device), host_bytes=_host_bytes(config))
+
+
+def choose_knobs(config: TrainConfig, device: torch.device, free: FreeMemory | None = None) -> Knobs:
+    """The plan's knobs for this run, with those that the settings fix. `free`: by default what is free now.
 
     Raises:
         ValueError: the run cannot fit; says by how much, and what would.
     """
-    shape, card, host_bytes = _shape(config), card_of(config, device), _host_bytes(config)
-    plan = memory_plan(config, shape, card, host_bytes, passes_per_update(config, config.trained_experts[0]))
+    free = FreeMemory.of(config, device) if free is None else free
+    plan = memory_plan(config, _shape(config), free.card, free.host_bytes, passes_per_update(config, config.trained_experts[0]))
     if not plan["fits"] and device.type != "cpu":
         raise ValueError(refusal(plan))
     knobs = plan["knobs"]
-    logger.info("plan: %.1f GB on %s, %.1f GB of memory: %s", plan["gpu_peak_bytes"] / 1e9, card.name, plan["host_peak_bytes"] / 1e9, knobs)
+    logger.info("plan: %.1f GB on %s, %.1f GB of memory: %s", plan["gpu_peak_bytes"] / 1e9, free.card.name, plan["host_peak_bytes"] / 1e9, knobs)
     return Knobs(**knobs, attention=config.engine.attention, rollout_attention=config.engine.rollout_attention)
 
 
@@ -69,7 +81,7 @@ def card_of(config: TrainConfig, device: torch.device) -> Card:
 
 
 class Engines:
-    """Block executors of both experts and of a PAVRM's trunk, which share their slots and can be exchanged for smaller ones in the middle of a run."""
+    """Block executors of both experts and of a PAVRM's trunk, which share slots and streams and can be exchanged for smaller ones in the middle of a run."""
 
     def __init__(
         self,
@@ -79,25 +91,28 @@ class Engines:
         *,
         decoder: WanDecoder | None = None,
         latent_reward: PavrmReward | None = None,
+        free: FreeMemory | None = None,
     ) -> None:
-        """Raises ValueError when the run cannot fit."""
+        """`free`: by default what is free now. Raises ValueError when the run cannot fit."""
         self._config, self._backbones, self._device = config, backbones, device
         self._decoder, self._latent_reward = decoder, latent_reward
-        self._host_bytes = _host_bytes(config)
-        self.knobs = choose_knobs(config, device)
+        self._free = FreeMemory.of(config, device) if free is None else free
+        self.knobs = choose_knobs(config, device, self._free)
         self._installed = ExitStack()
 
     def open(self) -> dict[str, BlockExecutor]:
         """Install executors with the present knobs."""
-        slots = [Slot() for _ in range(self.knobs.slots)]
-        executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, slots)) for expert, backbone in self._backbones.items()}
+        shared = Shared.of(self.knobs, self._device)
+        executors = {expert: self._installed.enter_context(backbone.engine(self.knobs, shared)) for expert, backbone in self._backbones.items()}
         if self._latent_reward is not None:
-            streams = any(0 <= self.knobs.resident_blocks < len(backbone.model.blocks) for backbone in self._backbones.values())
-            self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, slots, streams=streams))
+            # Quantised experts have slots wherever they lie, so the trunk can stream through these; the plan counts it so.
+            resident = self.knobs.resident_blocks
+            streams = any(backbone.quantised or 0 <= resident < len(backbone.model.blocks) for backbone in self._backbones.values())
+            self._installed.enter_context(self._latent_reward.engine(self.knobs, self._device, shared, streams=streams))
         if self._decoder is not None:
             self._decoder.keep_device = torch.device("cpu") if self.knobs.keep_place == "host" else self._device
             # On a card the plan counts layers that run again; without one, memory is rarely what is short, and time is.
-            self._decoder.graph_limit_bytes = self._host_bytes // 4 if self._device.type == "cpu" else 0
+            self._decoder.graph_limit_bytes = _host_bytes(self._config) // 4 if self._device.type == "cpu" else 0
         return executors
 
     def close(self) -> None:
@@ -110,7 +125,7 @@ class Engines:
         job = job_of(self._config, shape)
         present = Choice(**{entry.name: getattr(self.knobs, entry.name) for entry in fields(Choice)})
         choices = candidates(job, lambda choice: fixed_by_hand(self._config, choice, shape))
-        chosen = smaller(job, choices, present, self._host_bytes)
+        chosen = smaller(job, choices, present, self._free.host_bytes)
         if chosen is None:
             return None
         self.close()
@@ -130,15 +145,19 @@ def engines(
     *,
     decoder: WanDecoder | None = None,
     latent_reward: PavrmReward | None = None,
+    free: FreeMemory | None = None,
 ) -> Iterator[Engines]:
     """Both experts, and a PAVRM's trunk, through block executors that share their slots; checked before anything is trained.
+
+    Args:
+        free: as measured before the models were loaded; by default what is free now.
 
     Raises:
         ValueError: the run cannot fit.
         RuntimeError: the self-check found a difference.
     """
     choose_kernels(config.engine.kernels, device)
-    installed = Engines(config, backbones, device, decoder=decoder, latent_reward=latent_reward)
+    installed = Engines(config, backbones, device, decoder=decoder, latent_reward=latent_reward, free=free)
     try:
         for expert, executor in installed.open().items():
             if config.engine.self_check and expert in config.trained_experts:

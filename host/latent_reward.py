@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from ..lora_train.offload.executor import WEIGHTS_IN_USE, BlockExecutor
+from ..lora_train import needs
+from ..lora_train.offload.executor import WEIGHTS_IN_USE, BlockExecutor, Shared
 from ..lora_train.offload.knobs import Knobs
-from ..lora_train.offload.store import Slot, place
+from ..lora_train.offload.store import place
 from ..lora_train.protocols import LatentScores
 from ..reward_models.spec import RewardModelSpec
 from . import pavrm, pavrm_lora
@@ -45,20 +46,17 @@ class PavrmReward:
         return LatentScores(logit_B=output.logit, probability_B=output.probability)
 
     @contextmanager
-    def engine(self, knobs: Knobs, device: torch.device, slots: list[Slot], *, streams: bool) -> Iterator[None]:
-        """Run the trunk's blocks as the generator's: kept inputs instead of a graph, and weights through the same slots where those stream. The first blocks
-        of a generator that serve as trunk ask its executor for their weights (`pavrm_lora.py`), so they are left alone."""
+    def engine(self, knobs: Knobs, device: torch.device, shared: Shared, *, streams: bool) -> Iterator[None]:
+        """Run the trunk's blocks as the generator's: kept inputs instead of a graph, and weights through the same slots where those stream. In LoRA form
+        (`pavrm_lora.py`) blocks ask an executor for their weights only: where they are an expert's, that one's, else this one."""
         model, head = self._model.model, self._model.head
         head.to(device)
-        if self._model.is_adapted:
-            if not all(WEIGHTS_IN_USE in block.__dict__ for block in model.blocks):
-                # A generator of its own, which no executor has.
-                model.to(device)
+        if all(WEIGHTS_IN_USE in block.__dict__ for block in model.blocks):
             yield
             return
         place(model, device, "blocks.")
         own = replace(knobs, resident_blocks=0 if streams else -1)
-        with BlockExecutor(list(model.blocks), own, device, is_plain_block, slots=slots).installed():
+        with BlockExecutor(list(model.blocks), own, device, is_plain_block, shared=shared).installed():
             yield
 
 
@@ -68,7 +66,7 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     Args:
         spec: its file; options `query`, `head`, `num_heads`, `pooling` for upstream's parts, `generator` for the LoRA form.
         backbones: experts that are loaded.
-        files: their paths; a LoRA form that was made for one of them runs on its weights, any other loads a generator of its own.
+        files: their paths; a LoRA form that was made for one of them runs on its weights, any other loads its generator's first blocks.
         dtype: of a trunk of its own.
 
     Raises:
@@ -77,7 +75,7 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     options = spec.options
     generator = options.get("generator")
     if generator:
-        shared = next((backbone for expert, backbone in backbones.items() if files[expert] == generator), None)
+        shared = backbones.get(needs.expert_of(generator, files))
         if shared is not None and shared.quantised:
             raise ValueError(
                 f"the PAVRM {spec.path} is a LoRA over {generator}, which is quantised; give the PAVRM's whole file, or the expert's bf16 file"

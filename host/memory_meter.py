@@ -18,7 +18,7 @@ from ..lora_train.planning.job import job_of
 from ..lora_train.planning.memory import Choice, host_parts, phases, rest_bytes
 from ..lora_train.planning.shapes import header_shape
 from ..lora_train.safetensors_file import read_header
-from .engine import card_of
+from .engine import FreeMemory, card_of
 
 _POLL_S = 0.005
 
@@ -85,10 +85,12 @@ class ProcessMeter:
         self._watching.join()
 
 
-def meter_of(config: TrainConfig, device: torch.device, knobs_of: Callable[[], Knobs]) -> CardMeter | ProcessMeter | None:
-    """The meter of a run, or None where the settings want no rehearsal. Make it before models are loaded: it takes what is free now for the limit.
+def meter_of(config: TrainConfig, device: torch.device, free: FreeMemory, knobs_of: Callable[[], Knobs]) -> CardMeter | ProcessMeter | None:
+    """The meter of a run, or None where the settings want no rehearsal.
 
     Args:
+        free: as measured before the models were loaded, whose weights count on a card. The growth of a process does not hold them, so on the CPU the limit is
+            what is free now.
         knobs_of: gives the knobs in force; asked when a prediction is wanted.
     """
     if config.engine.rehearse == "no" or (config.engine.rehearse == "auto" and device.type == "cpu"):
@@ -97,7 +99,6 @@ def meter_of(config: TrainConfig, device: torch.device, knobs_of: Callable[[], K
         config = replace(config, dtype="fp32")
     path = Path(getattr(config.models, config.trained_experts[0]))
     job = job_of(config, header_shape(read_header(str(path)), path.name))
-    memory_bytes = card_of(config, device).memory_bytes
 
     def choice() -> Choice:
         return Choice(**{entry.name: getattr(knobs_of(), entry.name) for entry in fields(Choice)})
@@ -112,4 +113,6 @@ def meter_of(config: TrainConfig, device: torch.device, knobs_of: Callable[[], K
         host = host_parts(job, choice())
         return on_card(when) - rest_bytes(job, choice()) + host["activations"] + host["decoder"] + 4 * job.lora_parameters
 
-    return ProcessMeter(growth, memory_bytes) if device.type == "cpu" else CardMeter(device, on_card, memory_bytes)
+    if device.type == "cpu":
+        return ProcessMeter(growth, card_of(config, device).memory_bytes)
+    return CardMeter(device, on_card, free.card.memory_bytes)

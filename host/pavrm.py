@@ -76,11 +76,6 @@ class Pavrm:
             raise ValueError(f"The trunk is {model.dim} wide, the head {width}; they belong to different PAVRMs.")
 
     @property
-    def is_adapted(self) -> bool:
-        """Whether the trunk is a generator's."""
-        return self._adapted is not None
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.patch_embedding.weight.device

@@ -4,8 +4,9 @@ The difference between PAVRM trunk and generator is taken weight by weight: matr
 approximation of that rank, Eckart and Young 1936), vectors and the patch embedding in full; what does not differ is left out. The head is kept whole.
 File: `lora.<path>.lora_down.weight`, `lora.<path>.lora_up.weight`, `diff.<name>`, `query_attention.*`, `mlp.*`; metadata "config".
 
-While the PAVRM runs, the generator's blocks use their own weights plus these, whatever LoRA is being trained on them. Blocks run again in backward
-(checkpointing) put the weights in place again: doing that once around the whole pass would give wrong gradients without a word.
+While the PAVRM runs, the generator's blocks use their own weights plus these, whatever LoRA is being trained on them. Each block puts them in place itself, and
+once more in backward for running again and for going back through what it ran: around the whole pass, or with torch's `checkpoint`, which leaves them in
+between, gradients would be wrong without a word.
 
 Shapes: R rank, I in features, O out features.
 """
@@ -15,21 +16,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from ..lora_train.offload.executor import WEIGHTS_IN_USE
+from ..lora_train.safetensors_file import read_header
+from ..lora_train.weight_formats import quantised_weights
 from ..reward_models import pavrm as head_module
 from ..reward_models.weights import load_into, read_weights
 from . import pavrm_files
 from .lora_convert import check_target, save_whole
-from .pavrm import Pavrm
+from .pavrm import Pavrm, build_trunk, cast_trunk
 
 _EXACT_SVD = 1024
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -170,16 +174,21 @@ class Adapted:
                 _restore(block, before)
 
     def _forward(self, block: torch.nn.Module, part: _Part):
-        def run(*args, **kwargs):
+        matrices = [matrix for pair in part.lora.values() for matrix in pair]
+
+        @contextmanager
+        def in_place() -> Iterator[None]:
             # Within a block executor (`lora_train/offload`) a block's weights are on the device only while they are asked for.
             with block.__dict__.get(WEIGHTS_IN_USE, nullcontext)(), self._in_place(part):
-                return type(block).forward(block, *args, **kwargs)
+                yield
 
-        def forward(*args, transformer_options: Mapping = {}, **kwargs):  # noqa: B006 (the host's signature; never written to)
+        def forward(x, e, freqs, context, context_img_len=None, transformer_options: Mapping = {}):  # noqa: B006 (the host's signature; never written to)
             options = dict(transformer_options)
-            if not torch.is_grad_enabled():
-                return run(*args, transformer_options=options, **kwargs)
-            return checkpoint(run, *args, transformer_options=options, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+            def compute(x: torch.Tensor, e: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+                return type(block).forward(block, x, e, freqs, context, context_img_len=context_img_len, transformer_options=options)
+
+            return _RunsAgain.apply(compute, in_place, x, e, context, *matrices)
 
         return forward
 
@@ -206,6 +215,34 @@ class Adapted:
                 _restore(linear, before)
             for module, leaf, own in parameters:
                 module._parameters[leaf] = own
+
+
+class _RunsAgain(torch.autograd.Function):
+    """A block that keeps its inputs only. Going back happens within the contexts, as all of running again does: what that saved are views of weights that
+    are someone else's afterwards. The matrices that `compute` uses are inputs of their own, so that they can learn."""
+
+    @staticmethod
+    def forward(ctx, compute: Callable, in_place: Callable, x, e, context, *matrices):
+        kind = x.device.type
+        ctx.calls = compute, in_place
+        ctx.autocast = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(x, e, context, *matrices)
+        with in_place():
+            return compute(x, e, context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        compute, in_place = ctx.calls
+        needs = ctx.needs_input_grad[2:]
+        *inputs, matrices = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        leaves = [value.detach().requires_grad_(needed) for value, needed in zip(inputs, needs, strict=False)]
+        wanted = [value for value, needed in zip((*leaves, *matrices), needs, strict=True) if needed]
+        with in_place():
+            with torch.enable_grad(), ctx.autocast():
+                out = compute(*leaves)
+            found = iter(torch.autograd.grad(out, wanted, grad))
+        return None, None, *(next(found) if needed else None for needed in needs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -247,7 +284,7 @@ def load(
 
     Args:
         path: the file.
-        generator: the Wan file it was made for, or its WanModel where one is loaded anyway (with fresh, frozen parameters).
+        generator: the Wan file it was made for, of which the used blocks are read; or its WanModel where one is loaded anyway (with fresh, frozen parameters).
         taps: tapped blocks counted from 1, up to the last that the file changes; None takes the file's own.
         use_folded: see `reward_models.pavrm.PavrmHead`.
         device: where to put it.
@@ -272,7 +309,7 @@ def load(
     lora = {name: (state[f"{name}.lora_down.weight"].float(), state[f"{name}.lora_up.weight"].float()) for name in paths}
     diff = {key.removeprefix("diff."): value.float() for key, value in content.state.items() if key.startswith("diff.")}
     with torch.inference_mode(False):
-        model = generator if isinstance(generator, torch.nn.Module) else _generator(generator, device, dtype)
+        model = generator if isinstance(generator, torch.nn.Module) else _generator(generator, last, dtype)
         adapted = Adapted(model, Delta(lora=lora, diff=diff, relative_error=0.0), last)
         head = _head(content.state, int(config.get("num_heads", head_module.HEADS)), str(path))
         head.use_folded = use_folded
@@ -281,13 +318,11 @@ def load(
         return scorer if isinstance(generator, torch.nn.Module) else scorer.to(device)
 
 
-def _generator(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
-    from .wan import load_backbone
-
-    backbone = load_backbone(path, dtype=dtype, device=torch.device(device), role="generator")
-    if backbone.quantised:
+def _generator(path: str | Path, blocks: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The first blocks of a generator, on the host; the others are never in memory."""
+    if quantised_weights(path, read_header(path, "generator"), "generator"):
         raise ValueError(f"The generator {path} is quantised; a PAVRM in LoRA form needs the bf16, fp16 or fp32 file.")
-    return backbone.model
+    return cast_trunk(build_trunk(pavrm_files.read_trunk(path, taps=(blocks,)), str(path)), dtype)
 
 
 def _head(state: Mapping[str, torch.Tensor], num_heads: int, what: str) -> head_module.PavrmHead:

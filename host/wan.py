@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lora_train.input_config import LATENTS
 from ..lora_train.lora.linears import MASTERS_PLACE
-from ..lora_train.offload.executor import BlockExecutor
+from ..lora_train.offload.executor import BlockExecutor, Shared
 from ..lora_train.offload.knobs import Knobs
-from ..lora_train.offload.store import Slot, place
+from ..lora_train.offload.store import place
 from ..lora_train.safetensors_file import read_header
 from ..lora_train.weight_formats import quantised_weights
 from . import quantised_file
@@ -81,13 +81,13 @@ class WanBackbone:
         return self
 
     @contextmanager
-    def engine(self, knobs: Knobs, slots: list[Slot] | None = None) -> Iterator[BlockExecutor]:
+    def engine(self, knobs: Knobs, shared: Shared | None = None) -> Iterator[BlockExecutor]:
         """Run the blocks through the executor (`lora_train/offload`): kept inputs, streamed weights, as `knobs` say. The blocks' own `forward` is
         called where a block is not a plain one, never the host's `original_block` closure, which by then stands for the last block and would give
-        wrong gradients without a word. `slots` may be shared by both experts, which never run at the same time."""
+        wrong gradients without a word."""
         place(self.model, self.device, "blocks.")
         linears = self.linears().values()
-        made = BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, quantised=self.quantised, slots=slots)
+        made = BlockExecutor(list(self.model.blocks), knobs, self.device, is_plain_block, quantised=self.quantised, shared=shared)
         try:
             for linear in linears if knobs.optimiser_place == "host" else ():
                 linear.__dict__[MASTERS_PLACE] = made.pinned

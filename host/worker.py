@@ -161,11 +161,12 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from ..runs import lease
     from ..runs.store import append_event
     from . import memory_meter, start_images
-    from .engine import engines
+    from .engine import FreeMemory, engines
     from .samples import SampleFiles
     from .training_mode import training_mode
     from .wan import load_backbone
 
+    free = FreeMemory.of(config, device)
     real = _open_real(config) if needs.real_latents(config) else None
     contexts, negative = _encode(config, real)
     backbones = {
@@ -179,8 +180,8 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         pool = stack.enter_context(ThreadPoolExecutor(1))
         hashes = {expert: pool.submit(_sha256, getattr(config.models, expert)) for expert in config.trained_experts}
         stack.enter_context(training_mode())
-        meter = memory_meter.meter_of(config, device, lambda: engine.knobs)
-        engine = stack.enter_context(engines(config, backbones, device, dtype, decoder=scorers["decoder"], latent_reward=scorers["latent_reward"]))
+        meter = memory_meter.meter_of(config, device, free, lambda: engine.knobs)
+        engine = stack.enter_context(engines(config, backbones, device, dtype, decoder=scorers["decoder"], latent_reward=scorers["latent_reward"], free=free))
         if meter is not None:
             stack.enter_context(meter)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from .config import TrainConfig
 from .flow import EXPERTS
 from .input_config import RewardSource
@@ -15,6 +18,18 @@ def scores_latents(config: TrainConfig) -> bool:
 def pavrm(config: TrainConfig) -> RewardSource | None:
     """The PAVRM that training asks: the reward itself, or the one beside it."""
     return config.reward if scores_latents(config) else config.one_pass.pavrm if config.method == "one_pass" else None
+
+
+def has_own_trunk(config: TrainConfig) -> bool:
+    """Whether a PAVRM brings blocks of its own: a whole one, or one in LoRA form whose generator is no expert of the run."""
+    found = pavrm(config)
+    generator = found.options.get("generator") if found else None
+    return found is not None and (not generator or expert_of(generator, {name: getattr(config.models, name) for name in experts(config)}) is None)
+
+
+def expert_of(generator: str, files: Mapping[str, str]) -> str | None:
+    """The expert whose file this is, by whatever path."""
+    return next((expert for expert, path in files.items() if Path(path).resolve() == Path(generator).resolve()), None)
 
 
 def decodes_training_videos(config: TrainConfig) -> bool:

@@ -23,13 +23,18 @@ _exact_depth = 0
 
 @contextmanager
 def exact_form() -> Iterator[None]:
-    """The exact form also where gradients are off: inside an autograd Function, whose forward is part of a pass with gradient."""
+    """The exact form also where gradients are off: in what is part of a pass with gradient, as an autograd Function's forward, or runs again in one."""
     global _exact_depth
     _exact_depth += 1
     try:
         yield
     finally:
         _exact_depth -= 1
+
+
+def is_exact() -> bool:
+    """Whether `exact_form` is in force."""
+    return _exact_depth > 0
 
 
 class InstalledLora:

@@ -20,6 +20,7 @@ from ...reward_models.base import score_in_chunks
 from ..config import TrainConfig
 from ..draws import Draw, draw_batch, prompt_sampler
 from ..flow import euler_step
+from ..lora.linears import exact_form
 from ..protocols import Objective, Outcome
 from ..rollout import PromptContext
 from ..run import Parts
@@ -76,7 +77,8 @@ class RewardFlow(Objective):
         latent, targets = self._rolled(draw, context)
         tape = []
         for index in draw.steps:
-            with torch.set_grad_enabled(not config.reward_flow.recompute):
+            # Merged weights, which are rounded, and a rollout's attention would lead elsewhere than what runs again in backward.
+            with torch.set_grad_enabled(not config.reward_flow.recompute), exact_form():
                 made = _one_step(config, trainee, velocity_of, latent, draw.sigmas[index], targets[index])
             tape.append((index, latent, made))
             latent = made[1].detach()

@@ -37,18 +37,20 @@ class SelfAttended:
 
 
 class Gradients:
-    """Sums of gradients by parameter, over the parts and chunks of a block."""
+    """Sums of gradients by parameter, over the parts and chunks of a block: in fp32, as small parts are lost in a large bf16 sum, and rounded at the end."""
 
     def __init__(self) -> None:
         self._sums: dict[int, torch.Tensor] = {}
 
     def add(self, parameter: torch.Tensor, value: torch.Tensor | None) -> None:
         if value is not None:
+            value = value.to(_wide(value.dtype))
             known = self._sums.get(id(parameter))
             self._sums[id(parameter)] = value if known is None else known + value
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        return self._sums.get(id(parameter))
+        found = self._sums.get(id(parameter))
+        return None if found is None else found.to(parameter.dtype)
 
 
 class BlockArithmetic:
@@ -225,7 +227,7 @@ class BlockArithmetic:
                 before = _apply(first, h.detach(), True) if wide is None else wide[:, start:stop]
                 inner = _gelu(before)
                 if gate.requires_grad:
-                    found.add(gate, (part * _apply(last, inner)).sum(1, keepdim=True))
+                    found.add(gate, (part * _apply(last, inner)).sum(1, keepdim=True, dtype=_wide(part.dtype)))
             grad_wide = _linear_backward(last, part * gate.detach(), inner, found)
             del inner
             grad_wide = torch.ops.aten.gelu_backward(grad_wide, before, approximate="tanh")
@@ -237,6 +239,10 @@ class BlockArithmetic:
 
     def _split(self, value: torch.Tensor) -> torch.Tensor:
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
@@ -293,4 +299,4 @@ def _pull(outputs, grads, inputs: list[torch.Tensor], summed: list[torch.Tensor]
 
 
 def _or_zero(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if value is None else value.to(like.dtype)
+    return torch.zeros_like(like) if value is None else value

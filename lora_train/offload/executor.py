@@ -1,7 +1,8 @@
 """Runs the blocks of a model through the store: every block's `forward` is replaced for the time of a context and put back afterwards.
 
 A pass with gradient keeps each block's input (and attention output) and nothing else; a block runs again in backward, in backward order, with the
-weights and kept tensors of the next one already on their way. Passes without gradient stream through the same slots with merged LoRAs.
+weights and kept tensors of the next one already on their way. Passes without gradient stream through the same slots with merged LoRAs, unless the exact
+form is asked for.
 
 Blocks that are not plain Wan blocks, and passes with patches inside of attention, run as a whole by their own `forward`: streamed and checkpointed too,
 but without keeping attention and without chunks.
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels import attention
 from ..kernels.lora_linear import QuantisedWeight
-from ..lora.linears import LoraForward, exact_form
+from ..lora.linears import LoraForward, exact_form, is_exact
 from .block import BlockArithmetic, SelfAttended
 from .keeper import Kept
 from .knobs import Knobs
@@ -32,6 +33,20 @@ from .transfers import Transfers
 logger = logging.getLogger("reward_lab.offload")
 # Attribute of an installed block: a context in which its weights, without a LoRA, are on the device; for who runs the block in another way.
 WEIGHTS_IN_USE = "weights_in_use"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What executors have in common that never run at the same time: device slots, and the streams that fill them.
+
+    With streams of its own each could copy into a slot that another still fills, and would hold pinned memory for a whole pass of kept activations."""
+
+    transfers: Transfers
+    slots: list[Slot]
+
+    @classmethod
+    def of(cls, knobs: Knobs, device: torch.device) -> Shared:
+        return cls(Transfers(device), [Slot() for _ in range(knobs.slots)])
 
 
 @dataclass(kw_only=True)
@@ -63,19 +78,19 @@ class BlockExecutor:
         device: torch.device,
         is_plain: Callable[[torch.nn.Module], bool],
         quantised: Mapping[int, dict[str, QuantisedWeight]] | None = None,
-        slots: list[Slot] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         """Args:
         is_plain: whether a block has exactly the arithmetic of `BlockArithmetic`.
-        slots: to share with another executor; by default `knobs.slots` own ones.
         quantised: see `BlockStore`.
+        shared: with other executors; by default its own.
         """
         self.blocks, self.knobs, self.device = blocks, knobs, device
         self._is_plain = [is_plain(block) for block in blocks]
-        self._transfers = Transfers(device)
-        slots = [Slot() for _ in range(knobs.slots)] if slots is None else slots
+        shared = Shared.of(knobs, device) if shared is None else shared
+        self._transfers = shared.transfers
         self.store = BlockStore(
-            blocks, self._transfers, resident_blocks=knobs.resident_blocks, slots=slots, merges_resident=knobs.merges_resident, quantised=quantised
+            blocks, shared.transfers, resident_blocks=knobs.resident_blocks, slots=shared.slots, merges_resident=knobs.merges_resident, quantised=quantised
         )
         self._forwards: list[Callable] = []
         self._last: Call | None = None
@@ -111,10 +126,11 @@ class BlockExecutor:
             call = Call(index=index, freqs=freqs, arguments=arguments, is_plain=is_plain)
             if torch.is_grad_enabled():
                 return self._with_gradient(call, x, e, context)
-            with self.store.use(index, merge=True, then=(index + 1) % len(self.blocks)):
+            with self.store.use(index, merge=not is_exact(), then=(index + 1) % len(self.blocks)):
                 if not is_plain:
                     return self._forwards[index](x, e, freqs, context, **arguments)
-                return self.arithmetic(index, x, is_rollout=not lora_is_off(self.blocks[index])).forward(x, e, freqs, context)[0]
+                is_rollout = not is_exact() and not lora_is_off(self.blocks[index])
+                return self.arithmetic(index, x, is_rollout=is_rollout).forward(x, e, freqs, context)[0]
 
         return forward
 

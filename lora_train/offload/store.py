@@ -55,7 +55,7 @@ class BlockStore:
     ) -> None:
         """Args:
         blocks: their parameters are the masters.
-        slots: may be shared with other stores.
+        transfers, slots: may be shared with other stores, the one with the other.
         quantised: stored weights by block and path (`ffn.0.weight`). They stay stored, on the host or, of resident blocks, on the device, and are
             unpacked in a slot where their block runs. Entries are replaced by those in pinned memory.
         """
@@ -180,6 +180,8 @@ class BlockStore:
 
     def _fill(self, slot: Slot, index: int) -> None:
         self._transfers.in_after(slot.free)
+        # A block that was brought for nothing may still be on its way into memory that is given up here, and that the computation gets next.
+        self._transfers.wait(slot.ready)
         slot.index = None
         shapes = self._buffer_shapes(index)
         for path, master in self._masters(index).items():

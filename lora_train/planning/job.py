@@ -60,16 +60,14 @@ def job_of(config: TrainConfig, shape: ModelShape, *, reward_bytes: int | None =
         reward_bytes=reward_bytes,
         looks=_looks(config),
         clips=_made(config, video) if needs.replays(config) else _picked(config) if needs.picks(config) else None,
-        judged_blocks=_trunk_blocks(pavrm) if pavrm and not pavrm.options.get("generator") else 0,
+        judged_blocks=_trunk_blocks(pavrm) if needs.has_own_trunk(config) else 0,
     )
 
 
 def _judge_bytes(config: TrainConfig, shape: ModelShape, element_bytes: int) -> int:
     """Weights of the reward that stay on the card: a CLIP; or a PAVRM's embeddings, its query attention and its head in fp32, without the trunk's blocks."""
-    found, pavrm = 0, needs.pavrm(config)
-    if pavrm:
-        found += 0 if pavrm.options.get("generator") else shape.outer_parameters * element_bytes
-        found += 4 * shape.width * shape.width * 4
+    found = 4 * shape.width * shape.width * 4 if needs.pavrm(config) else 0
+    found += shape.outer_parameters * element_bytes if needs.has_own_trunk(config) else 0
     return found if needs.scores_latents(config) else found + int(CLIP_BYTES * sum(_towers(asdict(config.reward))))
 
 

@@ -84,7 +84,7 @@ class Job:
         reward_bytes: weights of the reward model and the VAE, on the card.
         looks: samples and held-out videos; None without any.
         clips: what the base model makes, or the rewards choose among, before the first update; None without any.
-        judged_blocks: blocks of a latent reward's own trunk, which go through the executor like the experts'; 0 without one.
+        judged_blocks: blocks of a latent reward's own trunk, whose weights go through the executor like the experts'; 0 without one.
     """
 
     shape: ModelShape

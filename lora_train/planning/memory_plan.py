@@ -119,7 +119,8 @@ def _note(config: TrainConfig, shape: ModelShape) -> str:
     notes = ["predicted from operations and assumed rates; not measured on this card"]
     if shape.latent_channels == LATENTS["wan2.2"].channels and needs.start_images(config):
         notes.append("with start images a 5B model's blocks run whole in backward: more than is counted here")
-    if config.reward.options.get("generator"):
+    pavrm = needs.pavrm(config)
+    if pavrm and pavrm.options.get("generator"):
         notes.append("a PAVRM in LoRA form runs its blocks whole: more than is counted here")
     return "; ".join(notes)
 

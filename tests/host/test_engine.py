@@ -275,7 +275,36 @@ def test_masters_on_the_host_and_the_self_check(setting):
         executor.plain_forward = lambda index: lambda *args, **kwargs: forward(index)(*args, **kwargs) * 1.01
         with pytest.raises(RuntimeError, match="self-check: .* differs from the plain path by 0.0"):
             self_check(executor, torch.float32, options)
+
+        def without_a_gradient(index):
+            def run(*args, **kwargs):
+                out = forward(index)(*args, **kwargs)
+                out.register_hook(lambda grad: grad * float("nan"))
+                return out
+
+            return run
+
+        executor.plain_forward = without_a_gradient
+        with pytest.raises(RuntimeError, match="differs from the plain path by nan"):
+            self_check(executor, torch.float32, options)
     assert not any("place_of_lora_masters" in module.__dict__ for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize("resident_blocks", [0, 1])
+def test_the_self_check_sees_a_fault_of_slots_where_the_first_block_has_none(setting, monkeypatch, resident_blocks):
+    """Products with a LoRA inside of a slot's buffer come out wrong; resident weights have no buffers."""
+    import torch
+
+    from reward_lab.host.training_mode import attention, training_mode
+    from reward_lab.lora_train.kernels.lora_linear import function
+    from reward_lab.lora_train.offload.self_check import self_check
+
+    extended = function.extended
+    monkeypatch.setattr(function, "extended", lambda x, room: None if (found := extended(x, room)) is None else found.mul_(1.01))
+    with training_mode(), engine(resident_blocks=resident_blocks)(setting[0]) as executor, pytest.raises(RuntimeError, match=f"block {1 + resident_blocks} "):
+        self_check(executor, torch.float32, {"optimized_attention_override": attention})
+    with training_mode(), engine()(setting[0]) as executor:
+        assert self_check(executor, torch.float32, {"optimized_attention_override": attention}) < 1e-5
 
 
 @pytest.mark.parametrize("knobs", [{"resident_blocks": 0}, {"resident_blocks": 1, "slots": 3}, {}], ids=str)

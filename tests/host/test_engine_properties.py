@@ -85,3 +85,17 @@ def test_the_card_is_left_empty(tiny_models):
     gc.collect()
     # What is outside of the blocks stays with the backbone, which is gone now.
     assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_chunks_in_bf16_lose_nothing_of_what_is_summed_over_them(tiny_models, device):
+    """Gates, shifts and scales get one sum over all tokens; so does what made them, the time embedding."""
+    import torch
+
+    def of_time(backbone, knobs):
+        found = run(backbone, knobs, size=(3, 24, 24))
+        return {name: value for name, value in found.items() if name.startswith("time_")}
+
+    truth = of_time(load(tiny_models["high"]), {})
+    whole, chunked = (of_time(load(tiny_models["high"], torch.bfloat16, device), {"ffn_chunk_tokens": tokens}) for tokens in (0, 1))
+    assert truth and error(chunked, truth) <= NO_WORSE * error(whole, truth)

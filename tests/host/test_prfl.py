@@ -18,9 +18,8 @@ from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.host.wan import load_backbone  # noqa: E402
 from reward_lab.lora_train.config import TrainConfig  # noqa: E402
 from reward_lab.lora_train.objectives.prfl import _rolled, prfl_velocity, reward_step  # noqa: E402
-from reward_lab.lora_train.offload.executor import WEIGHTS_IN_USE  # noqa: E402
+from reward_lab.lora_train.offload.executor import WEIGHTS_IN_USE, Shared  # noqa: E402
 from reward_lab.lora_train.offload.knobs import Knobs  # noqa: E402
-from reward_lab.lora_train.offload.store import Slot  # noqa: E402
 from reward_lab.lora_train.rollout import ContextCache, Experts  # noqa: E402
 from reward_lab.lora_train.run import Parts  # noqa: E402
 from reward_lab.lora_train.solvers import SOLVERS, gradient_scale  # noqa: E402
@@ -160,14 +159,57 @@ def test_pavrm_in_lora_form_ignores_the_lora_in_training(folder, wired, tmp_path
         (bare,) = torch.autograd.grad(scorer.score(leaf, 0.5, text).logit_B.sum(), leaf)
     assert torch.equal(plain, again) and torch.equal(gradient, bare)
     # Blocks that stream have no weights on the device but while they are asked for.
-    with training_mode(), install(linears, adapter), backbone.engine(Knobs(resident_blocks=0, keep_place="host"), slots := [Slot(), Slot()]):
+    knobs = Knobs(resident_blocks=0, keep_place="host")
+    with training_mode(), install(linears, adapter), backbone.engine(knobs, shared := Shared.of(knobs, cpu)):
         asked = _record_uses(backbone.model.blocks)
         leaf = latent.clone().requires_grad_()
-        with scorer.engine(Knobs(resident_blocks=0), cpu, slots, streams=True):
+        with scorer.engine(knobs, cpu, shared, streams=True):
             streamed = scorer.score(leaf, 0.5, text).logit_B
             (gradient,) = torch.autograd.grad(streamed.sum(), leaf)
     assert torch.equal(plain, streamed) and torch.equal(gradient, bare)
     assert asked == [0, 1, 1, 0]
+
+
+def test_pavrm_in_lora_form_goes_back_through_a_block_while_its_weights_are_there(folder, wired, tmp_path):
+    """On a card the slot gets the next block's weights as soon as it is free; here it is filled with NaN then."""
+    from reward_lab.host import pavrm_lora
+
+    _, backbone, _ = wired
+    generator, cpu = folder / "generator_comfyui.safetensors", torch.device("cpu")
+    heads = {"query": folder / "mlp" / "query_attention_step_100.ckpt", "head": folder / "mlp" / "mlp_step_100.ckpt"}
+    cut, file = tmp_path / "trunk.safetensors", tmp_path / "lora.safetensors"
+    _first_blocks(folder / "trunk_comfyui.safetensors", cut, 2)
+    pavrm_lora.convert(cut, generator, file, rank=4, **heads)
+    spec = RewardModelSpec(kind="pavrm", path=str(file), options={"generator": str(generator)})
+    scorer = latent_reward.load(spec, {"high": backbone}, {"high": str(generator)}, device=cpu, dtype=torch.float32)
+    latent, text = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.randn(1, 9, 48)
+
+    def scored():
+        leaf = latent.clone().requires_grad_()
+        logit_B = scorer.score(leaf, 0.5, text).logit_B
+        return torch.autograd.grad(logit_B.sum(), leaf)[0]
+
+    knobs = Knobs(resident_blocks=0)
+    with training_mode():
+        wanted = scored()
+        with backbone.engine(knobs, shared := Shared.of(knobs, cpu)) as executor, scorer.engine(knobs, cpu, shared, streams=True):
+            _spoil_after_use(executor.store, shared.slots)
+            found = scored()
+    assert torch.equal(found, wanted)
+
+
+def _spoil_after_use(store, slots):
+    """Fill a slot with NaN when its block no longer uses it."""
+
+    def unbind(index, own=store._unbind):
+        own(index)
+        for slot in slots:
+            if slot.index == index:
+                slot.index = None
+                for view in slot.views.values():
+                    view.data.fill_(float("nan"))
+
+    store._unbind = unbind
 
 
 def _record_uses(blocks):
@@ -195,7 +237,7 @@ def test_trunk_of_its_own_runs_through_the_engine(knobs):
 
     with training_mode():
         plain, plain_gradient = scored()
-        with scorer.engine(Knobs(**knobs), cpu, [Slot(), Slot()], streams=knobs["resident_blocks"] == 0):
+        with scorer.engine(Knobs(**knobs), cpu, Shared.of(Knobs(**knobs), cpu), streams=knobs["resident_blocks"] == 0):
             assert all("forward" in block.__dict__ for block in trunk.blocks)
             logit, gradient = scored()
     assert torch.equal(logit, plain) and relative(gradient, plain_gradient) <= 1e-5
