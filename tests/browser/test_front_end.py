@@ -134,8 +134,8 @@ def test_reports_appear_on_the_rows(rows_node) -> None:
     page = rows_node
     page.evaluate(
         """([high, low]) => window.app.graph.nodes[0].onExecuted({ reward_lab_rows: [
-            { file: high, applied_high: 40, applied_low: 0, total: 40, warnings: [] },
-            { file: low, applied_high: 0, applied_low: 12, total: 40, warnings: ['28 keys are not in this model'] }] })""",
+            { file: high, on: true, high: 0.5, low: 0, applied_high: 40, applied_low: 0, total: 40, warnings: [] },
+            { file: low, on: true, high: 0, low: 0.5, applied_high: 0, applied_low: 12, total: 40, warnings: ['28 keys are not in this model'] }] })""",
         [HIGH, LOW],
     )
     page.wait_for_selector(".rl-status >> nth=1")
