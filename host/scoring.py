@@ -19,6 +19,7 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ..reward_models import published
 from ..reward_models.base import score_in_chunks
 from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec
 from . import media, paths, reward_loading, score_files, video_prompts
@@ -153,7 +154,7 @@ def score_images(images_FHWC: torch.Tensor, spec: RewardModelSpec, prompt: str) 
         frames_BFCHW = images_FHWC.movedim(-1, 1)[None].to(device=device, dtype=torch.float32).clone().clamp_(0.0, 1.0)
         output = score_in_chunks(model, frames_BFCHW, [prompt], reward_loading.frames_per_chunk(height, width))
     score_files.check_finite(output)
-    return _video_score(model.name, "", prompt, {**score_files.as_numbers(output, 0), "warnings": [*warnings, *_about_text(model, prompt)]})
+    return _video_score(spec, "", prompt, {**score_files.as_numbers(output, 0), "warnings": [*warnings, *_about_text(model, prompt)]})
 
 
 def _checked(images_FHWC: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
@@ -212,7 +213,7 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     store = ScoreStore(paths.scores_folder() / f"{key_of(str(found.resolve()))[:24]}.jsonl")
     with torch.inference_mode(False):
         rows = score_files.score(job, store, on_progress, load=lambda: _loaded(spec, device))
-    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in rows]
+    return [_video_score(spec, row["name"], row["prompt"], row) for row in rows]
 
 
 def files_stamp(path: str | None, prompts_file: str | None = None) -> str:
@@ -242,16 +243,22 @@ def save_table(scores: Sequence[VideoScore], name: str) -> Path:
     return path
 
 
-def _video_score(model_name: str, name: str, prompt: str, numbers: dict[str, Any]) -> VideoScore:
+def _video_score(spec: RewardModelSpec, name: str, prompt: str, numbers: dict[str, Any]) -> VideoScore:
     return VideoScore(
-        model_name=model_name,
+        model_name=spec.kind,
         name=name,
         prompt=prompt,
         reward=numbers["per_video"],
         per_frame=tuple(numbers["per_frame"]),
         parts=numbers["parts"],
-        warnings=tuple(numbers.get("warnings", ())),
+        warnings=(*_about_files(spec), *numbers.get("warnings", ())),
     )
+
+
+def _about_files(spec: RewardModelSpec) -> list[str]:
+    """Asked for at every score: the model is loaded once only."""
+    models = [RewardModelSpec.from_dict(row["reward"]) for row in spec.options.get("rows", ())] or [spec]
+    return list(dict.fromkeys(filter(None, (published.file_warning(model.kind, model.path) for model in models))))
 
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -137,6 +138,21 @@ def test_nodes_run_again_when_the_files_they_read_change(base):
     assert len({first[0], second[0], third[0]}) == len({first[1], second[1], third[1]}) == 3 and third[2] == ""
     shutil.rmtree(clips)
     assert stamps()[0] not in (first[0], second[0], third[0])
+
+
+def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base, hps, monkeypatch):
+    """The tiny file takes the size of the published HPS v2.0, whose scores are not those of v2.1."""
+    size_bytes = Path(hps.path).stat().st_size
+    files = tuple(dataclasses.replace(entry, size_bytes=size_bytes) if entry.kind == "hpsv2" else entry for entry in published.FILES)
+    monkeypatch.setattr(published, "FILES", files)
+    frames, told = torch.rand(1, 16, 16, 3), "has the size of the published HPS v2.0, whose scores are not comparable"
+    mix = MixRewards.execute(reward_1=hps, reward_2=hps).args[0]
+    for spec, where in ((hps, {"images": frames}), (hps, {"images": frames}), (hps, {"path": "clips/clip0.png"}), (mix, {"images": frames})):
+        text = ScoreVideo.execute(reward_model=spec, prompt="a cat", **where).ui["text"][0]
+        assert text.count(told) == 1, text
+    assert told in RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "default", True).ui["text"][0]
+    with pytest.raises(ValueError, match="load it with kind hpsv2.1, or choose the file of pickscore"):
+        RewardModelNode.execute("pickscore", "tiny.safetensors", "default", True)
 
 
 def test_what_cannot_be_mixed(base, hps):
