@@ -74,8 +74,7 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     Raises:
         ValueError: see `pavrm.load` and `pavrm_lora.load`.
     """
-    options = spec.options
-    generator = options.get("generator")
+    generator, head = spec.options.get("generator"), pavrm.head_options(spec.options)
     if generator:
         shared = next((backbone for expert, backbone in backbones.items() if files[expert] == generator), None)
         if shared is not None and shared.quantised:
@@ -83,5 +82,4 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
                 f"the PAVRM {spec.path} is a LoRA over {generator}, which is quantised; give the PAVRM's whole file, or the expert's bf16 file"
             )
         return PavrmReward(pavrm_lora.load(spec.path, generator if shared is None else shared.model, device=device, dtype=dtype))
-    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
     return PavrmReward(pavrm.load(spec.path, **head, device=device, dtype=dtype))
