@@ -22,7 +22,7 @@ import torch
 from ..reward_models import published
 from ..reward_models.base import score_in_chunks
 from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec
-from . import media, paths, reward_loading, score_files, video_prompts
+from . import media, paths, reward_loading, score_command, score_files, video_prompts
 from .score_store import ScoreStore, key_of, write_csv
 
 logger = logging.getLogger("reward_lab")
@@ -41,7 +41,8 @@ _models_lock = threading.Lock()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoScore:
-    """Scores of one video. `per_frame` has one reward per frame, `reward` is the video's as the reward model defines it (mostly their mean)."""
+    """Scores of one video. `per_frame` has one reward per frame, `reward` is the video's as the reward model defines it (mostly their mean). `settings` are
+    what it was scored with: weights, options with their defaults, and the rows of a mix."""
 
     model_name: str
     prompt: str
@@ -50,6 +51,7 @@ class VideoScore:
     name: str = ""
     parts: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def best_frame(self) -> int:
@@ -74,6 +76,7 @@ class VideoScore:
         """Return everything as plain data."""
         return {
             "reward_model": self.model_name,
+            **self.settings,
             "name": self.name,
             "prompt": self.prompt,
             "reward": self.reward,
@@ -239,7 +242,7 @@ def save_table(scores: Sequence[VideoScore], name: str) -> Path:
     """Write scores as CSV to the output folder; returns the path."""
     rows = [{**score.to_dict(), "per_video": score.reward, "name": score.name or name} for score in scores]
     path = paths.scores_folder() / f"{key_of([score.to_dict() for score in scores])[:16]}.csv"
-    write_csv(path, rows)
+    write_csv(path, rows, {"reward_model": scores[0].model_name, **scores[0].settings})
     return path
 
 
@@ -252,6 +255,7 @@ def _video_score(spec: RewardModelSpec, name: str, prompt: str, numbers: dict[st
         per_frame=tuple(numbers["per_frame"]),
         parts=numbers["parts"],
         warnings=(*_about_files(spec), *numbers.get("warnings", ())),
+        settings=score_command._description(spec),
     )
 
 

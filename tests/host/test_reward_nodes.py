@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import http.server
@@ -138,6 +139,23 @@ def test_nodes_run_again_when_the_files_they_read_change(base):
     assert len({first[0], second[0], third[0]}) == len({first[1], second[1], third[1]}) == 3 and third[2] == ""
     shutil.rmtree(clips)
     assert stamps()[0] not in (first[0], second[0], third[0])
+
+
+def test_scores_tell_what_they_were_made_with(base, hps):
+    """Also what is not chosen; in the JSON under the names of `lab.py score`, and in the table."""
+    frames, squashed = torch.rand(2, 16, 16, 3), RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "squash", False).args[0]
+    for spec, found in ((hps, {"resize": "letterbox", "antialias": True}), (squashed, {"resize": "squash", "antialias": False})):
+        for where in ({"images": frames}, {"path": "clips"}):
+            output = ScoreVideo.execute(spec, "a cat", **where)
+            document = json.loads(output.args[2])
+            for video in document.get("videos", [document]):
+                assert (video["reward_model"], video["weights"], video["options"]) == ("hpsv2.1", hps.path, found)
+            with Path(output.args[3]).open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert rows and all(row["reward_model"] == "hpsv2.1" and json.loads(row["options"]) == found for row in rows)
+    mixes = [MixRewards.execute(reward_1=hps, weight_1=weight).args[0] for weight in (1.0, 2.0)]
+    rows = [json.loads(ScoreVideo.execute(mix, "a cat", images=frames).args[2])["rows"] for mix in mixes]
+    assert [row["weight"] for (row,) in rows] == [1.0, 2.0] and rows[0][0]["reward"]["path"] == hps.path
 
 
 def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base, hps, monkeypatch):
