@@ -114,7 +114,10 @@ def reward_model_spec(kind: str, file: str, resize: str, antialias: bool, **opti
     given = {name: value for name, value in given.items() if name in known and value is not None}
     if kind in PATHLESS:
         return RewardModelSpec(kind=kind, path="", options=given)
-    path = paths.model_path(paths.REWARD_MODEL_FOLDER, "" if file == NO_FILE else file)
+    if file in ("", NO_FILE):
+        remedy = ", or switch download on" if published.of_kind(kind) else ""
+        raise ValueError(f"{kind} needs a weight file, and none is chosen. Choose one of models/reward_models{remedy}.")
+    path = paths.model_path(paths.REWARD_MODEL_FOLDER, file)
     if kind == "pavrm" and path.name.startswith("diffusion_pytorch_model"):
         # HY-Video-PRFL's checkpoints are folders; any file in one stands for all of it.
         path = path.parent

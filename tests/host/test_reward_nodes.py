@@ -173,6 +173,24 @@ def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base,
         RewardModelNode.execute("pickscore", "tiny.safetensors", "default", True)
 
 
+def test_what_is_missing_is_named_by_its_widget(base, hps):
+    videos = {"measure_baseline": True, "baseline_folder": "clips"}
+    with pytest.raises(ValueError, match="baseline_prompts is empty, and hpsv2.1 scores videos for a text"):
+        MixRewards.execute(reward_1=RewardModelNode.execute("flicker", "(none)", "default", True).args[0], reward_2=hps, **videos)
+    for kind, remedy in (("hpsv2.1", ", or switch download on"), ("pickscore", ", or switch download on"), ("pavrm", "")):
+        with pytest.raises(ValueError, match=f"{kind} needs a weight file, and none is chosen. Choose one of models/reward_models{remedy}\\."):
+            RewardModelNode.execute(kind, "(none)", "default", True)
+
+
+def test_the_words_on_downloads_are_those_of_the_list():
+    """What the tooltip says of size and hash holds for every published file."""
+    tooltip = next(entry for entry in RewardModelNode.define_schema().inputs if entry.id == "download").tooltip
+    assert "both for hpsv2.1, a hash for mps and aesthetic, neither for pickscore and CLIP" in tooltip
+    checked = {entry.kind: (entry.size_bytes > 0, bool(entry.sha256 or entry.md5)) for entry in published.FILES if entry.kind != "hpsv2"}
+    told = {"hpsv2.1": (True, True), "mps": (False, True), "aesthetic": (False, True), "pickscore": (False, False), "clip": (False, False)}
+    assert checked == told
+
+
 def test_what_cannot_be_mixed(base, hps):
     mix = MixRewards.execute(reward_1=hps).args[0]
     with pytest.raises(ValueError, match="A mix cannot be part of a mix"):
