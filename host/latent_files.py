@@ -3,7 +3,7 @@
 One case: tensors `latent` [B, C, F, H, W], `text` [B, P, D] or [P, D], `timestep` [B] or one for all. Several: the same names behind `NAME.`; what has
 no name of a case before it serves all. Image-to-video trunks also read `image_embeds` (or `img_clip`) and `condition` (or `f1_black`, `y`).
 `feature_layers` behind `NAME.VARIANT.` asks for other tapped blocks on the same latent. Without a timestep, `--sigma` says how much noise the clean
-latent gets.
+latent gets; a latent with one is noisy already. Every case is checked before the first is scored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _IMAGE = ("image_embeds", "img_clip", "clip_fea", "imgclip", "clip")
 _CONDITION = ("condition", "f1_black", "latents_condition", "y")
 # Of Wan's VAEs: a tensor that begins with one of them is a single latent.
 _CHANNELS = (16, 48)
+_TIMESTEP = ("timestep", "timesteps")
 _TEXT = ("text", "text_embeds", "textshort", "context")
 
 
@@ -66,29 +67,35 @@ def score(options: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[s
         raise ValueError(f"--seed is {seed}; it must be from 0 to 2^63 - 1.")
     cases = list(read_cases(tensors, sigmas, seed))
     layers = _numbers(options.get("layers"), int, "--layers")
-    loaders: dict[tuple[int, ...] | None, pavrm.Pavrm] = {}
     videos, out = [], {} if options.get("tensors") else None
     with score_files.collected_warnings() as warnings:
-        for case in cases:
-            taps = case.taps or (tuple(layers) if layers else None)
-            if taps not in loaders:
-                loaders[taps] = _load(options, taps, device, dtype)
-            videos += _score_case(loaders[taps], case, out)
+        taps_of = [case.taps or (tuple(layers) if layers else None) for case in cases]
+        models = {taps: _load(options, taps, device, dtype) for taps in dict.fromkeys(taps_of)}
+        for case, taps in zip(cases, taps_of, strict=True):
+            _check(models[taps], case)
+        for case, taps in zip(cases, taps_of, strict=True):
+            videos += _score_case(models[taps], case, out)
     if out is not None:
         save_file({name: value.cpu().contiguous() for name, value in out.items()}, options["tensors"])
-    first = next(iter(loaders.values()))
+    first = models[taps_of[0]]
     settings = {"layers": list(first.taps), "dtype": str(dtype).removeprefix("torch."), "model_type": first.model.model_type}
     document = {"kind": "pavrm", "trunk": options["trunk"], "options": settings, "range": "probability 0 to 1, higher is better"}
     return {**document, "videos": videos, "warnings": list(dict.fromkeys(warnings))}
 
 
 def _load(options: Mapping[str, Any], taps: tuple[int, ...] | None, device: str, dtype: torch.dtype) -> pavrm.Pavrm:
+    head, common = pavrm.head_options(options), {"taps": taps, "use_folded": not options.get("exact_pooling"), "device": device, "dtype": dtype}
     if options.get("generator"):
-        return pavrm_lora.load(
-            options["trunk"], options["generator"], taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype
-        )
-    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
-    return pavrm.load(options["trunk"], **head, taps=taps, use_folded=not options.get("exact_pooling"), device=device, dtype=dtype)
+        return pavrm_lora.load(options["trunk"], options["generator"], **common)
+    return pavrm.load(options["trunk"], **head, **common)
+
+
+def _check(model: pavrm.Pavrm, case: Case) -> None:
+    """Refuse a case that does not fit the model, before another is scored."""
+    try:
+        model.check(case.latent_BCFHW, torch.tensor(case.timesteps), case.texts_PD, case.image)
+    except ValueError as error:
+        raise ValueError(f"{case.name}: {error}" if case.name else str(error)) from error
 
 
 def _score_case(model: pavrm.Pavrm, case: Case, out: dict[str, torch.Tensor] | None) -> list[dict[str, Any]]:
@@ -132,6 +139,7 @@ def read_cases(tensors: Mapping[str, torch.Tensor], sigmas: list[float], seed: i
         count = len(latent) if latent.ndim else 1
         common = {"texts_PD": _texts(tensors, prefix, count), "image": image}
         if sigmas:
+            _refuse_levels(tensors, prefix)
             for sigma in sigmas:
                 shown = name if len(sigmas) == 1 else f"{name}@{sigma:g}".removeprefix("@")
                 levels = {"timesteps": (int(sigma * pavrm.TIMESTEPS),) * count, "sigmas": (sigma,) * count}
@@ -171,7 +179,7 @@ def _texts(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list
 
 def _timesteps(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> list[float]:
     """The timestep of every latent, which is noisy already."""
-    timestep = _find(tensors, prefix, ("timestep", "timesteps"))
+    timestep = _find(tensors, prefix, _TIMESTEP)
     if timestep is None:
         raise ValueError(f"The case {prefix.removesuffix('.') or 'of this file'} has no timestep; give {prefix}timestep, or --sigma for clean latents.")
     values = [float(value) for value in timestep.flatten().tolist()]
@@ -179,6 +187,18 @@ def _timesteps(tensors: Mapping[str, torch.Tensor], prefix: str, count: int) -> 
         shown = ", ".join(f"{value:g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
         raise ValueError(f"{prefix}timestep holds {shown or 'nothing'}; one number from 0 to {pavrm.TIMESTEPS} is needed, or one for each of {count} latents.")
     return values * (count if len(values) == 1 else 1)
+
+
+def _refuse_levels(tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Refuse --sigma for a latent that is noisy already, and beside what is read with the file's own timesteps only."""
+    name = prefix.removesuffix(".") or "of this file"
+    if _find(tensors, prefix, _TIMESTEP) is not None:
+        raise ValueError(
+            f"The case {name} has a timestep, so its latent is noisy already, and --sigma would noise it again. Leave --sigma out; for a clean latent, take "
+            "the timestep out of the file."
+        )
+    if any(key.startswith(prefix) and key.endswith("feature_layers") for key in tensors):
+        raise ValueError(f"The case {name} has feature_layers, which are not read with --sigma. Take them out of the file, and give --layers instead.")
 
 
 def _with_batch(tensor: torch.Tensor | None, ndim: int) -> torch.Tensor | None:

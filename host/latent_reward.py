@@ -72,8 +72,7 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
     Raises:
         ValueError: see `pavrm.load` and `pavrm_lora.load`.
     """
-    options = spec.options
-    generator = options.get("generator")
+    generator, head = spec.options.get("generator"), pavrm.head_options(spec.options)
     if generator:
         shared = backbones.get(needs.expert_of(generator, files))
         if shared is not None and shared.quantised:
@@ -81,5 +80,4 @@ def load(spec: RewardModelSpec, backbones: Mapping[str, WanBackbone], files: Map
                 f"the PAVRM {spec.path} is a LoRA over {generator}, which is quantised; give the PAVRM's whole file, or the expert's bf16 file"
             )
         return PavrmReward(pavrm_lora.load(spec.path, generator if shared is None else shared.model, device=device, dtype=dtype))
-    head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
     return PavrmReward(pavrm.load(spec.path, **head, device=device, dtype=dtype))

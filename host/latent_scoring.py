@@ -151,11 +151,10 @@ def _loaded(spec: RewardModelSpec, device: torch.device) -> pavrm.Pavrm:
     with _lock, torch.inference_mode(False):
         if key not in _models:
             _models.clear()  # a trunk is large; one at a time
-            options = spec.options
+            options, head = spec.options, pavrm.head_options(spec.options)
             if options.get("generator"):
                 model = pavrm_lora.load(spec.path, options["generator"], device=offload, dtype=dtype)
             else:
-                head = {name: options.get(name) for name in pavrm.HEAD_OPTIONS}
                 model = pavrm.load(spec.path, **head, device=offload, dtype=dtype)
             _models[key] = model, [comfy.model_patcher.ModelPatcher(part, device, offload) for part in (model.model, model.head)]
         model, patchers = _models[key]

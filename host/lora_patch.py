@@ -33,9 +33,9 @@ MAX_TOTAL_STRENGTH = 1.0  # above, reward LoRAs are reported to overcook: field.
 class RowReport:
     """What became of one row.
 
-    `applied_*` counts keys of the file; None where the row does not act on that expert. `unmerged` names the experts beside whose weights it runs.
-    `kinds`, `left_out` and `memory_bytes` are those of `FittedLora`, `layout` is that of the file. `shares` tells by expert how much the row changes the
-    weights it acts on, at its strengths, a curve at its largest.
+    `applied_*` counts keys of the file; None where the row does not act on that expert. `high`, `low` and `on` are those of the row. `unmerged` names the
+    experts beside whose weights it runs. `kinds`, `left_out` and `memory_bytes` are those of `FittedLora`, `layout` is that of the file. `shares` tells by
+    expert how much the row changes the weights it acts on, at its strengths, a curve at its largest.
     """
 
     file: str
@@ -44,6 +44,7 @@ class RowReport:
     total: int
     high: float = 0.0
     low: float = 0.0
+    on: bool = True
     detail: str = ""
     warnings: tuple[str, ...] = ()
     unmerged: tuple[str, ...] = ()
@@ -60,6 +61,9 @@ class RowReport:
             "applied_high": self.applied_high,
             "applied_low": self.applied_low,
             "total": self.total,
+            "high": self.high,
+            "low": self.low,
+            "on": self.on,
             "detail": self.detail,
             "warnings": list(self.warnings),
             "unmerged": list(self.unmerged),
@@ -233,7 +237,7 @@ def _fit_once(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> FittedLo
 def _report(row: LoraRow, lora: LoraFile | None, fits: Mapping[str, FittedLora], plans: Mapping[str, _Plan], check_slot: Callable) -> RowReport:
     """Say what became of one row."""
     if lora is None:
-        return RowReport(file=row.file, applied_high=None, applied_low=None, total=0, detail="off")
+        return RowReport(file=row.file, applied_high=None, applied_low=None, total=0, high=row.high, low=row.low, on=False, detail="off")
     counts = {expert: fits[expert].applied_keys if expert in fits else None for expert in EXPERTS}
     warnings = check_slot(lora, {"high": row.high, "low": row.low})
     fitting = next(iter(fits.values()), None)

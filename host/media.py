@@ -183,9 +183,10 @@ def _video(path: Path) -> list[np.ndarray]:
 
 
 def _keys(path: Path) -> list[str]:
-    """Tensors of a safetensors file that look like frames; all three-to-five-dimensional ones when none is called so."""
+    """Tensors of a safetensors file that look like frames; all three-to-five-dimensional ones when none is called so, but no network's weights."""
     with _opened(path) as file:
-        shaped = [key for key in file.keys() if 3 <= len(file.get_slice(key).get_shape()) <= 5]  # noqa: SIM118
+        keys = [key for key in file.keys() if not key.endswith((".weight", ".bias"))]  # noqa: SIM118
+        shaped = [key for key in keys if 3 <= len(file.get_slice(key).get_shape()) <= 5]
     named = [key for key in shaped if re.search(r"(^|[._/])(frames?|images?|videos?|pictures?|pixels?)\d*$", key)]
     if not shaped:
         raise NoFrames(f"{path} holds no tensor that could be frames; give one of [F, 3, H, W], called frames.")

@@ -43,7 +43,7 @@ def measured(rows: Sequence[Row], folder: str, prompt: str, prompts_file: str) -
         rows: Rewards.
         folder: Of base videos; absolute, or in the input folder.
         prompt: Of all videos, where there is no file.
-        prompts_file: A prompt per video.
+        prompts_file: A prompt per video; the node's `baseline_prompts`.
 
     Returns:
         The rows, and a line per row for the node.
@@ -51,6 +51,8 @@ def measured(rows: Sequence[Row], folder: str, prompt: str, prompts_file: str) -
     Raises:
         ValueError: See `scoring.score_path` and `measure_baseline`.
     """
+    if not prompts_file.strip():
+        _refuse_text(rows, prompt)
     filled, lines = [], []
     for row, name in zip(rows, _names(rows), strict=True):
         rewards = [score.reward for score in scoring.score_path(folder, row.spec, prompt, prompts_file)]
@@ -58,6 +60,15 @@ def measured(rows: Sequence[Row], folder: str, prompt: str, prompts_file: str) -
         filled.append(replace(row, centre=baseline.centre, scale=baseline.scale))
         lines.append(f"{name}: centre {baseline.centre:.6g}, scale {baseline.scale:.6g} over {baseline.videos} base videos")
     return filled, "\n".join(lines)
+
+
+def _refuse_text(rows: Sequence[Row], prompt: str) -> None:
+    """Refuse rewards that read a text which is not there, before one is measured. The node has no prompt of its own."""
+    for row, name in zip(rows, _names(rows), strict=True):
+        try:
+            scoring.require_text(row.spec, prompt)
+        except ValueError as error:
+            raise ValueError(f"baseline_prompts is empty, and {name} scores videos for a text. Give a file with a prompt per base video.") from error
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import comfy.ldm.wan.model
 import comfy.ops
@@ -107,13 +108,9 @@ class Pavrm:
         self, latent_BCFHW: torch.Tensor, timestep_B: torch.Tensor, texts_PD: Sequence[torch.Tensor], image: ImageCondition | None = None
     ) -> list[torch.Tensor]:
         """Output [B, L, D] of every tapped block, in the order of `taps`; see `score`."""
-        self.check_latent(latent_BCFHW)
-        if len(texts_PD) != len(latent_BCFHW) or len(timestep_B) != len(latent_BCFHW):
-            raise ValueError(f"{len(latent_BCFHW)} latents, {len(texts_PD)} texts and {len(timestep_B)} timesteps were given; one each is needed.")
-        if not ((timestep_B >= 0) & (timestep_B <= TIMESTEPS)).all():
-            raise ValueError(f"Timesteps {timestep_B.tolist()} leave 0 to {TIMESTEPS}; give 1000 x sigma.")
+        self.check(latent_BCFHW, timestep_B, texts_PD, image)
         context_BPD = torch.stack([self._padded(text_PD) for text_PD in texts_PD])
-        x_BCFHW, extra = self._with_image(latent_BCFHW.to(self.device, self.dtype), image)
+        x_BCFHW, extra = self._with_image(latent_BCFHW.to(self.device, self.dtype), image or ImageCondition())
         with ExitStack() as stack:
             if self._adapted is not None:
                 stack.enter_context(self._adapted())
@@ -121,6 +118,19 @@ class Pavrm:
             options = {"optimized_attention_override": attention, "patches_replace": {"dit": _skipped(self.model, max(self.taps))}}
             self.model(x_BCFHW, timestep_B.to(self.device, torch.float32), context_BPD, transformer_options=options, **extra)
         return [outputs[tap] for tap in self.taps]
+
+    def check(
+        self, latent_BCFHW: torch.Tensor, timestep_B: torch.Tensor, texts_PD: Sequence[torch.Tensor], image: ImageCondition | None = None
+    ) -> None:
+        """Refuse what cannot be scored, without any work; see `score`."""
+        self.check_latent(latent_BCFHW)
+        if len(texts_PD) != len(latent_BCFHW) or len(timestep_B) != len(latent_BCFHW):
+            raise ValueError(f"{len(latent_BCFHW)} latents, {len(texts_PD)} texts and {len(timestep_B)} timesteps were given; one each is needed.")
+        if not ((timestep_B >= 0) & (timestep_B <= TIMESTEPS)).all():
+            raise ValueError(f"Timesteps {timestep_B.tolist()} leave 0 to {TIMESTEPS}; give 1000 x sigma.")
+        for text_PD in texts_PD:
+            self._check_text(text_PD)
+        self._check_image(latent_BCFHW, image or ImageCondition())
 
     def check_latent(self, latent_BCFHW: torch.Tensor) -> None:
         """Refuse what is not a latent of the trunk's VAE.
@@ -136,50 +146,70 @@ class Pavrm:
         if latent_BCFHW.numel() == 0 or not latent_BCFHW.isfinite().all():
             raise ValueError(f"The latent of shape {shape} is empty or holds NaN or infinity; the sampling before it failed.")
 
-    def _padded(self, text_PD: torch.Tensor) -> torch.Tensor:
+    def _check_text(self, text_PD: torch.Tensor) -> None:
         width, length = self.model.text_embedding[0].weight.shape[1], self.model.text_len
         if text_PD.ndim != 2 or text_PD.shape[1] != width or not len(text_PD):
             raise ValueError(f"The text has shape {tuple(text_PD.shape)}; this PAVRM reads 1 to {length} tokens of width {width}: use its text encoder.")
         if not text_PD.isfinite().all():
             raise ValueError(f"The text of shape {tuple(text_PD.shape)} holds NaN or infinity; the text encoder before it failed.")
+
+    def _check_image(self, latent_BCFHW: torch.Tensor, image: ImageCondition) -> None:
+        count, embedding = len(latent_BCFHW), getattr(self.model, "img_emb", None)
+        if image.clip_BPD is None and embedding is not None:
+            raise ValueError("This PAVRM is an image-to-video one and needs the CLIP vision tokens of the first frame (image_embeds, [B, 257, 1280]).")
+        if image.clip_BPD is not None:
+            shape, width = tuple(image.clip_BPD.shape), _CLIP_WIDTH if embedding is None else embedding.proj[0].normalized_shape[0]
+            if len(shape) != 3 or shape[2] != width or shape[0] not in (1, count):
+                raise ValueError(f"The CLIP vision tokens have shape {shape}; [{count}, 257, {width}] is needed (or [1, 257, {width}] for all latents).")
+        wanted, condition = self._further_channels, image.latent_BCFHW
+        if wanted == 0:
+            return
+        if condition is None:
+            raise ValueError(f"This PAVRM reads {wanted} further channels: give the latents of the first frame followed by zeros (condition).")
+        channels, places = (wanted - MASK_CHANNELS, wanted), latent_BCFHW.shape[2:]
+        if condition.ndim != 5 or condition.shape[1] not in channels or condition.shape[2:] != places or len(condition) not in (1, count):
+            raise ValueError(
+                f"The condition has shape {tuple(condition.shape)}, the latent {tuple(latent_BCFHW.shape)}; {channels[0]} or {channels[1]} channels of the "
+                "same frames, height and width are needed, for each latent or one for all."
+            )
+
+    @property
+    def _further_channels(self) -> int:
+        """Input channels beyond the latent's own, for an image condition."""
+        return self.model.in_dim - self.latent_channels
+
+    def _padded(self, text_PD: torch.Tensor) -> torch.Tensor:
+        length = self.model.text_len
         if len(text_PD) > length:
             logger.warning("The text has %d tokens, the PAVRM reads %d: the last %d are cut off.", len(text_PD), length, len(text_PD) - length)
             text_PD = text_PD[:length]
         # Upstream pads with zeros before the text embedding and does not mask them; the host leaves that to the caller.
         return torch.nn.functional.pad(text_PD.to(self.device, self.dtype), (0, 0, 0, length - len(text_PD)))
 
-    def _with_image(self, x_BCFHW: torch.Tensor, image: ImageCondition | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        image = image or ImageCondition()
-        count = len(x_BCFHW)
-        extra = {} if image.clip_BPD is None else {"clip_fea": self._clip_tokens(image.clip_BPD, count)}
-        if getattr(self.model, "img_emb", None) is not None and not extra:
-            raise ValueError("This PAVRM is an image-to-video one and needs the CLIP vision tokens of the first frame (image_embeds, [B, 257, 1280]).")
-        wanted = self.model.in_dim - self.latent_channels
+    def _with_image(self, x_BCFHW: torch.Tensor, image: ImageCondition) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        count, wanted = len(x_BCFHW), self._further_channels
+        extra = {} if image.clip_BPD is None else {"clip_fea": image.clip_BPD.to(self.device, self.dtype).expand(count, -1, -1)}
         if wanted == 0:
             return x_BCFHW, extra
-        condition = image.latent_BCFHW
-        if condition is None:
-            raise ValueError(f"This PAVRM reads {wanted} further channels: give the latents of the first frame followed by zeros (condition).")
-        channels = (wanted - MASK_CHANNELS, wanted)
-        is_fit = condition.ndim == 5 and condition.shape[1] in channels and condition.shape[2:] == x_BCFHW.shape[2:] and len(condition) in (1, count)
-        if not is_fit:
-            raise ValueError(
-                f"The condition has shape {tuple(condition.shape)}, the latent {tuple(x_BCFHW.shape)}; {channels[0]} or {channels[1]} channels of the "
-                "same frames, height and width are needed, for each latent or one for all."
-            )
-        condition = condition.to(self.device, self.dtype)
+        condition = image.latent_BCFHW.to(self.device, self.dtype)
         if condition.shape[1] != wanted:
             mask = condition.new_zeros(len(condition), MASK_CHANNELS, *condition.shape[2:])
             mask[:, :, 0] = 1
             condition = torch.cat([mask, condition], dim=1)
         return torch.cat([x_BCFHW, condition.expand(count, -1, -1, -1, -1)], dim=1), extra
 
-    def _clip_tokens(self, clip_BPD: torch.Tensor, count: int) -> torch.Tensor:
-        shape, embedding = tuple(clip_BPD.shape), getattr(self.model, "img_emb", None)
-        width = _CLIP_WIDTH if embedding is None else embedding.proj[0].normalized_shape[0]
-        if clip_BPD.ndim != 3 or shape[2] != width or shape[0] not in (1, count):
-            raise ValueError(f"The CLIP vision tokens have shape {shape}; [{count}, 257, {width}] is needed (or [1, 257, {width}] for all latents).")
-        return clip_BPD.to(self.device, self.dtype).expand(count, -1, -1)
+
+def head_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reward model's options tell of its head: arguments of `load`.
+
+    Raises:
+        ValueError: they belong to a PAVRM in LoRA form (`generator`), which holds its head.
+    """
+    given = {name: options[name] for name in HEAD_OPTIONS if options.get(name) not in (None, "")}
+    if given and options.get("generator"):
+        names = ", ".join(given)
+        raise ValueError(f"A PAVRM in LoRA form, which stands on a generator, holds its head: {names} would not be read. Give the generator without {names}.")
+    return given
 
 
 def check_output(output: PavrmOutput) -> None:
@@ -239,7 +269,7 @@ def load(
     """
     read = pavrm_files.read_trunk(trunk, taps=taps)
     query, head = pavrm_files.find_heads(trunk, query, head, needs_query=(pooling or "query") == "query")
-    scorer = head_module.load_head(query or (None if head else trunk), head, num_heads=num_heads, pooling=pooling or "query", use_folded=use_folded)
+    scorer = head_module.load_head(query or (None if head else trunk), head, num_heads=num_heads, pooling=pooling, use_folded=use_folded)
     with torch.inference_mode(False):
         model = build_trunk(read, str(trunk))
         return Pavrm(cast_trunk(model, dtype), scorer, read.taps, dtype=dtype).to(device)

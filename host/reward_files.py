@@ -112,10 +112,10 @@ def _report(kind: str, file: str) -> str:
         lines.append(f"{kind} needs no weights.")
     elif file not in ("", NO_FILE):
         path = paths.model_path(paths.REWARD_MODEL_FOLDER, file)
-        known = published.known_file(path)
+        known, warning = published.known_file(path), published.file_warning(kind, path)
         lines.append(f"{file}: {path.stat().st_size / 1e6:.1f} MB, sha256 {downloads.file_hash(path)}")
         if known is not None:
-            lines.append(f"Size of the published {known.what} (licence: {known.licence}).")
+            lines.append(warning or f"Size of the published {known.what} (licence: {known.licence}).")
     else:
         lines.append("No file is chosen.")
     on_disk = set(paths.model_files(paths.REWARD_MODEL_FOLDER))

@@ -73,11 +73,12 @@ async def show_run(request: web.Request) -> web.Response:
 
 
 async def show_events(request: web.Request) -> web.Response:
-    """Return the events of a run from number `start` on."""
+    """Return the events of a run from number `start` of `file` on; see `RunStore.new_events`."""
     text = request.query.get("start", "0")
     if not text.isdecimal() or len(text) > 12:
         raise ValueError(f"start is {text[:40]!r}; it must be a whole number from 0 on.")
-    return web.json_response(training.store().events(request.match_info["id"], int(text)))
+    new = training.store().new_events(request.match_info["id"], int(text), request.query.get("file", ""))
+    return web.json_response(new.to_dict())
 
 
 async def show_log(request: web.Request) -> web.Response:

@@ -56,16 +56,24 @@ class ScoreStore:
             os.fsync(file.fileno())
 
 
-def write_csv(path: str | Path, videos: Sequence[Mapping[str, Any]]) -> None:
-    """Write a row per frame: video, prompt, frame, reward, every part; and a row per video with an empty frame."""
+def write_csv(path: str | Path, videos: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None) -> None:
+    """Write a row per frame: video, prompt, frame, reward, every part; and a row per video with an empty frame.
+
+    Args:
+        path: of the table.
+        videos: see `score_files.score`.
+        settings: what all of them were scored with; each gets a column behind the others, in every row.
+    """
+    settings = settings or {}
+    told = [value if isinstance(value, str) else json.dumps(value) for value in settings.values()]
     parts = list(dict.fromkeys(name for video in videos for name in video["parts"]))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["video", "prompt", "frame", "reward", *parts])
+        writer.writerow(["video", "prompt", "frame", "reward", *parts, *settings])
         for video in videos:
             means = [video["parts"].get(name, {}).get("per_video", "") for name in parts]
-            writer.writerow([video["name"], video["prompt"], "", video["per_video"], *means])
+            writer.writerow([video["name"], video["prompt"], "", video["per_video"], *means, *told])
             for frame, reward in enumerate(video["per_frame"]):
                 values = [video["parts"][name]["per_frame"][frame] if name in video["parts"] else "" for name in parts]
-                writer.writerow([video["name"], video["prompt"], frame, reward, *values])
+                writer.writerow([video["name"], video["prompt"], frame, reward, *values, *told])

@@ -19,9 +19,10 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ..reward_models import published
 from ..reward_models.base import score_in_chunks
-from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec
-from . import media, paths, reward_loading, score_files, video_prompts
+from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec, read_rows
+from . import media, paths, reward_loading, score_command, score_files, video_prompts
 from .score_store import ScoreStore, key_of, write_csv
 
 logger = logging.getLogger("reward_lab")
@@ -40,7 +41,8 @@ _models_lock = threading.Lock()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoScore:
-    """Scores of one video. `per_frame` has one reward per frame, `reward` is the video's as the reward model defines it (mostly their mean)."""
+    """Scores of one video. `per_frame` has one reward per frame, `reward` is the video's as the reward model defines it (mostly their mean). `settings` are
+    what it was scored with: weights, options with their defaults, and the rows of a mix."""
 
     model_name: str
     prompt: str
@@ -49,6 +51,7 @@ class VideoScore:
     name: str = ""
     parts: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def best_frame(self) -> int:
@@ -73,6 +76,7 @@ class VideoScore:
         """Return everything as plain data."""
         return {
             "reward_model": self.model_name,
+            **self.settings,
             "name": self.name,
             "prompt": self.prompt,
             "reward": self.reward,
@@ -110,7 +114,10 @@ def reward_model_spec(kind: str, file: str, resize: str, antialias: bool, **opti
     given = {name: value for name, value in given.items() if name in known and value is not None}
     if kind in PATHLESS:
         return RewardModelSpec(kind=kind, path="", options=given)
-    path = paths.model_path(paths.REWARD_MODEL_FOLDER, "" if file == NO_FILE else file)
+    if file in ("", NO_FILE):
+        remedy = ", or switch download on" if published.of_kind(kind) else ""
+        raise ValueError(f"{kind} needs a weight file, and none is chosen. Choose one of models/reward_models{remedy}.")
+    path = paths.model_path(paths.REWARD_MODEL_FOLDER, file)
     if kind == "pavrm" and path.name.startswith("diffusion_pytorch_model"):
         # HY-Video-PRFL's checkpoints are folders; any file in one stands for all of it.
         path = path.parent
@@ -152,7 +159,7 @@ def score_images(images_FHWC: torch.Tensor, spec: RewardModelSpec, prompt: str) 
         frames_BFCHW = images_FHWC.movedim(-1, 1)[None].to(device=device, dtype=torch.float32).clone().clamp_(0.0, 1.0)
         output = score_in_chunks(model, frames_BFCHW, [prompt], reward_loading.frames_per_chunk(height, width))
     score_files.check_finite(output)
-    return _video_score(model.name, "", prompt, {**score_files.as_numbers(output, 0), "warnings": [*warnings, *_about_text(model, prompt)]})
+    return _video_score(spec, "", prompt, {**score_files.as_numbers(output, 0), "warnings": [*warnings, *_about_text(model, prompt)]})
 
 
 def _checked(images_FHWC: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
@@ -214,7 +221,7 @@ def score_path(path: str, spec: RewardModelSpec, prompt: str, prompts_file: str 
     if scores.errors:
         # A mean over fewer videos than the folder holds would pass for the folder's.
         raise ValueError(scores.failure())
-    return [_video_score(spec.kind, row["name"], row["prompt"], row) for row in scores.videos]
+    return [_video_score(spec, row["name"], row["prompt"], row) for row in scores.videos]
 
 
 def files_stamp(path: str | None, prompts_file: str | None = None) -> str:
@@ -240,20 +247,27 @@ def save_table(scores: Sequence[VideoScore], name: str) -> Path:
     """Write scores as CSV to the output folder; returns the path."""
     rows = [{**score.to_dict(), "per_video": score.reward, "name": score.name or name} for score in scores]
     path = paths.scores_folder() / f"{key_of([score.to_dict() for score in scores])[:16]}.csv"
-    write_csv(path, rows)
+    write_csv(path, rows, {"reward_model": scores[0].model_name, **scores[0].settings})
     return path
 
 
-def _video_score(model_name: str, name: str, prompt: str, numbers: dict[str, Any]) -> VideoScore:
+def _video_score(spec: RewardModelSpec, name: str, prompt: str, numbers: dict[str, Any]) -> VideoScore:
     return VideoScore(
-        model_name=model_name,
+        model_name=spec.kind,
         name=name,
         prompt=prompt,
         reward=numbers["per_video"],
         per_frame=tuple(numbers["per_frame"]),
         parts=numbers["parts"],
-        warnings=tuple(numbers.get("warnings", ())),
+        warnings=(*_about_files(spec), *numbers.get("warnings", ())),
+        settings=score_command._description(spec),
     )
+
+
+def _about_files(spec: RewardModelSpec) -> list[str]:
+    """Asked for at every score: the model is loaded once only."""
+    models = [row.reward for row in read_rows(spec.options.get("rows"))] if spec.kind == "mix" else [spec]
+    return list(dict.fromkeys(filter(None, (published.file_warning(model.kind, model.path) for model in models))))
 
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> Any:

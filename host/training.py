@@ -115,7 +115,8 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     runs = store()
     runs.root.mkdir(parents=True, exist_ok=True)
     preflight.check(config, runs.root)
-    return launch(config, [*config.to_dict()["models"].values(), *reward_model.files()], f"{config.steps} steps, {config.expert} noise")
+    models = filter(None, config.to_dict()["models"].values())  # a model without experts has no low-noise file
+    return launch(config, [*models, *reward_model.files()], f"{config.steps} steps, {config.expert} noise")
 
 
 def launch(config: RunConfig, inputs: list[str], what: str) -> StartedRun:

@@ -82,7 +82,8 @@ def _further_inputs(files: list[str]) -> list[io.Input]:
             "download",
             default=False,
             optional=True,
-            tooltip="Fetch the published file of this kind into models/reward_models when the workflow runs, and use it. Size and hash are checked.",
+            tooltip="Fetch the published file of this kind into models/reward_models when the workflow runs, and use it. Size and hash are checked where they "
+            "are published: both for hpsv2.1, a hash for mps and aesthetic, neither for pickscore and CLIP.",
         ),
         io.String.Input(
             "condition",

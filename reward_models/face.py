@@ -57,7 +57,6 @@ class FaceReward:
             self.network.to(device)
             if isinstance(self.find_landmarks, face_detector.FaceDetector):
                 self.find_landmarks.network.to(device)
-            self._reference_MD = None if self._reference_MD is None else self._reference_MD.to(device)
         return self
 
     def set_reference(self, frames_FCHW: Tensor, landmarks_FK2: Tensor | None = None) -> None:
@@ -104,9 +103,13 @@ class FaceReward:
         cosine_F = wide.flatten(1).sum(dim=1) * 0
         if has_face.any():
             vectors_MD = self._vectors(wide[has_face], landmarks_FK2[has_face.to(landmarks_FK2.device)])
-            reference_MD = vectors_MD[:1].detach() if self._reference_MD is None else self._reference_MD
-            cosine_F = cosine_F.index_put((has_face.nonzero()[:, 0],), (vectors_MD @ reference_MD.t()).mean(dim=1), accumulate=True)
+            cosine_F = cosine_F.index_put((has_face.nonzero()[:, 0],), self._likeness(vectors_MD), accumulate=True)
         return cosine_F, has_face
+
+    def _likeness(self, vectors_MD: Tensor) -> Tensor:
+        """Mean cosine [M] to the reference faces. Whoever moves the networks alone, as the host does, leaves the reference where it was."""
+        reference_MD = vectors_MD[:1].detach() if self._reference_MD is None else self._reference_MD.to(vectors_MD)
+        return (vectors_MD @ reference_MD.t()).mean(dim=1)
 
     def _vectors(self, frames_MCHW: Tensor, landmarks_MK2: Tensor) -> Tensor:
         vectors = []

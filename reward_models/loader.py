@@ -69,7 +69,8 @@ def load_reward_model(
             return mix_of(read_rows(options.get("rows")), lambda reward: reward.load(device, dtype))
         if kind == "face":
             return face.load(weights, device=device, dtype=dtype, **options)
-        _check_published(kind, Path(weights))
+        if warning := published.file_warning(kind, weights):
+            _LOG.warning(warning)
         config, clip_file, is_checked = options.pop("config", None), options.pop("clip", None), options.pop("stability", False)
         content, path = read_weights(weights), Path(weights)
         if kind == "mps":
@@ -85,16 +86,6 @@ def load_reward_model(
 
 _MODELS = {"hpsv2.1": hpsv2.HPSv2Reward, "mps": mps.MPSReward, "pickscore": pickscore.PickScoreReward, "aesthetic": aesthetic.AestheticReward}
 _ARGUMENT = {"antialias": "use_antialias"}
-
-
-def _check_published(kind: str, path: Path) -> None:
-    known = published.known_file(path)
-    if known is None or known.kind == kind:
-        return
-    if (kind, known.kind) == ("hpsv2.1", "hpsv2"):
-        _LOG.warning("%s has the size of the published %s; it is used all the same.", path, known.what)
-        return
-    raise ValueError(f"{path} has the size of the published {known.what}; load it with kind {known.kind}, or choose the file of {kind}.")
 
 
 def mix_of(rows: Sequence[MixRow], load: Callable[[RewardModelSpec], RewardModel]) -> RewardModel:

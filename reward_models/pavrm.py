@@ -36,8 +36,8 @@ class QueryAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = HEADS):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"PAVRM width {dim} is not a multiple of {num_heads} heads.")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"PAVRM width {dim} is not a multiple of {num_heads} heads; their number must be 1 or more and divide it ({HEADS} as published).")
         self.queries = nn.Parameter(torch.empty(1, dim))
         nn.init.xavier_uniform_(self.queries)
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
@@ -154,7 +154,7 @@ def build_head(dim: int, num_heads: int = HEADS, *, pooling: str = "query") -> P
 
 
 def load_head(
-    query: str | Path | None, mlp: str | Path | None = None, *, num_heads: int | None = None, pooling: str = "query", use_folded: bool = True
+    query: str | Path | None, mlp: str | Path | None = None, *, num_heads: int | None = None, pooling: str | None = None, use_folded: bool = True
 ) -> PavrmHead:
     """Read a frozen head, float32 on the CPU.
 
@@ -163,24 +163,29 @@ def load_head(
             `trunk.`, `query_attention.`, `mlp.`; None where `pooling` has no query.
         mlp: `mlp_step_N.ckpt`; None for the single file.
         num_heads: of the query attention; None takes the single file's metadata, else 8, as published. The weights do not show it.
-        pooling: of HY-Video-PRFL's files, which do not tell it; our single file does.
+        pooling: of HY-Video-PRFL's files, which do not tell it (None: "query"); our single file does.
         use_folded: see `PavrmHead`.
 
     Raises:
-        ValueError: a file is unreadable or is something else; the two belong to different widths; keys are missing.
+        ValueError: a file is unreadable or is something else, or was trained with another pooling; the two belong to different widths; keys are missing; a
+            number of heads that cannot be.
     """
     first = read_weights(query) if query else None
     if first is not None and first.kind == "pavrm":
         if mlp is not None:
             raise ValueError(f"{query} is a single-file PAVRM and holds its score head already; give no second file.")
         config = json.loads(first.metadata.get("config", "{}"))
-        num_heads, pooling = num_heads or int(config.get("num_heads", HEADS)), str(config.get("pooling", pooling))
+        told = config.get("pooling", pooling)
+        if pooling not in (None, told):
+            raise ValueError(f"{query} was trained with pooling {told!r}, not {pooling!r}; leave pooling out.")
+        num_heads, pooling = config.get("num_heads") if num_heads is None else num_heads, told or "query"
         query_state, mlp_state = split_single_file(first.state)
     else:
+        pooling = pooling or "query"
         query_state, mlp_state = _two_files(query, first, mlp, pooling)
     with torch.inference_mode(False):
         with torch.device("meta"):
-            head = build_head(mlp_state["fc1.weight"].shape[1], num_heads or HEADS, pooling=pooling)
+            head = build_head(mlp_state["fc1.weight"].shape[1], HEADS if num_heads is None else int(num_heads), pooling=pooling)
         if head.query_attention is not None:
             load_into(head.query_attention, query_state, f"{query} (query attention)")
         load_into(head.mlp, mlp_state, f"{mlp or query} (score head)")

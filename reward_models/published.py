@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from .spec import ALIASES
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedFile:
@@ -100,8 +102,24 @@ FILES: tuple[PublishedFile, ...] = (
 def known_file(path: str | Path) -> PublishedFile | None:
     """The published file that has exactly this size, whatever this one is called; None when there is none."""
     path = Path(path)
-    size_bytes = path.stat().st_size if path.is_file() else -1
-    return next((entry for entry in FILES if entry.size_bytes == size_bytes), None)
+    size_bytes = path.stat().st_size if path.is_file() else 0
+    # A size that is not known tells nothing, of an empty file least of all.
+    return next((entry for entry in FILES if entry.size_bytes and entry.size_bytes == size_bytes), None)
+
+
+def file_warning(kind: str, path: str | Path) -> str:
+    """What to tell of a weight file that its kind's name does not tell; empty where there is nothing.
+
+    Raises:
+        ValueError: it has the size of a published file of another kind.
+    """
+    kind, known = ALIASES.get(kind, kind), known_file(path)
+    if known is None or known.kind == kind:
+        return ""
+    known_kind = ALIASES.get(known.kind, known.kind)
+    if known_kind != kind:
+        raise ValueError(f"{path} has the size of the published {known.what}; load it with kind {known_kind}, or choose the file of {kind}.")
+    return f"{path} has the size of the published {known.what}; it is used all the same."
 
 
 def of_kind(kind: str) -> list[PublishedFile]:

@@ -83,8 +83,8 @@ class RewardModelSpec:
         return own + [file for row in self.rows() for file in row.reward.files()]
 
     def rows(self) -> list[MixRow]:
-        """The rewards of a mix; none of any other kind."""
-        return read_rows(self.options.get("rows")) if self.kind == "mix" else []
+        """The rewards of a mix, none of any other kind; see `read_rows`."""
+        return read_rows(self.options["rows"]) if "rows" in self.options else []
 
     @property
     def reads_text(self) -> bool:

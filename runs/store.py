@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import time
@@ -55,6 +56,19 @@ class RunInfo:
     created: float = 0.0
     seconds_per_step: float | None = None
     ended: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewEvents:
+    """Events that a reader has not had. `file`: identity of the file they stand in; `start`: number of the first of them, 0 where the file is another."""
+
+    file: str
+    start: int
+    events: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -125,6 +139,16 @@ class RunStore:
         """Events from number `start` on; a line that is still being written is left for the next call."""
         return read_events(self.folder(run_id), start)
 
+    def new_events(self, run_id: str, start: int, file: str) -> NewEvents:
+        """Events for a reader that has had `start` of them from `file` (empty: from none yet).
+
+        A run that goes on from a checkpoint replaces its file by the beginning of it; all of it is new then.
+        """
+        identity, lines = _read_lines(self.folder(run_id))
+        if file not in ("", identity) or start > len(lines):
+            start = 0
+        return NewEvents(file=identity, start=start, events=_parsed(lines, start))
+
     def log_tail(self, run_id: str, lines: int = 20) -> list[str]:
         """Last lines of the log."""
         return log_tail(self.folder(run_id), lines)
@@ -156,11 +180,21 @@ def read_events(folder: Path, start: int = 0) -> list[dict[str, Any]]:
     Raises:
         ValueError: a whole line is no event.
     """
+    return _parsed(_read_lines(folder)[1], start)
+
+
+def _read_lines(folder: Path) -> tuple[str, list[str]]:
+    """Identity of `metrics.jsonl` and its whole lines."""
     path = folder / METRICS
     if not path.is_file():
-        return []
+        return "", []
+    with path.open(encoding="utf-8") as file:
+        return str(os.fstat(file.fileno()).st_ino), file.read().split("\n")[:-1]
+
+
+def _parsed(lines: list[str], start: int) -> list[dict[str, Any]]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         if number <= start or not line:
             continue
         try:

@@ -25,6 +25,8 @@ VIDEO_FILE = "video.mp4"
 POSTER_FILE = "first_frame.png"
 MIN_VIDEO_PX = 256  # videos with a shorter side below this are enlarged
 QUALITY = "14"  # H.264 constant rate factor; 14 is visually lossless
+# Entries of a score that say what it was made with: the reward model, its file, its options, and the rows of a mix.
+SCORED_BY = ("reward_model", "weights", "options", "rows")
 _KEY = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -135,14 +137,15 @@ def recorded_keys(sweep_folder: Path) -> set[str]:
 
 
 def best_keys(recorded: Iterable[RecordedCell]) -> set[str]:
-    """Return the keys of the cells with the highest reward among those scored against the same prompt by the same model.
+    """Return the keys of the cells with the highest reward among those scored against the same prompt by the same model with the same settings.
 
-    Rewards of different prompts cannot be compared, so every prompt has a best cell of its own; a prompt with one cell has none.
+    Rewards of different prompts or settings cannot be compared, so each of them has a best cell of its own; one with a single cell has none.
     """
-    groups: dict[tuple[str, str], list[RecordedCell]] = {}
+    groups: dict[str, list[RecordedCell]] = {}
     for cell in recorded:
         if cell.reward is not None:
-            groups.setdefault((cell.prompt, str(cell.scores.get("reward_model"))), []).append(cell)
+            scored_by = [cell.scores.get(name) for name in SCORED_BY]
+            groups.setdefault(json.dumps([cell.prompt, scored_by], sort_keys=True), []).append(cell)
     return {max(group, key=lambda cell: cell.reward or 0.0).key for group in groups.values() if len(group) > 1}
 
 

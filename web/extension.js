@@ -46,9 +46,13 @@ function showRun(id) {
 /**
  * @param {any} node
  * @param {any} output the node's `ui` payload
+ * @param {boolean} isExecution whether the node ran just now
  */
-function showOutput(node, output) {
-  for (const view of viewsOf.get(node) ?? []) view.onOutput(output ?? {});
+function showOutput(node, output, isExecution) {
+  for (const view of viewsOf.get(node) ?? []) {
+    view.onOutput(output ?? {});
+    if (isExecution) view.onExecuted?.(output ?? {});
+  }
 }
 
 host.registerExtension({
@@ -94,14 +98,14 @@ host.registerExtension({
     ].filter((view) => view !== null);
     if (!views.length) return;
     viewsOf.set(node, views);
-    after(node, "onExecuted", (output) => showOutput(node, output));
+    after(node, "onExecuted", (output) => showOutput(node, output, true));
   },
 
   /** Called when a workflow comes back to the front: outputs are there again without an execution. */
   onNodeOutputsUpdated(/** @type {Record<string, any>} */ outputs) {
     for (const [id, output] of Object.entries(outputs)) {
       const node = host.nodeById(id);
-      if (node) showOutput(node, output);
+      if (node) showOutput(node, output, false);
     }
   },
 });

@@ -18,7 +18,11 @@ const PROGRESS_WIDGET = "$$node-text-preview";
 /** Name of the property that keeps a node's run over a reload of the page. */
 const RUN_PROPERTY = "reward_lab_run";
 
-/** @typedef {{ onOutput(output: any): void }} NodeView */
+/**
+ * @typedef {object} NodeView
+ * @property {(output: any) => void} onOutput shows what a node returned; again when its workflow comes back to the front
+ * @property {(output: any) => void} [onExecuted] does, besides, what only an execution may do: an output that comes back is old
+ */
 
 /**
  * The rows of LoRAs in place of the text that they are saved as.
@@ -120,8 +124,8 @@ export function addMix(node) {
   for (const name of ["onConfigure", "onConnectionsChange"]) after(node, name, () => render(false));
   render(true);
   return {
-    onOutput(output) {
-      text.onOutput(output);
+    onOutput: text.onOutput,
+    onExecuted(output) {
       for (const [name, value] of filledValues(output.reward_lab_baseline ?? [])) {
         const widget = widgetOf(node, name);
         if (widget && !isConnected(node, name)) widget.value = value;

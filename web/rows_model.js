@@ -13,8 +13,11 @@
  */
 
 /**
- * @typedef {object} RowReport what the node reports per applied row
+ * @typedef {object} RowReport what the node reports per row
  * @property {string} file
+ * @property {boolean} on
+ * @property {number} high the strengths that the row had
+ * @property {number} low
  * @property {number | null} applied_high null where the row does not act on that expert
  * @property {number | null} applied_low
  * @property {number} total
@@ -63,10 +66,10 @@ function readRow(row) {
   return { ...row, on: row.on !== false, file: String(row.file ?? ""), high: readStrength(row.high), low: readStrength(row.low) };
 }
 
-/** @param {unknown} value */
+/** @param {unknown} value what is left out is 0, as the server reads it */
 function readStrength(value) {
   const number = typeof value === "number" ? value : Number.parseFloat(String(value));
-  return Number.isFinite(number) ? number : EXAMPLE_STRENGTH;
+  return Number.isFinite(number) ? number : 0;
 }
 
 /**
@@ -195,17 +198,16 @@ export function searchFiles(files, query) {
 }
 
 /**
- * Find each row's report of the last execution.
+ * Find each row's report of the last execution. Rows may have been moved, changed or removed since, and a file may stand in several.
  *
  * @param {Row[]} rows
- * @param {RowReport[]} reports in row order; rows that were off may be missing
- * @returns {Array<RowReport | null>} one per row
+ * @param {RowReport[]} reports in the order that the rows had, those that were off too
+ * @returns {Array<RowReport | null>} one per row; null where it is off or did not run as it is now
  */
 export function matchReports(rows, reports) {
-  const left = [...reports];
+  const left = reports.filter((report) => report.on);
   return rows.map((row) => {
-    if (!row.on) return null;
-    const at = left.findIndex((report) => report.file === row.file);
+    const at = row.on ? left.findIndex(({ file, high, low }) => file === row.file && high === row.high && low === row.low) : -1;
     return at < 0 ? null : left.splice(at, 1)[0];
   });
 }

@@ -24,6 +24,7 @@ import { Series } from "./series.js";
 
 /**
  * @typedef {object} RunDetail
+ * @property {string} file identity of the file that the events were read from; empty before the first
  * @property {number} next position of the first event not read yet
  * @property {Series} reward
  * @property {Series} heldOut
@@ -155,9 +156,11 @@ export class RunStore extends EventTarget {
     if (this.runs.get(id)?.state === "broken") return;
     try {
       const path = `/reward_lab/runs/${encodeURIComponent(id)}`;
-      const events = await this.server.getJson(`${path}/events?start=${detail.next}`);
+      const { file, start, events } = await this.server.getJson(`${path}/events?start=${detail.next}&file=${encodeURIComponent(detail.file)}`);
+      // A run that goes on from a checkpoint begins its file anew: what it had done after that is gone from the curves too.
+      if (start < detail.next) Object.assign(detail, newDetail());
       for (const event of events) apply(detail, event);
-      detail.next += events.length;
+      Object.assign(detail, { file, next: start + events.length });
       const run = this.runs.get(id);
       if (run?.state === "failed" && !detail.log.length) detail.log = logLines(run.log_tail?.length ? run.log_tail : await this.server.getJson(`${path}/log`));
       this.error = null;
@@ -191,6 +194,7 @@ export class RunStore extends EventTarget {
 /** @returns {RunDetail} */
 function newDetail() {
   return {
+    file: "",
     next: 0,
     reward: new Series(),
     heldOut: new Series(),

@@ -134,8 +134,8 @@ def test_reports_appear_on_the_rows(rows_node) -> None:
     page = rows_node
     page.evaluate(
         """([high, low]) => window.app.graph.nodes[0].onExecuted({ reward_lab_rows: [
-            { file: high, applied_high: 40, applied_low: 0, total: 40, warnings: [] },
-            { file: low, applied_high: 0, applied_low: 12, total: 40, warnings: ['28 keys are not in this model'] }] })""",
+            { file: high, on: true, high: 0.5, low: 0, applied_high: 40, applied_low: 0, total: 40, warnings: [] },
+            { file: low, on: true, high: 0, low: 0.5, applied_high: 0, applied_low: 12, total: 40, warnings: ['28 keys are not in this model'] }] })""",
         [HIGH, LOW],
     )
     page.wait_for_selector(".rl-status >> nth=1")
@@ -272,9 +272,15 @@ def test_mix_rewards_shows_connected_rows_and_fills_in_what_was_measured(page) -
     rows = [f"{part}_{row}" for row in (1, 3) for part in ("weight", "centre", "scale")]
     assert page.evaluate(VISIBLE) == [*rows, "measure_baseline", "baseline_folder", "baseline_prompts"]
     measured = [{"row": 1, "centre": 0.2812, "scale": 0.0104}, {"row": 3, "centre": 1.25, "scale": 0.5}]
-    page.evaluate("(measured) => window.app.graph.nodes[0].onExecuted({ text: ['measured'], reward_lab_baseline: measured })", measured)
-    found = [frontend.node_widget(page, "RewardLabMixRewards", name) for name in ("centre_1", "scale_1", "centre_3", "scale_3", "centre_2")]
-    assert found == [0.2812, 0.0104, 1.25, 0.5, 0]
+    output = {"text": ["measured"], "reward_lab_baseline": measured}
+    page.evaluate("(output) => window.app.graph.nodes[0].onExecuted(output)", output)
+    names = ("centre_1", "scale_1", "centre_3", "scale_3", "centre_2")
+    assert [frontend.node_widget(page, "RewardLabMixRewards", name) for name in names] == [0.2812, 0.0104, 1.25, 0.5, 0]
+    # When a workflow comes back to the front, its old outputs are shown again: a number that was edited since stays.
+    page.evaluate("() => { window.app.graph.nodes[0].widgets.find((widget) => widget.name === 'centre_1').value = 0.4; }")
+    page.evaluate("(output) => { window.app.nodeOutputs = { [window.app.graph.nodes[0].id]: output }; }", {**output, "text": ["shown again"]})
+    page.locator(".rl-text", has_text="shown again").wait_for()
+    assert [frontend.node_widget(page, "RewardLabMixRewards", name) for name in names] == [0.4, 0.0104, 1.25, 0.5, 0]
     saved = page.evaluate("() => window.app.graph.nodes[0].serialize().widgets_values")
     assert 0.0104 in saved and 1.25 in saved, "what was filled in is part of the workflow"
     page.evaluate("() => window.app.graph.nodes[0].disconnectInput(window.app.graph.nodes[0].inputs.findIndex((input) => input.name === 'reward_3'))")

@@ -346,9 +346,11 @@ def test_a_broken_file_keeps_no_other_from_its_score(run, tmp_path, hps):
     assert status == score_command.REFUSED and reason.startswith("4 of 4 videos cannot be scored") and "m.png cannot be read as a picture" in reason
 
 
-def test_tensor_files_without_frames_are_left_out_of_a_folder_and_refused_by_name(run, repo, tmp_path):
+def test_tensor_files_without_frames_are_left_out_of_a_folder_and_refused_by_name(run, tmp_path):
     pictures(tmp_path, "a.png")
-    save_file({"blocks.0.self_attn.q.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
+    # A convolution's weights have the shape of frames.
+    weights = {"blocks.0.self_attn.q.lora_down.weight": torch.zeros(4, 8), "visual.conv1.weight": torch.zeros(8, 3, 4, 4)}
+    save_file(weights, tmp_path / "lora.safetensors")
     np.save(tmp_path / "grey.npy", frames(2, 1, 8, 9).numpy())
     status, document, _ = run(tmp_path)
     assert status == 0 and [video["name"] for video in document["videos"]] == ["a.png"]

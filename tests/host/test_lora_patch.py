@@ -100,6 +100,14 @@ def test_report_and_page_data(fixtures: Path, models) -> None:
     assert "applied 90 of 90 keys" in result.args[2] and "30 layers, rank 8, alpha 4" in result.args[2]
 
 
+def test_the_page_is_told_which_row_a_report_is_of(fixtures: Path, models) -> None:
+    file = official("high", "HPS2.1")
+    rows = json.dumps([{"on": False, "file": file, "high": 0.5}, {"file": file, "high": 0.7}])
+    reports = LoadLoRAs.execute(models["high"], models["low"], rows).ui["reward_lab_rows"]
+    told = [(report["on"], report["high"], report["low"], report["applied_high"]) for report in reports]
+    assert told == [(False, 0.5, 0.0, None), (True, 0.7, 0.0, 90)]
+
+
 def test_original_models_and_strength_zero_stay_untouched(fixtures: Path, models) -> None:
     before = {key: value.clone() for key, value in models["high"].model.state_dict().items()}
     inputs, expected = load_file(fixtures / "inputs.safetensors"), load_file(fixtures / "expected.safetensors")

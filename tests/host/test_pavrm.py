@@ -352,6 +352,40 @@ def test_bad_tensors_are_named(folder, heads, tmp_path, capsys, change, message)
     assert re.search(message, json.loads(capsys.readouterr().out)["reason"])
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"sigma": "0.2"}, "has a timestep, so its latent is noisy already"),
+        ({"timestep": None, "two.feature_layers": torch.tensor([2])}, {"sigma": "0.2"}, "feature_layers, which are not read with --sigma"),
+        ({}, {"num_heads": 0}, "width 96 is not a multiple of 0 heads"),
+        ({}, {"generator": "x.safetensors"}, "query, head would not be read"),
+        ({}, {"generator": "x.safetensors", "query": None, "head": None, "num_heads": 4}, "num_heads would not be read"),
+    ],
+)
+def test_what_would_not_be_read_is_refused(folder, heads, tmp_path, capsys, change, options, message):
+    inputs = load_file(folder / "inputs.safetensors")
+    tensors = {**{name: inputs[f"case0.{name}"] for name in ("latent", "text", "timestep")}, **change}
+    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "in.safetensors")
+    job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads, **options, "json": True}
+    assert score_command.main(["score-latent", json.dumps(job)]) == score_command.REFUSED
+    assert message in json.loads(capsys.readouterr().out)["reason"]
+
+
+def test_every_case_is_checked_before_one_is_scored(folder, heads, tmp_path, capsys, monkeypatch):
+    """The second case fits the file's rules and not this trunk; a score of the first would be lost with it."""
+    inputs = load_file(folder / "inputs.safetensors")
+    cases = {f"{case}.{name}": inputs[f"case0.{name}"].clone() for case in ("a", "b") for name in ("latent", "text", "timestep")}
+    save_file({**cases, "b.text": torch.zeros(7, 47)}, tmp_path / "in.safetensors")
+    forwards = []
+    forward = comfy.ldm.wan.model.WanModel.forward
+    monkeypatch.setattr(comfy.ldm.wan.model.WanModel, "forward", lambda *args, **kwargs: forwards.append(1) or forward(*args, **kwargs))
+    job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads, "json": True}
+    assert score_command.main(["score-latent", json.dumps(job)]) == score_command.REFUSED
+    assert json.loads(capsys.readouterr().out)["reason"].startswith("b: The text has shape (7, 47)") and not forwards
+    save_file(cases, tmp_path / "in.safetensors")
+    assert score_command.main(["score-latent", json.dumps(job)]) == 0 and len(forwards) == 2
+
+
 def test_text_beyond_the_context_is_cut_with_a_warning(folder, heads, command, tmp_path):
     inputs = load_file(folder / "inputs.safetensors")
     long = torch.randn(1, 520, 48, generator=torch.Generator().manual_seed(4))

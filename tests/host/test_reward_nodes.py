@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -149,6 +151,56 @@ def test_nodes_run_again_when_the_files_they_read_change(base):
     assert len({first[0], second[0], third[0]}) == len({first[1], second[1], third[1]}) == 3 and third[2] == ""
     shutil.rmtree(clips)
     assert stamps()[0] not in (first[0], second[0], third[0])
+
+
+def test_scores_tell_what_they_were_made_with(base, hps):
+    """Also what is not chosen; in the JSON under the names of `lab.py score`, and in the table."""
+    frames, squashed = torch.rand(2, 16, 16, 3), RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "squash", False).args[0]
+    for spec, found in ((hps, {"resize": "letterbox", "antialias": True}), (squashed, {"resize": "squash", "antialias": False})):
+        for where in ({"images": frames}, {"path": "clips"}):
+            output = ScoreVideo.execute(spec, "a cat", **where)
+            document = json.loads(output.args[2])
+            for video in document.get("videos", [document]):
+                assert (video["reward_model"], video["weights"], video["options"]) == ("hpsv2.1", hps.path, found)
+            with Path(output.args[3]).open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert rows and all(row["reward_model"] == "hpsv2.1" and json.loads(row["options"]) == found for row in rows)
+    mixes = [MixRewards.execute(reward_1=hps, weight_1=weight).args[0] for weight in (1.0, 2.0)]
+    rows = [json.loads(ScoreVideo.execute(mix, "a cat", images=frames).args[2])["rows"] for mix in mixes]
+    assert [row["weight"] for (row,) in rows] == [1.0, 2.0] and rows[0][0]["reward"]["path"] == hps.path
+
+
+def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base, hps, monkeypatch):
+    """The tiny file takes the size of the published HPS v2.0, whose scores are not those of v2.1."""
+    size_bytes = Path(hps.path).stat().st_size
+    files = tuple(dataclasses.replace(entry, size_bytes=size_bytes) if entry.kind == "hpsv2" else entry for entry in published.FILES)
+    monkeypatch.setattr(published, "FILES", files)
+    frames, told = torch.rand(1, 16, 16, 3), "has the size of the published HPS v2.0, whose scores are not comparable"
+    mix = MixRewards.execute(reward_1=hps, reward_2=hps).args[0]
+    for spec, where in ((hps, {"images": frames}), (hps, {"images": frames}), (hps, {"path": "clips/clip0.png"}), (mix, {"images": frames})):
+        text = ScoreVideo.execute(reward_model=spec, prompt="a cat", **where).ui["text"][0]
+        assert text.count(told) == 1, text
+    assert told in RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "default", True).ui["text"][0]
+    with pytest.raises(ValueError, match="load it with kind hpsv2.1, or choose the file of pickscore"):
+        RewardModelNode.execute("pickscore", "tiny.safetensors", "default", True)
+
+
+def test_what_is_missing_is_named_by_its_widget(base, hps):
+    videos = {"measure_baseline": True, "baseline_folder": "clips"}
+    with pytest.raises(ValueError, match="baseline_prompts is empty, and hpsv2.1 scores videos for a text"):
+        MixRewards.execute(reward_1=RewardModelNode.execute("flicker", "(none)", "default", True).args[0], reward_2=hps, **videos)
+    for kind, remedy in (("hpsv2.1", ", or switch download on"), ("pickscore", ", or switch download on"), ("pavrm", "")):
+        with pytest.raises(ValueError, match=f"{kind} needs a weight file, and none is chosen. Choose one of models/reward_models{remedy}\\."):
+            RewardModelNode.execute(kind, "(none)", "default", True)
+
+
+def test_the_words_on_downloads_are_those_of_the_list():
+    """What the tooltip says of size and hash holds for every published file."""
+    tooltip = next(entry for entry in RewardModelNode.define_schema().inputs if entry.id == "download").tooltip
+    assert "both for hpsv2.1, a hash for mps and aesthetic, neither for pickscore and CLIP" in tooltip
+    checked = {entry.kind: (entry.size_bytes > 0, bool(entry.sha256 or entry.md5)) for entry in published.FILES if entry.kind != "hpsv2"}
+    told = {"hpsv2.1": (True, True), "mps": (False, True), "aesthetic": (False, True), "pickscore": (False, False), "clip": (False, False)}
+    assert checked == told
 
 
 def test_what_cannot_be_mixed(base, hps):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from reward_lab.host import worker
+
 pytestmark = pytest.mark.host
 
 OUTSIDE = ["..", "../..", "%2e%2e", "..%2f..%2fmanifest.json", "a%2f..%2f..%2fx", "%2fetc%2fpasswd", "x%00", "con:x", ".hidden", "a" * 300, "%5c..%5cx"]
@@ -40,10 +42,26 @@ def test_runs(client, finished_run: str) -> None:
     assert finished_run in [entry["id"] for entry in client.get("/reward_lab/runs")]
     run = client.get(f"/reward_lab/runs/{finished_run}")
     assert (run["state"], run["step"], run["steps"], run["name"]) == ("finished", 2, 2, "finished")
-    assert [event["event"] for event in client.get(f"/reward_lab/runs/{finished_run}/events?start=1")] == ["step", "finished"]
+    new = client.get(f"/reward_lab/runs/{finished_run}/events?start=1")
+    assert (new["start"], [event["event"] for event in new["events"]]) == (1, ["step", "finished"])
     assert client.fetch(f"/reward_lab/runs/{finished_run}/log").decode().splitlines()[-1] == "last line"
     assert client.fetch(f"/reward_lab/runs/{finished_run}/files/samples/step2.png") == b"\x89PNG"
     assert client.get("/api/reward_lab/runs"), "the host serves every route under /api too"
+
+
+def test_a_page_hears_that_a_run_goes_on_from_a_checkpoint(server, client, finished_run: str) -> None:
+    path = f"/reward_lab/runs/{finished_run}/events"
+    first = client.get(f"{path}?start=0&file=")
+    assert client.get(f"{path}?start=3&file={first['file']}") == {**first, "start": 3, "events": []}
+    folder = Path(server.base) / "output" / "reward_lab" / "runs" / finished_run
+    state = folder / "checkpoints" / "step-000001.state.safetensors"
+    state.parent.mkdir(exist_ok=True)
+    state.touch()
+    worker._forget_after_checkpoint(folder)
+    for start in (3, 1):  # the shorter file is another one also for a reader that had no more than is left
+        again = client.get(f"{path}?start={start}&file={first['file']}")
+        assert (again["start"], [event["step"] for event in again["events"]]) == (0, [1]) and again["file"] != first["file"]
+    assert client.get(f"{path}?start=1&file={again['file']}")["events"] == []
 
 
 def test_a_broken_run_folder_hides_no_other_run(server, client, finished_run: str) -> None:

@@ -122,7 +122,8 @@ def test_both_experts_of_a_run_are_fetched(tmp_path: Path, monkeypatch: pytest.M
         training.run_result(run_id, True)
 
 
-def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("experts", ["two", "none"])
+def test_the_same_settings_are_not_trained_twice(experts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
     monkeypatch.setattr(training.preflight, "check", lambda *_: None)
     started = []
@@ -131,12 +132,16 @@ def test_the_same_settings_are_not_trained_twice(tmp_path: Path, monkeypatch: py
     files = {**{role: str(tmp_path / role) for role in ("high", "low", "text_encoder", "vae", "hps")}, "weight_dtype": "default"}
     for role in ("high", "low", "text_encoder", "vae", "hps"):
         (tmp_path / role).write_bytes(b"x")
+    if experts == "none":
+        files["low"] = ""
     spec = RewardModelSpec(kind="hpsv2.1", path=files["hps"])
+    monkeypatch.chdir(tmp_path)
 
     def start(**changes) -> str:
         return training.start_run(files, [{"text": "a cat"}], spec, {**SETTINGS, **changes}).run_id
 
     first = start()
+    (tmp_path / "something").touch()  # the working folder is none of the files that were trained on
     assert start() == first and len(started) == 1, "it is starting"
     assert start(seed=6) != first and len(started) == 2
     folder = training.store().folder(first)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from reward_lab.reward_models import clip, hpsv2, layouts, loader, mps, pickscore, preprocess, published
+from reward_lab.reward_models import clip, hpsv2, layouts, mps, pickscore, preprocess, published
 from reward_lab.reward_models.loader import load_reward_model
 from reward_lab.tests.reward_models.conftest import TINY_MPS, randomise
 
@@ -127,19 +127,25 @@ def test_aesthetic_names_what_is_missing_or_wrong(aesthetic_files, clip_files, s
         load_reward_model("aesthetic", folder / "head.pth", clip=folder / "clip.safetensors", config=config, threshold=0.1)
 
 
-def test_a_published_file_is_known_by_its_size(tmp_path, caplog):
+def test_a_published_file_is_known_by_its_size(tmp_path):
     path = tmp_path / "HPS_v2.1_compressed.pt"
     path.write_bytes(b"")
-    for size, kind, outcome in ((1_972_484_501, "hpsv2", "v2.0"), (1_972_490_005, "pickscore", "HPS v2.1")):
+    for size, what, kind in ((1_972_484_501, "v2.0", "mps"), (1_972_490_005, "HPS v2.1", "pickscore")):
         with path.open("r+b") as file:
             file.truncate(size)  # a hole: takes no room on disk
-        assert outcome in published.known_file(path).what
-        if kind == "hpsv2":
-            loader._check_published("hpsv2.1", path)
-            assert "not comparable" in caplog.text
-        else:
-            with pytest.raises(ValueError, match="load it with kind hpsv2.1"):
-                loader._check_published(kind, path)
+        assert what in published.known_file(path).what
+        with pytest.raises(ValueError, match="load it with kind hpsv2.1, or choose"):
+            load_reward_model(kind, path)
+        assert ("not comparable" in published.file_warning("hpsv2.1", path)) == (what == "v2.0")
+
+
+def test_an_empty_file_is_no_published_one(tmp_path):
+    path = tmp_path / "MPS_overall.pth"
+    path.touch()
+    assert any(entry.size_bytes == 0 for entry in published.FILES) and published.known_file(path) is None
+    for kind in ("hpsv2.1", "mps", "pickscore"):
+        with pytest.raises(ValueError, match="has 0 bytes; it is empty"):
+            load_reward_model(kind, path)
 
 
 def test_config_of_metadata_is_used(clip_files, tmp_path, make_frames):

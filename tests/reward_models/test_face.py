@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reward_lab.reward_models import arcface, face, face_detector
 from reward_lab.reward_models.loader import load_reward_model
@@ -148,3 +149,33 @@ def test_detector_finds_the_place_that_its_network_names(tmp_path):
     torch.testing.assert_close(found * torch.tensor([96.0, 64.0]), expected)
     assert detector._largest(probability * 0.5, torch.zeros(len(places), 4), offsets, places).isnan().all()
     assert detector(torch.rand(2, 3, 70, 90)).shape == (2, 5, 2)
+
+
+def test_on_a_card_the_detector_mixes_no_devices():
+    """Fake tensors of a card: every operation is checked to find its tensors on one device, whatever the frames show."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network = face_detector.RetinaFace()
+        landmarks = face_detector.FaceDetector(network)(torch.rand(2, 3, 70, 90, device="cuda"))
+        assert landmarks.shape == (2, 5, 2) and landmarks.device.type == "cpu"
+        with pytest.raises(RuntimeError, match="two different devices"):
+            face_detector.FaceDetector(network)(torch.rand(2, 3, 70, 90))
+
+
+def test_frames_with_and_without_a_face_stand_beside_each_other():
+    network = random_network(face_detector.RetinaFace(), 3)
+    frames = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        largest = torch.stack([network(frame[None].flip(1) * 255 - torch.tensor(face_detector._MEAN_BGR).view(3, 1, 1))[0].max() for frame in frames])
+    found = face_detector.FaceDetector(network, threshold=float(largest.median()))(frames)
+    assert found.isfinite().flatten(1).all(dim=1).tolist() == (largest >= largest.median()).tolist()
+
+
+def test_the_reference_follows_networks_that_were_moved_without_it(backbone, portrait):
+    """The host's memory manager knows the networks only: vectors come from the card, the reference was made before."""
+    model = face.FaceReward(backbone, fixed(placed()[None]))
+    model.set_reference(portrait, placed()[None])
+    with FakeTensorMode() as mode:
+        model._reference_MD = mode.from_tensor(model._reference_MD)
+        likeness = model._likeness(torch.empty(3, 32, device="cuda"))
+    assert likeness.shape == (3,) and likeness.device.type == "cuda"

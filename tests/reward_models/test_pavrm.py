@@ -92,6 +92,23 @@ def test_single_file_form(files, expected, tmp_path):
         pavrm.load_head(tmp_path / "pavrm.safetensors", files[1])
 
 
+def test_a_single_file_knows_its_pooling(files, tmp_path):
+    state = {f"mlp.{key}": value.contiguous() for key, value in pavrm.load_head(*files).mlp.state_dict().items()}
+    state["trunk.patch_embedding.weight"] = torch.zeros(1)
+    save_file(state, tmp_path / "pavrm.safetensors", metadata={"config": json.dumps({"pooling": "mean", "feature_layers": [3], "transformer": {}})})
+    for pooling in (None, "mean"):
+        assert pavrm.load_head(tmp_path / "pavrm.safetensors", pooling=pooling).pooling == "mean"
+    for pooling in ("max", "query"):
+        with pytest.raises(ValueError, match=f"was trained with pooling 'mean', not '{pooling}'"):
+            pavrm.load_head(tmp_path / "pavrm.safetensors", pooling=pooling)
+
+
+def test_numbers_of_heads_that_cannot_be(files):
+    for number in (0, -8, 7):
+        with pytest.raises(ValueError, match=f"width 96 is not a multiple of {number} heads"):
+            pavrm.load_head(*files, num_heads=number)
+
+
 def test_wrong_files_are_named(files, shared_fixtures):
     query, mlp = files
     with pytest.raises(ValueError, match="is the score head of a PAVRM, but the query attention"):

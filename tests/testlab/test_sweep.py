@@ -179,6 +179,22 @@ def test_best_cell_is_one_of_its_prompt(tmp_path: Path) -> None:
     assert cells.best_keys(made.values()) == {"a" * 8, "c" * 8}
 
 
+def test_cells_of_different_settings_have_no_best_in_common(tmp_path: Path) -> None:
+    """A sweep over resize or the weights of a mix changes the scale of the rewards, not the videos."""
+    mix = {"reward_model": "mix", "options": {}}
+    made = {}
+    for key, reward, scored_by in (
+        ("a" * 8, 0.3, {"reward_model": "hpsv2.1", "options": {"resize": "crop", "antialias": True}}),
+        ("b" * 8, 0.2, {"reward_model": "hpsv2.1", "options": {"antialias": True, "resize": "crop"}}),
+        ("c" * 8, 0.9, {"reward_model": "hpsv2.1", "options": {"resize": "squash", "antialias": True}}),
+        ("d" * 8, 5.0, {**mix, "rows": [{"name": "mps", "weight": 1.0}]}),
+        ("e" * 8, 9.0, {**mix, "rows": [{"name": "mps", "weight": 2.0}]}),
+    ):
+        scores = {**scored_by, "reward": reward}
+        made[key] = cells.record(tmp_path, key, frames(0, 1), applied=[], prompt="cat", frame_rate=8.0, scores=scores)
+    assert cells.best_keys(made.values()) == {"a" * 8}
+
+
 def test_labels_come_from_applied_values(tmp_path: Path) -> None:
     made = make("6.seed = 1, 2")
     recorded = record_all(tmp_path, made)

@@ -29,9 +29,10 @@ test("rows survive writing and reading, with members this page does not know", (
   assert.deepEqual(parseRows("  "), { rows: [], error: null });
 });
 
-test("missing members get defaults", () => {
-  assert.deepEqual(parseRows('[{"file": "a.safetensors"}]').rows, [{ on: true, file: "a.safetensors", high: 0.5, low: 0.5 }]);
-  assert.deepEqual(parseRows('[{"file": "a", "high": "0.3", "low": null}]').rows[0], { on: true, file: "a", high: 0.3, low: 0.5 });
+test("missing members are what the server takes them for: on, and strengths of 0", () => {
+  assert.deepEqual(parseRows('[{"file": "a.safetensors"}]').rows, [{ on: true, file: "a.safetensors", high: 0, low: 0 }]);
+  assert.deepEqual(parseRows(`[{"file": "${HIGH}", "high": 0.7}]`).rows[0], { on: true, file: HIGH, high: 0.7, low: 0 });
+  assert.deepEqual(parseRows('[{"file": "a", "high": "0.3", "low": null}]').rows[0], { on: true, file: "a", high: 0.3, low: 0 });
 });
 
 test("text that is not rows is told, never thrown", () => {
@@ -109,16 +110,19 @@ test("search wants every word", () => {
   assert.deepEqual(searchFiles([HIGH, LOW], " "), [HIGH, LOW]);
 });
 
-test("reports find their rows by order, also when a file stands twice or a row is off", () => {
-  const rows = [newRow(HIGH), { ...newRow(LOW), on: false }, newRow(HIGH)];
-  const reports = [
-    { file: HIGH, applied_high: 1, applied_low: 0, total: 3, warnings: [] },
-    { file: HIGH, applied_high: 2, applied_low: 0, total: 3, warnings: [] },
-  ];
-  assert.deepEqual(
-    matchReports(rows, reports).map((report) => report?.applied_high ?? null),
-    [1, null, 2],
-  );
+test("each row finds its own report, also when a file stands twice and rows are off, moved, changed or removed", () => {
+  const reportOf = (row, applied_high) => ({ ...row, applied_high, applied_low: null, total: 3, warnings: [] });
+  const found = (rows, reports) => matchReports(rows, reports).map((report) => report?.applied_high ?? null);
+  const [first, second, other] = [newRow(HIGH), { ...newRow(HIGH), high: 0.7 }, newRow(LOW)];
+  const reports = [reportOf(first, 1), reportOf(other, 2), reportOf(second, 3)];
+  assert.deepEqual(found([first, other, second], reports), [1, 2, 3]);
+  assert.deepEqual(found([second, first, other], reports), [3, 1, 2]);
+  assert.deepEqual(found([{ ...first, on: false }, second], reports), [null, 3]);
+  assert.deepEqual(found([{ ...first, low: 0.1 }, second], reports), [null, 3]);
+  // The server reports a row that was off as well, and that is not the report of another row with the same file.
+  const off = { ...first, on: false };
+  assert.deepEqual(found([off, first], [reportOf(off, null), reportOf(first, 5)]), [null, 5]);
+  assert.deepEqual(found([first, first], [reportOf(first, 6), reportOf(first, 7)]), [6, 7]);
 });
 
 test("the status is green, amber or red", () => {

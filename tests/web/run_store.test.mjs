@@ -4,20 +4,23 @@ import { RunStore, apply, formatDuration, logLines, remaining_s } from "../../we
 
 const step = (number, extra = {}) => ({ event: "step", step: number, steps: 10, reward: number / 10, loss: 1 - number / 10, seconds: 2, ...extra });
 
-/** A server with one run whose events a test adds by hand. */
+/** A server with one run whose events a test adds by hand, or replaces: the route's answer is that of RunStore.new_events. */
 function fakeServer(events, run = { id: "r1", name: "mine", state: "running", step: 0, steps: 10 }) {
+  const written = { file: "1", events };
   const listeners = new Map();
   const asked = [];
   return {
     asked,
     run,
+    written,
     emit: (name, detail) => listeners.get(name)?.forEach((listener) => listener(detail)),
     listenerCount: () => [...listeners.values()].reduce((sum, set) => sum + set.size, 0),
     async getJson(path) {
       asked.push(path);
       if (path === "/reward_lab/runs") return [run];
-      const start = /events\?start=(\d+)/.exec(path);
-      if (start) return events.slice(Number(start[1]));
+      const [, number, file] = /events\?start=(\d+)&file=(.*)/.exec(path) ?? [];
+      const start = !number || (file && file !== written.file) || Number(number) > written.events.length ? 0 : Number(number);
+      if (number) return { file: written.file, start, events: written.events.slice(start) };
       if (path.endsWith("/log")) return "one\ntwo\n";
       throw new Error(`unexpected ${path}`);
     },
@@ -69,7 +72,26 @@ test("runs and events are loaded, and news brings only what is new", async () =>
     [1, 2, 3, 4],
   );
   assert.equal(store.runs.get("r1").step, 4);
-  assert.ok(server.asked.includes("/reward_lab/runs/r1/events?start=2"));
+  assert.ok(server.asked.includes("/reward_lab/runs/r1/events?start=2&file=1"));
+});
+
+test("the curves of a run that goes on from a checkpoint hold nothing of what came after it before", async () => {
+  const numbers = (from, to) => Array.from({ length: to - from + 1 }, (_, i) => from + i);
+  const server = fakeServer([...numbers(1, 82).map((number) => step(number)), { event: "sample", step: 80, files: ["samples/80.webp"] }]);
+  const store = new RunStore(server, quick);
+  await store.start();
+  const detail = store.watch("r1");
+  await settle();
+  assert.equal(detail.reward.last.x, 82);
+  Object.assign(server.written, { file: "2", events: [...numbers(1, 50).map((number) => step(number)), step(51, { reward: -3 })] });
+  server.emit("reward_lab.run", { ...server.run, step: 51 });
+  await settle();
+  assert.deepEqual([detail.reward.last, detail.reward.count, detail.next, detail.samples], [{ x: 51, y: -3 }, 51, 51, []]);
+  // Nor where it has come further than the page had read.
+  Object.assign(server.written, { file: "3", events: numbers(1, 90).map((number) => step(number, { reward: 7 })) });
+  server.emit("reward_lab.run", { ...server.run, step: 90 });
+  await settle();
+  assert.deepEqual([detail.reward.last, detail.reward.points()[0].y, detail.next], [{ x: 90, y: 7 }, 7, 90]);
 });
 
 test("news during a read is not lost, and many news make few reads", async () => {
