@@ -133,3 +133,28 @@ def peft_double(tmp_path, monkeypatch):
 
     yield make
     sys.modules.pop("peft", None)
+
+
+@pytest.fixture(scope="module")
+def pavrm_folder(shared_fixtures):
+    """Recorded PAVRM folder."""
+    return shared_fixtures / "pavrm"
+
+
+@pytest.fixture(scope="module")
+def pavrm_heads(pavrm_folder):
+    """The two head files, as options."""
+    return {"query": str(pavrm_folder / "mlp" / "query_attention_step_100.ckpt"), "head": str(pavrm_folder / "mlp" / "mlp_step_100.ckpt")}
+
+
+@pytest.fixture
+def score_latent(capsys):
+    """Run score-latent; returns its JSON document."""
+
+    from reward_lab.host import score_command
+
+    def run(**options) -> dict:
+        assert score_command.main(["score-latent", json.dumps({"json": True, **options})]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    return run

@@ -1,4 +1,4 @@
-"""PAVRM on the host's WanModel: the recorded numbers through `lab.py score-latent`'s entry, image-to-video, gradients, the LoRA form, what is refused.
+"""PAVRM on the host's WanModel: the recorded numbers through `lab.py score-latent`'s entry, image-to-video, gradients, the LoRA form.
 
 Tolerances are those of the fixtures' README.
 """
@@ -6,7 +6,6 @@ Tolerances are those of the fixtures' README.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -20,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from reward_lab.host import pavrm, pavrm_files, pavrm_lora, score_command  # noqa: E402
+from reward_lab.host import pavrm, pavrm_lora, score_command  # noqa: E402
 from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.reward_models import pavrm as head_module  # noqa: E402
 
@@ -29,32 +28,9 @@ LOGIT, REWARD, TENSOR, GRADIENT = 1e-3, 2e-4, 1e-4, 5e-4
 
 
 @pytest.fixture(scope="module")
-def folder(shared_fixtures):
-    """Recorded PAVRM folder."""
-    return shared_fixtures / "pavrm"
-
-
-@pytest.fixture(scope="module")
-def heads(folder):
-    """The two head files, as options."""
-    return {"query": str(folder / "mlp" / "query_attention_step_100.ckpt"), "head": str(folder / "mlp" / "mlp_step_100.ckpt")}
-
-
-@pytest.fixture
-def command(capsys):
-    """Run score-latent; returns its JSON document."""
-
-    def run(**options) -> dict:
-        assert score_command.main(["score-latent", json.dumps({"json": True, **options})]) == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def own(folder, heads):
+def own(pavrm_folder, pavrm_heads):
     """The recorded PAVRM, loaded."""
-    return pavrm.load(folder / "checkpoints" / "checkpoint-100", **heads)
+    return pavrm.load(pavrm_folder / "checkpoints" / "checkpoint-100", **pavrm_heads)
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -63,11 +39,11 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("trunk", ["checkpoints/checkpoint-100", "trunk_comfyui.safetensors"])
 @pytest.mark.parametrize("exact_pooling", [False, True])
-def test_recorded_cases(folder, heads, command, tmp_path, trunk, exact_pooling):
-    expected = load_file(folder / "expected.safetensors")
+def test_recorded_cases(pavrm_folder, pavrm_heads, score_latent, tmp_path, trunk, exact_pooling):
+    expected = load_file(pavrm_folder / "expected.safetensors")
     out = tmp_path / "out.safetensors"
-    options = {"input": str(folder / "inputs.safetensors"), "trunk": str(folder / trunk), "tensors": str(out), "exact_pooling": exact_pooling, **heads}
-    videos = {video["name"]: video for video in command(**options)["videos"]}
+    options = {"input": str(pavrm_folder / "inputs.safetensors"), "trunk": str(pavrm_folder / trunk), "tensors": str(out), "exact_pooling": exact_pooling, **pavrm_heads}
+    videos = {video["name"]: video for video in score_latent(**options)["videos"]}
     found = load_file(out)
     assert sorted(videos) == ["case0", "case0.two_layers", "case1", "case2", "case3"]
     for name, video in videos.items():
@@ -81,9 +57,9 @@ def test_recorded_cases(folder, heads, command, tmp_path, trunk, exact_pooling):
     assert videos["case0.two_layers"]["layers"] == [2, 3]
 
 
-def test_every_block_can_be_tapped(folder, heads):
-    inputs, expected = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
-    model = pavrm.load(folder / "trunk_comfyui.safetensors", **heads, taps=(1, 2, 3))
+def test_every_block_can_be_tapped(pavrm_folder, pavrm_heads):
+    inputs, expected = (load_file(pavrm_folder / f"{name}.safetensors") for name in ("inputs", "expected"))
+    model = pavrm.load(pavrm_folder / "trunk_comfyui.safetensors", **pavrm_heads, taps=(1, 2, 3))
     with training_mode():
         outputs = model.features(inputs["case0.latent"], inputs["case0.timestep"], [inputs["case0.text"][0]])
     for got, wanted in zip(outputs, expected["case0.block_outputs"], strict=True):
@@ -92,13 +68,13 @@ def test_every_block_can_be_tapped(folder, heads):
 
 @pytest.mark.parametrize("run", ["run0", "run1"])
 @pytest.mark.parametrize("form", ["euler", "unipc"])
-def test_recorded_prfl_rewards(folder, heads, command, tmp_path, run, form):
-    inputs, expected = (load_file(folder / f"prfl_{name}.safetensors") for name in ("inputs", "expected"))
+def test_recorded_prfl_rewards(pavrm_folder, pavrm_heads, score_latent, tmp_path, run, form):
+    inputs, expected = (load_file(pavrm_folder / f"prfl_{name}.safetensors") for name in ("inputs", "expected"))
     step = int(inputs[f"{run}.step"])
     case = {"latent": expected[f"{run}.{form}.next_latent"], "text": inputs[f"{run}.text"], "timestep": inputs["timesteps"][step + 1 : step + 2].clone()}
     save_file(case, tmp_path / "in.safetensors")
-    options = {"trunk": str(folder / "trunk_comfyui.safetensors"), "tensors": str(tmp_path / "out.safetensors"), **heads}
-    (video,) = command(input=str(tmp_path / "in.safetensors"), **options)["videos"]
+    options = {"trunk": str(pavrm_folder / "trunk_comfyui.safetensors"), "tensors": str(tmp_path / "out.safetensors"), **pavrm_heads}
+    (video,) = score_latent(input=str(tmp_path / "in.safetensors"), **options)["videos"]
     assert video["logit"] == pytest.approx(expected[f"{run}.{form}.logit"].item(), abs=LOGIT)
     assert video["reward"] == pytest.approx(expected[f"{run}.{form}.reward"].item(), abs=REWARD)
     # loss = 0.1 relu(2 - reward), so its gradient is -0.1 reward (1 - reward) times that of the logit.
@@ -106,8 +82,8 @@ def test_recorded_prfl_rewards(folder, heads, command, tmp_path, run, form):
     assert relative(gradient, expected[f"{run}.{form}.loss_grad_next_latent"]) < GRADIENT
 
 
-def test_recorded_labelled_samples(folder, heads, command, tmp_path):
-    labels = folder / "labels"
+def test_recorded_labelled_samples(pavrm_folder, pavrm_heads, score_latent, tmp_path):
+    labels = pavrm_folder / "labels"
     expected = load_file(labels / "expected.safetensors")
     tensors = {"timestep": expected["timestep"]}
     for index, line in enumerate((labels / "temp_data" / "temp_data_480.list").read_text().split()):
@@ -115,31 +91,31 @@ def test_recorded_labelled_samples(folder, heads, command, tmp_path):
         tensors[f"sample{index}.noisy_latent"] = expected[f"sample{index}.noisy_latent"]
         tensors[f"sample{index}.text"] = torch.from_numpy(np.load(labels / meta["textshort_path"]))
     save_file(tensors, tmp_path / "in.safetensors")
-    options = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "checkpoints" / "checkpoint-100"), **heads}
-    for video in command(**options)["videos"]:
+    options = {"input": str(tmp_path / "in.safetensors"), "trunk": str(pavrm_folder / "checkpoints" / "checkpoint-100"), **pavrm_heads}
+    for video in score_latent(**options)["videos"]:
         assert video["logit"] == pytest.approx(expected[f"{video['name']}.logit"].item(), abs=LOGIT)
         assert video["reward"] == pytest.approx(expected[f"{video['name']}.reward"].item(), abs=REWARD)
 
 
-def test_single_file_and_head_in_it(folder, heads, command, tmp_path, own):
-    head = head_module.load_head(heads["query"], heads["head"])
-    state = {f"trunk.{key}": value for key, value in load_file(folder / "trunk_comfyui.safetensors").items()}
+def test_single_file_and_head_in_it(pavrm_folder, pavrm_heads, score_latent, tmp_path, own):
+    head = head_module.load_head(pavrm_heads["query"], pavrm_heads["head"])
+    state = {f"trunk.{key}": value for key, value in load_file(pavrm_folder / "trunk_comfyui.safetensors").items()}
     state.update(head.state_dict())
     sizes = {"dim": 96, "ffn_dim": 72, "num_heads": 4, "num_layers": 3, "freq_dim": 64, "text_dim": 48, "text_len": 512, "in_dim": 16, "out_dim": 16}
     config = json.dumps({"transformer": sizes, "feature_layers": [3], "num_heads": 8})
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "pavrm.safetensors", metadata={"config": config})
-    videos = command(input=str(folder / "inputs.safetensors"), trunk=str(tmp_path / "pavrm.safetensors"))["videos"]
-    expected = load_file(folder / "expected.safetensors")
+    videos = score_latent(input=str(pavrm_folder / "inputs.safetensors"), trunk=str(tmp_path / "pavrm.safetensors"))["videos"]
+    expected = load_file(pavrm_folder / "expected.safetensors")
     for video in videos:
         assert video["logit"] == pytest.approx(expected[f"{video['name']}.logit"].item(), abs=LOGIT)
 
 
-def test_noise_levels_of_a_clean_latent(folder, heads, command, tmp_path, own):
+def test_noise_levels_of_a_clean_latent(pavrm_folder, pavrm_heads, score_latent, tmp_path, own):
     latent = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     text = torch.randn(9, 48, generator=torch.Generator().manual_seed(2))
     save_file({"latent": latent, "text": text}, tmp_path / "in.safetensors")
-    options = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads}
-    videos = command(sigma="0.2, 0.8125", seed=3, **options)["videos"]
+    options = {"input": str(tmp_path / "in.safetensors"), "trunk": str(pavrm_folder / "trunk_comfyui.safetensors"), **pavrm_heads}
+    videos = score_latent(sigma="0.2, 0.8125", seed=3, **options)["videos"]
     assert [(video["timestep"], video["sigma"]) for video in videos] == [(200, 0.2), (812, 0.8125)]
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
     for video in videos:
@@ -169,8 +145,8 @@ def image_trunk(tmp_path_factory):
 
 
 def test_image_to_video_trunk(image_trunk):
-    folder, whole = image_trunk
-    scorer = pavrm.load(folder, folder / "query_attention_step_7.ckpt", folder / "mlp_step_7.ckpt", taps=(2,))
+    pavrm_folder, whole = image_trunk
+    scorer = pavrm.load(pavrm_folder, pavrm_folder / "query_attention_step_7.ckpt", pavrm_folder / "mlp_step_7.ckpt", taps=(2,))
     assert len(scorer.model.blocks) == 2 and scorer.model.model_type == "i2v"
     generator = torch.Generator().manual_seed(6)
     latent, first, clip, text = (torch.randn(shape, generator=generator) for shape in ((1, 16, 3, 4, 6), (1, 16, 3, 4, 6), (1, 257, 1280), (7, 32)))
@@ -201,8 +177,8 @@ def test_image_to_video_trunk(image_trunk):
             scorer.score(latent, torch.tensor([400]), [text], wrong)
 
 
-def test_batch_is_scored_sample_by_sample(folder, own):
-    inputs = load_file(folder / "inputs.safetensors")
+def test_batch_is_scored_sample_by_sample(pavrm_folder, own):
+    inputs = load_file(pavrm_folder / "inputs.safetensors")
     latents = torch.cat([inputs["case0.latent"], inputs["case1.latent"]])
     texts = [inputs["case0.text"][0], inputs["case1.text"][0]]
     with torch.no_grad():
@@ -211,10 +187,10 @@ def test_batch_is_scored_sample_by_sample(folder, own):
     assert together.tolist() == pytest.approx(apart, abs=1e-4)
 
 
-def test_loaded_in_inference_mode_still_passes_gradients(folder, heads):
-    inputs = load_file(folder / "inputs.safetensors")
+def test_loaded_in_inference_mode_still_passes_gradients(pavrm_folder, pavrm_heads):
+    inputs = load_file(pavrm_folder / "inputs.safetensors")
     with torch.inference_mode():
-        model = pavrm.load(folder / "trunk_comfyui.safetensors", **heads)
+        model = pavrm.load(pavrm_folder / "trunk_comfyui.safetensors", **pavrm_heads)
         with training_mode():
             latent = inputs["case0.latent"].clone().requires_grad_()
             model.score(latent, inputs["case0.timestep"], [inputs["case0.text"][0]]).logit.sum().backward()
@@ -225,9 +201,9 @@ def test_loaded_in_inference_mode_still_passes_gradients(folder, heads):
 
 
 @pytest.fixture(scope="module")
-def generator_file(folder, tmp_path_factory):
+def generator_file(pavrm_folder, tmp_path_factory):
     """A Wan generator of five blocks whose first three are near the trunk's."""
-    state = load_file(folder / "trunk_comfyui.safetensors")
+    state = load_file(pavrm_folder / "trunk_comfyui.safetensors")
     seed = torch.Generator().manual_seed(11)
     blocks = {key: value for key, value in state.items() if key.startswith("blocks.0.")}
     for extra in (3, 4):
@@ -241,36 +217,36 @@ def generator_file(folder, tmp_path_factory):
     return path
 
 
-def test_lora_of_full_rank_is_the_pavrm_itself(folder, heads, command, generator_file, tmp_path):
-    out, expected = tmp_path / "pavrm-lora.safetensors", load_file(folder / "expected.safetensors")
-    report = pavrm_lora.convert(folder / "checkpoints" / "checkpoint-100", generator_file, out, rank=96, **heads)
+def test_lora_of_full_rank_is_the_pavrm_itself(pavrm_folder, pavrm_heads, score_latent, generator_file, tmp_path):
+    out, expected = tmp_path / "pavrm-lora.safetensors", load_file(pavrm_folder / "expected.safetensors")
+    report = pavrm_lora.convert(pavrm_folder / "checkpoints" / "checkpoint-100", generator_file, out, rank=96, **pavrm_heads)
     assert report["relative_error"] < 1e-5 and report["matrices"] == 31 and report["feature_layers"] == [3]
     found = tmp_path / "out.safetensors"
-    options = {"input": str(folder / "inputs.safetensors"), "trunk": str(out), "generator": str(generator_file), "tensors": str(found)}
-    for video in command(**options)["videos"]:
+    options = {"input": str(pavrm_folder / "inputs.safetensors"), "trunk": str(out), "generator": str(generator_file), "tensors": str(found)}
+    for video in score_latent(**options)["videos"]:
         if "." not in video["name"]:
             assert video["logit"] == pytest.approx(expected[f"{video['name']}.logit"].item(), abs=LOGIT)
             gradient = load_file(found)[f"{video['name']}.logit_grad_latent"]
             assert relative(gradient, expected[f"{video['name']}.logit_grad_latent"]) < GRADIENT
 
 
-def test_lora_error_falls_with_the_rank(folder, heads, generator_file, tmp_path):
+def test_lora_error_falls_with_the_rank(pavrm_folder, pavrm_heads, generator_file, tmp_path):
     errors = [
-        pavrm_lora.convert(folder / "checkpoints" / "checkpoint-100", generator_file, tmp_path / f"{rank}.safetensors", rank=rank, **heads)["relative_error"]
+        pavrm_lora.convert(pavrm_folder / "checkpoints" / "checkpoint-100", generator_file, tmp_path / f"{rank}.safetensors", rank=rank, **pavrm_heads)["relative_error"]
         for rank in (2, 16, 64)
     ]
     assert 1 > errors[0] > errors[1] > errors[2] > 0
 
 
-def test_lora_replaces_no_file_unasked_and_never_one_that_it_reads(folder, heads, generator_file, tmp_path, capsys):
+def test_lora_replaces_no_file_unasked_and_never_one_that_it_reads(pavrm_folder, pavrm_heads, generator_file, tmp_path, capsys):
     trunk, generator = tmp_path / "checkpoint-100", tmp_path / "generator.safetensors"
-    shutil.copytree(folder / "checkpoints" / "checkpoint-100", trunk)
+    shutil.copytree(pavrm_folder / "checkpoints" / "checkpoint-100", trunk)
     shutil.copy(generator_file, generator)
     shard = sorted(trunk.glob("*.safetensors"))[0]
     before = {path: path.read_bytes() for path in (generator, shard)}
 
     def run(out, **more) -> tuple[int, str]:
-        job = {"trunk": str(trunk), "generator": str(generator), "out": str(out), "rank": 2, **{name: str(value) for name, value in heads.items()}}
+        job = {"trunk": str(trunk), "generator": str(generator), "out": str(out), "rank": 2, **{name: str(value) for name, value in pavrm_heads.items()}}
         status = score_command.main(["pavrm-lora", json.dumps({**job, **more})])
         return status, capsys.readouterr().err
 
@@ -287,15 +263,15 @@ def test_lora_replaces_no_file_unasked_and_never_one_that_it_reads(folder, heads
     assert run(out, force=True)[0] == 0 and "blocks.0.self_attn.q" in str(sorted(load_file(out)))
 
 
-def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generator_file, tmp_path):
+def test_lora_leaves_the_generator_and_its_own_lora_alone(pavrm_folder, pavrm_heads, generator_file, tmp_path):
     from reward_lab.host.wan import load_backbone
     from reward_lab.lora_train.lora.adapter import new_adapter
     from reward_lab.lora_train.lora.linears import install
     from reward_lab.lora_train.offload.knobs import Knobs
 
     out = tmp_path / "pavrm-lora.safetensors"
-    pavrm_lora.convert(folder / "checkpoints" / "checkpoint-100", generator_file, out, rank=96, **heads)
-    inputs, expected = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
+    pavrm_lora.convert(pavrm_folder / "checkpoints" / "checkpoint-100", generator_file, out, rank=96, **pavrm_heads)
+    inputs, expected = (load_file(pavrm_folder / f"{name}.safetensors") for name in ("inputs", "expected"))
     backbone = load_backbone(generator_file, dtype=torch.float32, device=torch.device("cpu"))
     scorer = pavrm_lora.load(out, backbone.model)
     linears = backbone.linears()
@@ -319,107 +295,11 @@ def test_lora_leaves_the_generator_and_its_own_lora_alone(folder, heads, generat
     assert not any("forward" in module.__dict__ for module in backbone.model.modules())
 
 
-# --- what is refused ---
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x: x.update(latent=torch.rand(1, 3, 8, 8)), "a mask|pixels"),
-        (lambda x: x.update(latent=torch.rand(1, 1, 3, 8, 8)), "that is a mask"),
-        (lambda x: x.update(latent=torch.zeros(1, 48, 3, 8, 8)), "the Wan2.2 5B VAE"),
-        (lambda x: x.update(latent=torch.zeros(1, 4, 3, 8, 8)), "an SD or SDXL VAE"),
-        (lambda x: x.update(latent=torch.full((1, 16, 3, 8, 8), float("nan"))), "NaN"),
-        (lambda x: x.update(text=torch.zeros(7, 47)), "tokens of width 48"),
-        (lambda x: x.update(text=torch.zeros(0, 48)), "1 to 512 tokens"),
-        (lambda x: x.update(text=torch.full((7, 48), float("nan"))), "The text .* holds NaN"),
-        (lambda x: x.pop("text"), "has no text"),
-        (lambda x: x.pop("timestep"), "has no timestep"),
-        (lambda x: x.update(timestep=torch.tensor([1001])), "timestep holds 1001; one number from 0 to 1000"),
-        (lambda x: x.update(timestep=torch.tensor([1, 2])), "timestep holds 1, 2; one number .* or one for each of 1 latents"),
-        (lambda x: x.update(latent=torch.tensor(1.0)), "something else"),
-        (lambda x: x.update(latent=x["latent"] * 1e30), "its numbers overflow"),
-        (lambda x: x.pop("latent"), "holds no latent"),
-    ],
-)
-def test_bad_tensors_are_named(folder, heads, tmp_path, capsys, change, message):
-    inputs = load_file(folder / "inputs.safetensors")
-    tensors = {name: inputs[f"case0.{name}"] for name in ("latent", "text", "timestep")}
-    change(tensors)
-    save_file(tensors, tmp_path / "in.safetensors")
-    job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads}
-    assert score_command.main(["score-latent", json.dumps({**job, "json": True})]) == score_command.REFUSED
-    assert re.search(message, json.loads(capsys.readouterr().out)["reason"])
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ({}, {"sigma": "0.2"}, "has a timestep, so its latent is noisy already"),
-        ({"timestep": None, "two.feature_layers": torch.tensor([2])}, {"sigma": "0.2"}, "feature_layers, which are not read with --sigma"),
-        ({}, {"num_heads": 0}, "width 96 is not a multiple of 0 heads"),
-        ({}, {"generator": "x.safetensors"}, "query, head would not be read"),
-        ({}, {"generator": "x.safetensors", "query": None, "head": None, "num_heads": 4}, "num_heads would not be read"),
-    ],
-)
-def test_what_would_not_be_read_is_refused(folder, heads, tmp_path, capsys, change, options, message):
-    inputs = load_file(folder / "inputs.safetensors")
-    tensors = {**{name: inputs[f"case0.{name}"] for name in ("latent", "text", "timestep")}, **change}
-    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "in.safetensors")
-    job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads, **options, "json": True}
-    assert score_command.main(["score-latent", json.dumps(job)]) == score_command.REFUSED
-    assert message in json.loads(capsys.readouterr().out)["reason"]
-
-
-def test_every_case_is_checked_before_one_is_scored(folder, heads, tmp_path, capsys, monkeypatch):
-    """The second case fits the file's rules and not this trunk; a score of the first would be lost with it."""
-    inputs = load_file(folder / "inputs.safetensors")
-    cases = {f"{case}.{name}": inputs[f"case0.{name}"].clone() for case in ("a", "b") for name in ("latent", "text", "timestep")}
-    save_file({**cases, "b.text": torch.zeros(7, 47)}, tmp_path / "in.safetensors")
-    forwards = []
-    forward = comfy.ldm.wan.model.WanModel.forward
-    monkeypatch.setattr(comfy.ldm.wan.model.WanModel, "forward", lambda *args, **kwargs: forwards.append(1) or forward(*args, **kwargs))
-    job = {"input": str(tmp_path / "in.safetensors"), "trunk": str(folder / "trunk_comfyui.safetensors"), **heads, "json": True}
-    assert score_command.main(["score-latent", json.dumps(job)]) == score_command.REFUSED
-    assert json.loads(capsys.readouterr().out)["reason"].startswith("b: The text has shape (7, 47)") and not forwards
-    save_file(cases, tmp_path / "in.safetensors")
-    assert score_command.main(["score-latent", json.dumps(job)]) == 0 and len(forwards) == 2
-
-
-def test_text_beyond_the_context_is_cut_with_a_warning(folder, heads, command, tmp_path):
-    inputs = load_file(folder / "inputs.safetensors")
-    long = torch.randn(1, 520, 48, generator=torch.Generator().manual_seed(4))
-    found = []
-    for index, text in enumerate((long, long[:, :512].contiguous())):
-        save_file({"latent": inputs["case0.latent"], "timestep": inputs["case0.timestep"], "text": text}, tmp_path / f"{index}.safetensors")
-        found.append(command(input=str(tmp_path / f"{index}.safetensors"), trunk=str(folder / "trunk_comfyui.safetensors"), **heads))
-    assert found[0]["videos"] == found[1]["videos"]
-    assert found[0]["warnings"] == ["The text has 520 tokens, the PAVRM reads 512: the last 8 are cut off."] and found[1]["warnings"] == []
-
-
-def test_damaged_checkpoint_folders_are_named(folder, heads, tmp_path):
-    copy = tmp_path / "checkpoint"
-    shutil.copytree(folder / "checkpoints" / "checkpoint-100", copy)
-    (copy / "diffusion_pytorch_model-00002-of-00003.safetensors").rename(tmp_path / "away")
-    with pytest.raises(ValueError, match="lacks diffusion_pytorch_model-00002-of-00003.safetensors"):
-        pavrm.load(copy, **heads)
-    with pytest.raises(ValueError, match="holds no .safetensors"):
-        pavrm_files.read_trunk(tmp_path)
-    state = load_file(folder / "trunk_comfyui.safetensors")
-    state.pop("blocks.1.ffn.2.bias")
-    save_file(state, tmp_path / "gap.safetensors", metadata={"config": json.dumps({"transformer": {"num_heads": 4}})})
-    with pytest.raises(ValueError, match="missing: blocks.1.ffn.2.bias"):
-        pavrm.load(tmp_path / "gap.safetensors", **heads)
-    with pytest.raises(ValueError, match="does not tell its number of heads"):
-        save_file(state, tmp_path / "gap.safetensors")
-        pavrm.load(tmp_path / "gap.safetensors", **heads)
-
-
-def test_parts_that_do_not_belong_together_are_named(folder, heads, image_trunk):
+def test_parts_that_do_not_belong_together_are_named(pavrm_folder, pavrm_heads, image_trunk):
     other = image_trunk[0]
     with pytest.raises(ValueError, match="The trunk is 96 wide, the head 48"):
-        pavrm.load(folder / "trunk_comfyui.safetensors", other / "query_attention_step_7.ckpt", other / "mlp_step_7.ckpt")
+        pavrm.load(pavrm_folder / "trunk_comfyui.safetensors", other / "query_attention_step_7.ckpt", other / "mlp_step_7.ckpt")
     with pytest.raises(ValueError, match="not a Wan transformer"):
-        pavrm.load(heads["query"], **heads)
+        pavrm.load(pavrm_heads["query"], **pavrm_heads)
     with pytest.raises(ValueError, match="Tapped blocks are \\[4\\]"):
-        pavrm.load(folder / "trunk_comfyui.safetensors", **heads, taps=(4,))
+        pavrm.load(pavrm_folder / "trunk_comfyui.safetensors", **pavrm_heads, taps=(4,))
