@@ -42,7 +42,13 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_recorded_cases(pavrm_folder, pavrm_heads, score_latent, tmp_path, trunk, exact_pooling):
     expected = load_file(pavrm_folder / "expected.safetensors")
     out = tmp_path / "out.safetensors"
-    options = {"input": str(pavrm_folder / "inputs.safetensors"), "trunk": str(pavrm_folder / trunk), "tensors": str(out), "exact_pooling": exact_pooling, **pavrm_heads}
+    options = {
+        "input": str(pavrm_folder / "inputs.safetensors"),
+        "trunk": str(pavrm_folder / trunk),
+        "tensors": str(out),
+        "exact_pooling": exact_pooling,
+        **pavrm_heads,
+    }
     videos = {video["name"]: video for video in score_latent(**options)["videos"]}
     found = load_file(out)
     assert sorted(videos) == ["case0", "case0.two_layers", "case1", "case2", "case3"]
@@ -232,7 +238,9 @@ def test_lora_of_full_rank_is_the_pavrm_itself(pavrm_folder, pavrm_heads, score_
 
 def test_lora_error_falls_with_the_rank(pavrm_folder, pavrm_heads, generator_file, tmp_path):
     errors = [
-        pavrm_lora.convert(pavrm_folder / "checkpoints" / "checkpoint-100", generator_file, tmp_path / f"{rank}.safetensors", rank=rank, **pavrm_heads)["relative_error"]
+        pavrm_lora.convert(pavrm_folder / "checkpoints" / "checkpoint-100", generator_file, tmp_path / f"{rank}.safetensors", rank=rank, **pavrm_heads)[
+            "relative_error"
+        ]
         for rank in (2, 16, 64)
     ]
     assert 1 > errors[0] > errors[1] > errors[2] > 0
@@ -281,6 +289,7 @@ def test_lora_leaves_the_generator_and_its_own_lora_alone(pavrm_folder, pavrm_he
     context = torch.nn.functional.pad(inputs["case0.text"], (0, 0, 0, 505))
 
     with training_mode(), install(linears, adapter), backbone.engine(Knobs()):
+
         def velocity():
             return backbone.velocity(inputs["case0.latent"], 0.2, context)
 

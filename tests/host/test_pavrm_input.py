@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("comfy.ldm.wan.model", reason="needs ComfyUI on the path")
 
+import comfy.ldm.wan.model  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
