@@ -144,9 +144,10 @@ def _mix_spec(options: dict[str, Any]) -> RewardModelSpec:
 def _score(options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from . import media, score_files, score_store, video_prompts
+    from . import media, score_files, score_settings, score_store, video_prompts
 
     spec = _spec(options)
+    settings, about_files = score_settings.described(spec), score_settings.about_files(spec)
     gradients: dict[str, torch.Tensor] | None = {} if options.get("gradients") else None
     with torch.inference_mode(False), score_files.collected_warnings() as warnings:
         clips = media.find_clips(options["paths"], is_one_video=bool(options.get("as_video")))
@@ -163,7 +164,7 @@ def _score(options: dict[str, Any]) -> dict[str, Any]:
         from safetensors.torch import save_file
 
         save_file(gradients, options["gradients"])
-    document = {"kind": spec.kind, **_description(spec), "videos": videos, "warnings": list(dict.fromkeys([*warnings, *_kept_warnings(videos)]))}
+    document = {"kind": spec.kind, **settings, "videos": videos, "warnings": list(dict.fromkeys([*about_files, *warnings, *_kept_warnings(videos)]))}
     if options.get("baseline"):
         try:
             document["baseline"] = _baseline(options["baseline"], videos)
@@ -196,26 +197,6 @@ def _prompts(options: dict[str, Any], spec: RewardModelSpec, clips: list, read) 
     if not spec.reads_text:
         return [""] * len(clips)
     raise ValueError(f"{spec.kind} compares videos with a text: give --prompt TEXT or --prompts FILE.")
-
-
-def _description(spec: RewardModelSpec) -> dict[str, Any]:
-    """The settings that the scores were made with, defaults included."""
-    from ..reward_models import hpsv2, mps, preprocess
-
-    settings: dict[str, Any] = {name: value for name, value in spec.options.items() if name != "rows"}
-    if spec.kind in ("hpsv2.1", "mps", "pickscore", "aesthetic"):
-        settings = {"resize": hpsv2.DEFAULT_RESIZE if spec.kind == "hpsv2.1" else "crop", "antialias": True, **settings}
-        if settings["resize"] not in preprocess.RESIZES:
-            raise ValueError(f"resize is {settings['resize']!r}; choose one of {', '.join(preprocess.RESIZES)}.")
-    if spec.kind == "mps":
-        name = settings.get("condition", "overall")
-        texts = [text for _, text, _ in mps.parse_condition(name)]
-        settings = {"threshold": 0.01, "normalise": "sample", "scale": "raw", **settings, "condition": name, "condition_text": " + ".join(texts)}
-        settings["condition_is_experimental"] = texts != [mps.CONDITIONS["overall"]]
-    described: dict[str, Any] = {"weights": spec.path, "options": settings}
-    if spec.kind == "mix":
-        described["rows"] = spec.options["rows"]
-    return described
 
 
 def _baseline(path: str, videos: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import torch
 
 from ..reward_models import published
 from ..reward_models.base import score_in_chunks
-from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec, read_rows
-from . import media, paths, reward_loading, score_command, score_files, video_prompts
+from ..reward_models.spec import OPTIONS_OF, PATHLESS, RewardModelSpec
+from . import media, paths, reward_loading, score_files, score_settings, video_prompts
 from .score_store import ScoreStore, key_of, write_csv
 
 logger = logging.getLogger("reward_lab")
@@ -259,15 +259,9 @@ def _video_score(spec: RewardModelSpec, name: str, prompt: str, numbers: dict[st
         reward=numbers["per_video"],
         per_frame=tuple(numbers["per_frame"]),
         parts=numbers["parts"],
-        warnings=(*_about_files(spec), *numbers.get("warnings", ())),
-        settings=score_command._description(spec),
+        warnings=(*score_settings.about_files(spec), *numbers.get("warnings", ())),
+        settings=score_settings.described(spec),
     )
-
-
-def _about_files(spec: RewardModelSpec) -> list[str]:
-    """Asked for at every score: the model is loaded once only."""
-    models = [row.reward for row in read_rows(spec.options.get("rows"))] if spec.kind == "mix" else [spec]
-    return list(dict.fromkeys(filter(None, (published.file_warning(model.kind, model.path) for model in models))))
 
 
 def _loaded(spec: RewardModelSpec, device: torch.device) -> Any:

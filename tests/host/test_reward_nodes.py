@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from reward_lab.host import downloads, latent_scoring, paths, pavrm, reward_files, score_files, scoring  # noqa: E402
+from reward_lab.host import downloads, latent_scoring, paths, pavrm, reward_files, score_command, score_files, scoring  # noqa: E402
 from reward_lab.host.training_mode import training_mode  # noqa: E402
 from reward_lab.nodes.rewards import MixRewards, RewardModelNode, ScoreLatent, ScoreVideo  # noqa: E402
 from reward_lab.reward_models import published  # noqa: E402
@@ -170,7 +170,7 @@ def test_scores_tell_what_they_were_made_with(base, hps):
     assert [row["weight"] for (row,) in rows] == [1.0, 2.0] and rows[0][0]["reward"]["path"] == hps.path
 
 
-def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base, hps, monkeypatch):
+def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base, hps, monkeypatch, capsys):
     """The tiny file takes the size of the published HPS v2.0, whose scores are not those of v2.1."""
     size_bytes = Path(hps.path).stat().st_size
     files = tuple(dataclasses.replace(entry, size_bytes=size_bytes) if entry.kind == "hpsv2" else entry for entry in published.FILES)
@@ -181,6 +181,10 @@ def test_weights_that_are_not_what_their_kind_says_are_told_at_every_score(base,
         text = ScoreVideo.execute(reward_model=spec, prompt="a cat", **where).ui["text"][0]
         assert text.count(told) == 1, text
     assert told in RewardModelNode.execute("hpsv2.1", "tiny.safetensors", "default", True).ui["text"][0]
+    job = {"kind": "hps", "weights": hps.path, "paths": [str(base / "input" / "clips")], "prompt": "a cat", "results": str(base / "kept.jsonl"), "json": True}
+    for _ in range(2):  # the second time no model is loaded
+        assert score_command.main(["score", json.dumps(job)]) == 0
+        assert [told in warning for warning in json.loads(capsys.readouterr().out)["warnings"]] == [True]
     with pytest.raises(ValueError, match="load it with kind hpsv2.1, or choose the file of pickscore"):
         RewardModelNode.execute("pickscore", "tiny.safetensors", "default", True)
 
