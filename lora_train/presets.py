@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "simple"},
         "objective": {"decode": "first", "decode_count": 1, "reward_scale": 2.0},
         "one_pass": {"flow_weight": 1.0, "null_rate": 0.1},
-        "real": {"keep": 0.33, "replay": 32, "tries": 2},
+        "real": {"replay": 32, "tries": 2},
         "lora": {"rank": 32, "skip": ["ffn"]},
         "optimiser": {"lr": 5e-5, "weight_decay": 0.0, "clip_norm": 1.0, "warmup": 10},
     },

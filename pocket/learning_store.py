@@ -30,8 +30,6 @@ def path(folder: Path, name: str, seed: int) -> Path:
 def recipe(values: Mapping[str, Any], budget: float, pairs: int) -> str:
     """Hash of everything that a result depends on: settings as they were given (files by their names, since folders differ), budget, pairs judged."""
     kept = {key: value for key, value in with_preset(dict(values)).items() if key not in ("checkpoint_every", "keep_checkpoints")}
-    if kept.get("real", {}).get("keep") == 1:
-        kept["real"] = {key: value for key, value in kept["real"].items() if key != "keep"}  # all clips: results from before there was a choice
     settings = json.dumps([_by_name(kept), budget, pairs], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 

@@ -87,7 +87,7 @@ def test_report_pairs_sums_and_judges(tmp_path, capsys):
     assert not alike["met"] and alike["measured"].startswith("1.80 x")
     early = found["the same after 1000 forwards, where none is near the ceiling yet"]
     assert not early["met"] and early["measured"].startswith("+0.0400 against +0.0500: 0.8 x videox-fun-high")
-    lying = found["the same where the clips' captions lie as often as those of the base did"]
+    lying = found["the same where the clips' captions lie as often as those of the base did, with real.keep 0.33"]
     assert lying["met"] and lying["measured"].startswith("+0.1100 against +0.0500: 2.2 x videox-fun-high")
     (added,) = (goal for words, goal in found.items() if words.startswith("rewards add to what clips with captions that lie teach"))
     assert added["met"] and added["measured"].startswith("reward +0.1200 ± 0.0000")
