@@ -12,7 +12,7 @@ from ..testlab.plot import BACKGROUND, BEST, COLOURS, GRID, MUTED, TEXT, WORST, 
 from .learning_experiments import BASE, BUDGET, EXPERIMENTS, RENDERED
 
 _SHOWN = {"reward": "HPS reward", "text": "colour and shape right", "motion": "motion right", "dynamic_degree": "dynamic degree, px/frame"}
-_COLUMN, _ROW, _LEFT, _TOP, _LINES = 230, 34, 250, 96, 330
+_COLUMN, _ROW, _LEFT, _TOP, _LINES = 230, 34, 250, 96, 380
 
 
 def draw(table: Mapping[str, Mapping[str, Any]]) -> Image.Image:
