@@ -22,7 +22,7 @@ from .real import Chosen
 from .run import Parts
 
 FILE = "picked.json"
-FRAMES_PER_CHUNK = 64
+_FRAMES_PER_CHUNK = 64
 # A PAVRM judges a finished video at this noise level, which it knows best.
 _JUDGED_AT = 0.5
 logger = logging.getLogger("reward_lab")
@@ -84,12 +84,22 @@ def clip_scores(config: TrainConfig, parts: Parts, latent_1CFHW: torch.Tensor, p
     """What the run's rewards say of a finished latent, by name; `number` seeds the noise that a PAVRM sees it under."""
     found = {}
     if parts.reward is not None:
-        found[config.reward.kind] = float(score_in_chunks(parts.reward, parts.decoder.decode(latent_1CFHW), [prompt], FRAMES_PER_CHUNK).per_video)
+        found[config.reward.kind] = video_score(parts, latent_1CFHW, prompt)
     if parts.latent_reward is not None:
-        noise = torch.randn(latent_1CFHW.shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "judged", number))).to(latent_1CFHW)
-        noised, context = (1 - _JUDGED_AT) * latent_1CFHW + _JUDGED_AT * noise, parts.contexts.batch([prompt])
-        found["pavrm"] = float(parts.latent_reward.score(noised, _JUDGED_AT, context.prompt_BPD).logit_B)
+        noise = torch.Generator().manual_seed(derived_seed(config.seed, "judged", number))
+        found["pavrm"] = latent_score(parts, latent_1CFHW, parts.contexts.batch([prompt]).prompt_BPD, noise)
     return found
+
+
+def video_score(parts: Parts, latent_1CFHW: torch.Tensor, prompt: str) -> float:
+    """The reward of a finished latent's whole video."""
+    return score_in_chunks(parts.reward, parts.decoder.decode(latent_1CFHW), [prompt], _FRAMES_PER_CHUNK).per_video.item()
+
+
+def latent_score(parts: Parts, latent_1CFHW: torch.Tensor, context_BPD: torch.Tensor, generator: torch.Generator) -> float:
+    """The PAVRM's logit of a finished latent under noise."""
+    noise = torch.randn(latent_1CFHW.shape, generator=generator).to(latent_1CFHW)
+    return parts.latent_reward.score((1 - _JUDGED_AT) * latent_1CFHW + _JUDGED_AT * noise, _JUDGED_AT, context_BPD).logit_B.item()
 
 
 def _standardised(values: torch.Tensor) -> torch.Tensor:

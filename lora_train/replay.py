@@ -12,19 +12,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..reward_models.base import score_in_chunks
 from . import needs, recovery
 from .config import TrainConfig
 from .draws import parted, prompt_sampler
-from .picking import with_picked
+from .picking import latent_score, video_score, with_picked
 from .prompts import derived_seed
 from .real import RealLatents, write_real
 from .run import Parts
 
 FILE = "replayed.safetensors"
-_FRAMES_PER_CHUNK = 64
-# A PAVRM judges a finished video at this noise level, which it knows best.
-_JUDGED_AT = 0.5
 
 
 def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
@@ -79,13 +75,9 @@ def _best(config: TrainConfig, parts: Parts, index: int, prompt: str, image: str
     for number in range(config.real.tries):
         noise = torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(derived_seed(config.seed, "replay", index, number)))
         latent_BCFHW = parts.experts.roll(noise.to(parts.device), config.sampling.sigmas(), context)
-        score = _score(parts, latent_BCFHW, prompt, context.prompt_BPD, judge_noise) if config.real.tries > 1 else 0.0
+        if config.real.tries == 1:
+            return latent_BCFHW.cpu()
+        has_videos = parts.reward is not None
+        score = video_score(parts, latent_BCFHW, prompt) if has_videos else latent_score(parts, latent_BCFHW, context.prompt_BPD, judge_noise)
         tries.append((score, latent_BCFHW.cpu()))
     return max(tries, key=lambda made: made[0])[1]
-
-
-def _score(parts: Parts, latent_BCFHW: torch.Tensor, prompt: str, context_BPD: torch.Tensor, judge_noise: torch.Generator) -> float:
-    if parts.reward is not None:
-        return score_in_chunks(parts.reward, parts.decoder.decode(latent_BCFHW), [prompt], _FRAMES_PER_CHUNK).per_video.item()
-    noise = torch.randn(latent_BCFHW.shape, generator=judge_noise).to(latent_BCFHW)
-    return parts.latent_reward.score((1 - _JUDGED_AT) * latent_BCFHW + _JUDGED_AT * noise, _JUDGED_AT, context_BPD).logit_B.item()
