@@ -60,3 +60,11 @@ def test_gradient_scale_is_the_derivative(kind):
     velocity = torch.ones(1, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(solver.step(index, latent, velocity), velocity)
     assert abs(float(gradient)) == pytest.approx(gradient_scale(kind, sigmas, index), rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0, 15.0])
+def test_first_step_of_unipc_is_eulers(shift):
+    """Order 1 on a straight path is Euler's step, also on grids that start closer to sigma 1 than Wan's at shift 5."""
+    for steps in (8, 40, 50):
+        sigmas = shifted_sigmas(steps, shift, "unipc")
+        assert gradient_scale("unipc", sigmas, 0) == pytest.approx(sigmas[0] - sigmas[1], rel=1e-6)
