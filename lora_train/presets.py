@@ -5,13 +5,13 @@
 that clipping works and that guidance is right for batches greater than one.
 `hy-video-prfl` follows HY-Video-PRFL's shipped configs (Tencent-Hunyuan/HY-Video-PRFL@59ab9d7:configs, Apache-2.0) in LoRA form: UniPC rollout of 40 steps
 without guidance, hinge on the PAVRM's probability, flow-matching loss on real latents (give `real.path`, or set prfl.real_weight 0). It differs in that
-both gradients make one update together.
+both gradients make one update together, and in that real videos always go with their short captions (there: with probability 0.3, else the long ones).
 `roll-reward-flow` follows ROLL's reward_fl (alibaba/ROLL@e98e9f89, Apache-2.0): 8 steps of a few-step model, gradient through the last four, whole
 video decoded, KL 1. Its constants belonged to one face scorer; centre and scale are measured.
 `reward-lab` is our default: nothing is rolled out; one velocity of a noised clip serves flow matching and the reward. With `real.path` the clips are the
 user's, without it the base model makes some first.
-`reward-lab-backprop` is reward backpropagation as we run it: one short rollout serves three random steps of the trained expert, each decoded at its prediction
-of the clean latent (a random latent frame, so that motion is not traded for a pretty first frame), with a KL to the base.
+`reward-lab-backprop` is reward backpropagation as we run it, and our way for the low-noise expert: a short rollout, one random step of the trained expert,
+decoded at its prediction of the clean latent (a random latent frame, so that motion is not traded for a pretty first frame), with a KL to the base.
 `reward-lab-prfl` is PRFL as we would run it where there are no real videos: on the logit, every step's gradient of one size, held by a KL to the base.
 `pocket` is for the pocket models: random steps through the finished chain, because at their few steps the x0 prediction of a high sigma is too
 blurred for a reward model.
@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "reward_flow",
         "expert": "low",
         "video": {"width_px": 640, "height_px": 352, "frames": 81},
-        "sampling": {"steps": 8, "shift": 5.0, "boundary": 0.9, "guidance": 1.0, "schedule": "simple"},
+        "sampling": {"steps": 8, "shift": 5.0, "boundary": 0.9, "guidance": 1.0, "schedule": "linear"},
         "objective": {"decode": "all", "kl_weight": 1.0, "reward_scale": 0.1},
         "reward_flow": {"first_step": 4, "last_step": 7, "guidance": 1.0, "measure_videos": 16, "fixed_noise": True},
         "lora": {"rank": 32, "alpha": 32, "skip": []},
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "video": {"width_px": 256, "height_px": 256, "frames": 81},
         "sampling": {"steps": 20, "shift": 5.0, "boundary": 0.875, "guidance": 3.5, "schedule": "simple"},
         "objective": {
-            "mode": "x0", "strategy": "random", "grad_steps": 3, "rollout_steps": 4, "decode": "random", "decode_count": 1, "decode_history": 1,
+            "mode": "x0", "strategy": "random", "grad_steps": 1, "rollout_steps": 4, "decode": "random", "decode_count": 1, "decode_history": 1,
             "kl_weight": 0.1,
         },
         "lora": {"rank": 32, "skip": ["ffn"]},
@@ -103,15 +103,19 @@ CARD_SIZES: dict[str, dict[str, Any]] = {
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """Lay `values` over the preset that their `preset` key names and the card that `card` names; without them, return a copy.
 
+    A card's rank keeps the factor alpha / rank of the preset.
+
     Raises:
         ValueError: unknown preset or card.
     """
     if not isinstance(values, dict):
         return copy.deepcopy(values)
-    merged: dict[str, Any] = {}
-    for key, table in (("preset", PRESETS), ("card", CARD_SIZES)):
-        if key in values:
-            merged = _merge(merged, _named(key, values[key], table))
+    merged = copy.deepcopy(_named("preset", values["preset"], PRESETS)) if "preset" in values else {}
+    if "card" in values:
+        sizes, lora = _named("card", values["card"], CARD_SIZES), merged.get("lora", {})
+        if "alpha" in lora:
+            lora["alpha"] *= sizes["lora"]["rank"] / lora["rank"]
+        merged = _merge(merged, sizes)
     return _merge(merged, {key: value for key, value in values.items() if key not in ("preset", "card")})
 
 
