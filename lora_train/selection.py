@@ -45,7 +45,10 @@ def choose_latents(objective: Objective, latent_frames: int, draws: random.Rando
 
 
 def choose_frames(total: int, score_frames: int) -> Sequence[int]:
-    """Evenly spread pixel frames, first and last included; all of them when `score_frames` is 0 or not smaller than `total`."""
+    """Evenly spread pixel frames, first and last included; all of them when `score_frames` is 0 or not smaller than `total`.
+
+    In whole numbers; VideoX-Fun's float32 linspace cuts some of them one frame short.
+    """
     if score_frames == 0 or score_frames >= total:
         return range(total)
     if score_frames == 1:
