@@ -165,7 +165,8 @@ def _shape(path: Path) -> tuple[int, ...]:
 
 
 def _sample(sample_id: str, shape: tuple[int, ...], files: Mapping[str, Path], caption: str, labels: Mapping[str, Any]) -> Sample:
-    return Sample(id=sample_id, shape=shape, read=functools.partial(_read_video, dict(files)), caption=caption, labels=labels)
+    read_video = functools.partial(_read_video, dict(files))
+    return Sample(id=sample_id, shape=shape, read=read_video, caption=caption, labels=labels, has_condition="condition" in files)
 
 
 def _read_video(files: Mapping[str, Path]) -> LatentVideo:

@@ -22,11 +22,12 @@ import comfy.ldm.wan.model
 import comfy.ops
 import torch
 
+from ..lora_train.input_config import MASK_CHANNELS
+from ..lora_train.rollout import first_frame_known
 from ..reward_models import pavrm as head_module
 from ..reward_models.pavrm import PavrmHead, PavrmOutput
 from ..reward_models.weights import load_into
 from . import pavrm_files
-from .preflight import MASK_CHANNELS
 from .training_mode import attention
 
 logger = logging.getLogger("reward_lab")
@@ -193,9 +194,7 @@ class Pavrm:
             return x_BCFHW, extra
         condition = image.latent_BCFHW.to(self.device, self.dtype)
         if condition.shape[1] != wanted:
-            mask = condition.new_zeros(len(condition), MASK_CHANNELS, *condition.shape[2:])
-            mask[:, :, 0] = 1
-            condition = torch.cat([mask, condition], dim=1)
+            condition = first_frame_known(condition)
         return torch.cat([x_BCFHW, condition.expand(count, -1, -1, -1, -1)], dim=1), extra
 
 

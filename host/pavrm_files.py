@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from ..lora_train.input_config import LATENTS, PATCH
+from ..lora_train.input_config import LATENTS, MASK_CHANNELS, PATCH
 from ..reward_models.weights import read_weights
-from .preflight import MASK_CHANNELS
 
 # HY-Video-PRFL keeps blocks 0 to 7 of 40 unless told otherwise.
 UPSTREAM_BLOCKS = 8

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from ..lora_train import needs
 from ..lora_train.config import TrainConfig
-from ..lora_train.input_config import LATENTS, PATCH, RewardSource
+from ..lora_train.input_config import LATENTS, MASK_CHANNELS, PATCH, RewardSource
 from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
 from ..lora_train.weight_formats import quantised_weights
 from ..reward_models.spec import RewardModelSpec
 from .experts import guess_expert
 
-MASK_CHANNELS = 4
 _TEXT_KEY = "text_embedding.0.weight"
 ROLES = {"high": "high-noise expert", "low": "low-noise expert", "text_encoder": "text encoder", "vae": "VAE"}
 
@@ -66,6 +65,12 @@ def _check_images(config: TrainConfig, headers: dict[str, Header | None]) -> Non
         refusal = why_no_images(read, made, ROLES[expert]) if read and made else ""
         if refusal:
             raise ValueError(refusal)
+        has_channels = read and made and read > made
+        if has_channels and config.method == "prfl" and config.prfl.real_weight > 0 and not config.real.path:
+            raise ValueError(
+                "prompts have start images, but the clips of real.replay would be learned without theirs: give real.path in HY-Video-PRFL's layout, "
+                "or set prfl.real_weight 0"
+            )
     missing = [path for path in images if not Path(path).is_file()]
     if missing:
         raise ValueError(f"{len(missing)} start images do not exist, the first is {missing[0]}; check the paths in the prompt set")
@@ -154,12 +159,24 @@ def _check_pavrm(config: TrainConfig, pavrm: RewardSource, text_width: int) -> N
         channels, own = _input_channels(header), config.video.latent_channels
         if channels is not None and channels not in (own, 2 * own + MASK_CHANNELS):
             raise ValueError(f"the PAVRM reads {channels} channels, but latents of {config.video.vae} have {own}; it belongs to another model")
-        scores_imageless = config.method == "one_pass" or config.starts_from_clips or bool(config.held_out.every) or config.real.keep < 1
-        if channels == 2 * own + MASK_CHANNELS and scores_imageless:
-            raise ValueError(
-                f"the PAVRM reads start images ({channels} channels), but held-out looks, clips and one_pass have none: use method prfl with start images "
-                "and held_out.every 0, or a PAVRM of a text-to-video model"
-            )
+        if channels == 2 * own + MASK_CHANNELS:
+            _check_pavrm_images(config, header, channels)
+
+
+def _check_pavrm_images(config: TrainConfig, header: Header, channels: int) -> None:
+    """A PAVRM of an image-to-video model scores nothing without an image."""
+    remedy = "or use a PAVRM of a text-to-video model"
+    if any("img_emb." in key for key in header.shapes):
+        raise ValueError(f"the PAVRM reads CLIP vision tokens of start images (Wan2.1 I2V), which training does not make: use that of a Wan2.2 model, {remedy}")
+    if config.method == "one_pass" or config.starts_from_clips or config.real.keep < 1:
+        raise ValueError(f"the PAVRM reads start images ({channels} channels), but clips and one_pass have none: use method prfl with start images, {remedy}")
+    asked = (*config.prompts, *(config.held_out.prompts if config.held_out.every else ()))
+    without = [prompt.text for prompt in asked if not prompt.image]
+    if without:
+        raise ValueError(
+            f"the PAVRM reads start images ({channels} channels), but {len(without)} of {len(asked)} prompts have none, the first is {without[0][:40]!r}: "
+            f"give each one, {remedy}"
+        )
 
 
 def _text_width(header: Header) -> int | None:

@@ -189,9 +189,11 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             append_event(folder, event)
             _log(event)
 
+        told = start_images.given(config, needs.start_images(config), backbones, scorers["decoder"])
+        start_images.check_clips(config, real, told)
         parts = Parts(
             experts=Experts(backbones=backbones, sampling=config.sampling),
-            contexts=ContextCache(contexts, negative, device, **start_images.given(config, needs.start_images(config), backbones, scorers["decoder"])),
+            contexts=ContextCache(contexts, negative, device, **told),
             sink=sink,
             stop_requested=stop,
             writer=SampleFiles(folder, config.frame_rate),

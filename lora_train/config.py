@@ -70,7 +70,8 @@ class Objective:
     score_frames: at most so many of the decoded frames, evenly spread, are scored; 0 scores all.
     rollout_steps: at most so many steps before the first one with gradient, in place of all of the schedule; 0 makes all.
     start: noise; or real, which noises a real latent (`real.path`) to the first step with gradient and rolls nothing out.
-    kl_weight: weight of mean((v_lora - v_base)^2) / (2 sigma^2) over the selected steps; 0 skips the reference pass.
+    kl_weight: weight of mean((v_lora - v_base)^2) / (2 max(sigma, 0.1)^2) over the selected steps; 0 skips the reference pass. The floor under sigma is
+        ours: the last, almost noiseless step would count some hundred times as much as others.
     reward_scale: loss = -reward_scale * reward + kl_weight * kl.
 
     `rollout_steps`, `start`, `kl_weight` and `reward_scale` hold for all methods; what is decoded, for those that decode; the rest for
@@ -136,14 +137,14 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Prompts that are never trained on; scored every `every` steps with fixed seeds (0: never).
+    """Prompts, with start images where training has them, that are never trained on; scored every `every` steps with fixed seeds (0: never).
 
     latents: only so many latent frames from the start are decoded and scored; 0 takes the whole video.
     judge: a second reward, which training never sees; its curve is reported and is what `guards.patience` watches.
     """
 
     every: int = 0
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     seeds: int = 1
     batch: int = 0
     latents: int = 0
@@ -154,7 +155,6 @@ class HeldOut:
         _whole("held_out.latents", self.latents, 0)
         _whole("held_out.seeds", self.seeds, 1)
         _whole("held_out.batch", self.batch, 0)
-        _require(all(text.strip() for text in self.prompts), "held_out.prompts holds an empty prompt; remove it")
         _require(self.every == 0 or bool(self.prompts), "held_out.every is set but held_out.prompts is empty; give prompts or set 0")
 
 
@@ -231,7 +231,7 @@ class TrainConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 3
     sample_every: int = 0
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: tuple[Prompt, ...] = ()
     frame_rate: float = 16.0
     output_folder: str = ""
     dtype: str = "auto"
@@ -262,6 +262,10 @@ class TrainConfig:
         with_image = sum(bool(prompt.image) for prompt in self.prompts) if self.starts_from_clips else 0
         remedy = "take them out, or use preset reward-lab-backprop with objective.start noise"
         _require(with_image == 0, f"{with_image} prompts have start images, which a run that starts from clips does not read; {remedy}")
+        if all(prompt.image for prompt in self.prompts):
+            for name, shown in (("held_out.prompts", self.held_out.prompts), ("sample_prompts", self.sample_prompts)):
+                remedy = 'give them as {"text": ..., "image": ...}'
+                _require(all(prompt.image for prompt in shown), f"all prompts have start images, but some of {name} have none; {remedy}")
         has_real = self.method == "prfl" and self.prfl.real_weight > 0 and "high" in self.trained_experts
         only_noise = "sampling.boundary is 1, so no noise level of real videos is the high-noise expert's; set prfl.real_weight 0"
         _require(not has_real or self.sampling.boundary < 1, only_noise)

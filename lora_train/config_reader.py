@@ -15,7 +15,8 @@ def build(kind: type[Built], values: Any, where: str) -> Built:
     """Make a `kind` from a dictionary.
 
     Args:
-        kind: a dataclass; its fields may be str, int, float, bool, dict, tuples of these, or further dataclasses.
+        kind: a dataclass; its fields may be str, int, float, bool, dict, tuples of these, or further dataclasses. Where one of these names a field as
+            its `SHORT_FORM`, a plain text may stand for it.
         where: dotted name of the setting, for messages; empty at the top.
 
     Raises:
@@ -47,7 +48,8 @@ def _shown(value: Any) -> str:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if is_dataclass(hint):
-        return build(hint, value, where)
+        short_form = getattr(hint, "SHORT_FORM", None)
+        return build(hint, {short_form: value} if short_form and isinstance(value, str) else value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a list, not {_shown(value)}")

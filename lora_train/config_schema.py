@@ -38,7 +38,8 @@ def schema() -> dict[str, Any]:
 def _of(hint: Any, where: str) -> dict[str, Any]:
     origin = typing.get_origin(hint)
     if is_dataclass(hint):
-        return _of_dataclass(hint, where)
+        whole = _of_dataclass(hint, where)
+        return {"anyOf": [{"type": "string"}, whole]} if hasattr(hint, "SHORT_FORM") else whole
     if origin is tuple:
         return {"type": "array", "items": _of(typing.get_args(hint)[0], f"{where}[]")}
     if origin in (typing.Union, types.UnionType):

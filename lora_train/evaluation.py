@@ -15,18 +15,18 @@ import torch
 
 from ..reward_models.base import score_in_chunks
 from . import events
-from .config import TrainConfig
+from .config import Prompt, TrainConfig
 from .draws import NULL_PROMPT, null_rate
-from .needs import looks_at_videos, scores_latents
+from .needs import looks_at_videos, scores_latents, shown_prompts
 from .prompts import derived_seed
 from .rollout import PromptContext
+from .solvers import SOLVERS
 from .trainee import Trainee
 
 if TYPE_CHECKING:
     from .run import Parts
 
 FRAMES_PER_CHUNK = 64
-_SHOWN = 4
 _SCORED = 4  # latents of a rollout that a PAVRM scores in a look
 
 
@@ -64,17 +64,20 @@ def evaluate(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee])
 
 
 @torch.no_grad()
-def _latent_rewards(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]) -> list[float]:
-    """PAVRM probability of every item: the mean over a few latents along its rollout, of the steps that may be trained."""
+def _latent_rewards(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[Prompt, int]]) -> list[float]:
+    """PAVRM probability of every item: the mean over a few latents along its rollout, of the steps that may be trained; PRFL's as it trains."""
+    is_prfl = config.method == "prfl"
+    solver_name, guidance, told = (config.prfl.solver, config.prfl.guidance, config.prfl.told) if is_prfl else ("euler", 1.0, float)
     eligible = sorted(index for expert in trainees for index in config.gradient_steps(expert))
     scored = {eligible[index * (len(eligible) - 1) // max(1, _SCORED - 1)] for index in range(_SCORED)}
-    sigmas, rewards = config.sampling.sigmas()[: max(scored) + 2], []
+    sigmas, rewards = config.sampling.sigmas(), []
     for prompts, latent, context in _starts(config, parts, trainees, items):
-        total_B = torch.zeros(len(prompts))
-        for index in range(len(sigmas) - 1):
-            latent = parts.experts.roll(latent, sigmas[index : index + 2], context, guidance=config.prfl.guidance if config.method == "prfl" else 1.0)
+        total_B, solver = torch.zeros(len(prompts)), SOLVERS[solver_name](sigmas)
+        for index in range(max(scored) + 1):
+            velocity = parts.experts.velocity(latent, sigmas[index], context, guidance=guidance, told_sigma=told(sigmas[index]))
+            latent = solver.step(index, latent, velocity)
             if index in scored:
-                scores = parts.latent_reward.score(latent, sigmas[index + 1], context.prompt_BPD, context.condition_BCFHW)
+                scores = parts.latent_reward.score(latent, told(sigmas[index + 1]), context.prompt_BPD, context.condition_BCFHW)
                 total_B += scores.probability_B.cpu()
         rewards += (total_B / len(scored)).tolist()
     return rewards
@@ -84,7 +87,7 @@ def show_samples(config: TrainConfig, parts: Parts, trainees: Mapping[str, Train
     """Write videos of the sample prompts (else of the first held-out or training prompts) and report them."""
     if parts.writer is None:
         return
-    prompts = sample_prompts(config)
+    prompts = shown_prompts(config)
     spent = parts.experts.count.total
     videos = []
     for _, latent in _finished(config, parts, trainees, [(prompt, 0) for prompt in prompts]):
@@ -92,34 +95,30 @@ def show_samples(config: TrainConfig, parts: Parts, trainees: Mapping[str, Train
         pieces = [piece.mul(255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu() for piece in parts.decoder.stream(latent)]
         videos.append(torch.cat(pieces, dim=1))
     parts.experts.count.total = spent
-    files = parts.writer.write(torch.cat(videos), prompts, step)
-    parts.sink(events.Sample(time=parts.clock(), step=step, files=files, prompts=prompts))
-
-
-def sample_prompts(config: TrainConfig) -> list[str]:
-    """The prompts that samples show."""
-    return list(config.sample_prompts or config.held_out.prompts[:_SHOWN] or [prompt.text for prompt in config.prompts[:_SHOWN]])
+    texts = [prompt.text for prompt in prompts]
+    files = parts.writer.write(torch.cat(videos), texts, step)
+    parts.sink(events.Sample(time=parts.clock(), step=step, files=files, prompts=texts))
 
 
 def all_prompts(config: TrainConfig) -> list[str]:
     """Every text that the run will ever encode, the negative prompt and those of real latents apart, each once."""
     null = [NULL_PROMPT] if null_rate(config) > 0 else []
-    return list(dict.fromkeys([*(prompt.text for prompt in config.prompts), *config.held_out.prompts, *config.sample_prompts, *null]))
+    return list(dict.fromkeys([*(prompt.text for prompt in (*config.prompts, *config.held_out.prompts, *config.sample_prompts)), *null]))
 
 
 @torch.no_grad()
 def _finished(
-    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]
+    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[Prompt, int]]
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Prompts and sampled latents of every batch."""
+    """Texts and sampled latents of every batch."""
     for prompts, start, context in _starts(config, parts, trainees, items):
         yield prompts, parts.experts.roll(start, config.sampling.sigmas(), context)
 
 
 def _starts(
-    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[str, int]]
+    config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee], items: Sequence[tuple[Prompt, int]]
 ) -> Iterator[tuple[list[str], torch.Tensor, PromptContext]]:
-    """Prompts, noise and context of every batch; LoRAs are merged meanwhile."""
+    """Texts, noise and context of every batch; LoRAs are merged meanwhile."""
     batch = config.held_out.batch or config.batch
     shape = config.video.latent_shape(1)
     with ExitStack() as merged:
@@ -127,6 +126,7 @@ def _starts(
             merged.enter_context(trainee.switch.merged())
         for begin in range(0, len(items), batch):
             part = items[begin : begin + batch]
-            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "held out", text, seed))) for text, seed in part]
-            prompts = [text for text, _ in part]
-            yield prompts, torch.cat(noise).to(parts.device), parts.contexts.batch(prompts)
+            seeds = [derived_seed(config.seed, "held out", prompt.text, seed) for prompt, seed in part]
+            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            texts, images = [prompt.text for prompt, _ in part], [prompt.image for prompt, _ in part]
+            yield texts, torch.cat(noise).to(parts.device), parts.contexts.batch(texts, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .checks import choice, number, require, whole
 
@@ -21,6 +21,8 @@ class LatentLayout(NamedTuple):
 
 
 LATENTS = {"wan2.1": LatentLayout(16, 8), "wan2.2": LatentLayout(48, 16)}
+# Input channels of an image-to-video model that say which frames are known, before those of the known frames' latents.
+MASK_CHANNELS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,10 @@ class RewardSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt and how often it is drawn relative to the others. `image`: path of a start image, empty for none."""
+    """A prompt and how often training draws it relative to the others; a plain text stands for one of weight 1. `image`: path of a start image, empty
+    for none."""
 
+    SHORT_FORM: ClassVar[str] = "text"
     text: str
     weight: float = 1.0
     image: str = ""

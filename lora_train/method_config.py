@@ -12,6 +12,9 @@ SOLVERS = ("euler", "unipc")
 PRFL_LOSSES = ("hinge", "logit")
 OPTIMISERS = ("adamw", "adamw8bit", "adafactor", "muon")
 LR_SCHEDULES = ("constant", "cosine", "linear")
+_TIMESTEPS = 1000
+# Without it, 943.9999, as a product of floats comes out, would be cut to 943 where 944 is meant.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,10 @@ class Prfl:
         number("prfl.hinge_limit", self.hinge_limit, above=0)
         number("prfl.null_rate", self.null_rate, least=0, most=1)
         number("prfl.real_weight", self.real_weight, least=0)
+
+    def told(self, sigma: float) -> float:
+        """The sigma that generator and PAVRM are told."""
+        return int(sigma * _TIMESTEPS + _ROUNDING) / _TIMESTEPS if self.whole_timesteps else sigma
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +148,8 @@ class Guards:
     kl_budget: ends when the mean KL to the base over the last `kl_window` updates is above it.
     motion_floor: ends when the held-out videos' dynamic degree falls below so many times that of the base.
     patience: ends after so many looks in a row without a better held-out curve (that of `held_out.judge`, where one is given).
-    keep_best: the finished LoRA is that of the best look, also of a run that no guard ended; one that a guard ended always is.
+    keep_best: the finished LoRA is that of the best look, also of a run that no guard ended. With motion_floor or patience, one that a guard ended
+        always is; a run with a KL budget alone gives its last one, whose update brought the mean over the budget.
     """
 
     kl_budget: float = 0.0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from .config import TrainConfig
 from .flow import EXPERTS
-from .input_config import RewardSource
+from .input_config import Prompt, RewardSource
+
+_SHOWN = 4
 
 
 def scores_latents(config: TrainConfig) -> bool:
@@ -50,7 +52,14 @@ def decodes(config: TrainConfig) -> bool:
 
 def start_images(config: TrainConfig) -> list[str]:
     """Paths of all start images, each once."""
-    return list(dict.fromkeys(prompt.image for prompt in config.prompts if prompt.image))
+    looked_at = config.held_out.prompts if config.held_out.every else ()
+    shown = shown_prompts(config) if config.sample_every else ()
+    return list(dict.fromkeys(prompt.image for prompt in (*config.prompts, *looked_at, *shown) if prompt.image))
+
+
+def shown_prompts(config: TrainConfig) -> tuple[Prompt, ...]:
+    """The prompts of sample videos: those that are given, else the first held-out or training prompts."""
+    return config.sample_prompts or config.held_out.prompts[:_SHOWN] or config.prompts[:_SHOWN]
 
 
 def experts(config: TrainConfig) -> tuple[str, ...]:

@@ -31,13 +31,14 @@ class LatentVideo:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A video of a dataset; `read` fetches its tensors. `labels`: as they stand in files."""
+    """A video of a dataset; `read` fetches its tensors. `labels`: as they stand in files. `has_condition`: whether these hold an image condition."""
 
     id: str
     shape: tuple[int, ...]
     read: Callable[[], LatentVideo]
     caption: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
+    has_condition: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

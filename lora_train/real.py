@@ -30,15 +30,31 @@ class Clips:
         """How many clips there were before some were chosen."""
         return len(self.prompts)
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether every clip comes with what an image-to-video model is told of its first frame."""
+        return False
+
     def clip(self, number: int) -> torch.Tensor:
         """Latent [C, F, H, W] fp32 of prompt `number`."""
         raise NotImplementedError
 
+    def condition(self, number: int) -> torch.Tensor:
+        """Latent [C, F, H, W] fp32 of the clip's first frame followed by grey ones; only where `has_conditions`."""
+        raise NotImplementedError
+
     def draw(self, seed: int, position: int, count: int) -> tuple[torch.Tensor, list[str]]:
         """Latents [count, C, F, H, W] fp32 and their prompts, number `position` and on of the endless stream."""
-        names = [Prompt(text=str(number)) for number in range(len(self.prompts))]
-        numbers = [int(name) for name in PromptSampler(names, seed).draw(position, count)]
+        numbers = self._drawn(seed, position, count)
         return torch.stack([self.clip(number) for number in numbers]), [self.prompts[number] for number in numbers]
+
+    def conditions(self, seed: int, position: int, count: int) -> torch.Tensor:
+        """The conditions [count, C, F, H, W] of the same clips."""
+        return torch.stack([self.condition(number) for number in self._drawn(seed, position, count)])
+
+    def _drawn(self, seed: int, position: int, count: int) -> list[int]:
+        names = [Prompt(text=str(number)) for number in range(len(self.prompts))]
+        return [int(name) for name in PromptSampler(names, seed).draw(position, count)]
 
 
 class RealLatents(Clips):
@@ -87,6 +103,15 @@ class RealSamples(Clips):
         """See `Clips.clip`."""
         return self._samples[number].read().latent_CFHW.float()
 
+    @property
+    def has_conditions(self) -> bool:
+        """See `Clips.has_conditions`."""
+        return all(sample.has_condition for sample in self._samples)
+
+    def condition(self, number: int) -> torch.Tensor:
+        """See `Clips.condition`."""
+        return self._samples[number].read().condition_CFHW.float()
+
 
 class Chosen(Clips):
     """Some of other clips, by their numbers there."""
@@ -103,6 +128,15 @@ class Chosen(Clips):
     def clip(self, number: int) -> torch.Tensor:
         """See `Clips.clip`."""
         return self._clips.clip(self._numbers[number])
+
+    @property
+    def has_conditions(self) -> bool:
+        """See `Clips.has_conditions`."""
+        return self._clips.has_conditions
+
+    def condition(self, number: int) -> torch.Tensor:
+        """See `Clips.condition`."""
+        return self._clips.condition(self._numbers[number])
 
 
 def write_real(path: Path, latents_BCFHW: torch.Tensor, prompts: Sequence[str], **facts: str) -> None:

@@ -6,12 +6,13 @@ Shapes: B batch, C channels, F latent frames, H W, P prompt tokens, D text width
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .config import Sampling
 from .flow import euler_step, expert_of
+from .input_config import MASK_CHANNELS
 from .protocols import Backbone
 
 
@@ -117,6 +118,14 @@ class PromptContext:
     first: FirstFrames | None = None
 
 
+def first_frame_known(latent_BCFHW: torch.Tensor) -> torch.Tensor:
+    """An image-to-video model's further input channels [B, 4 + C, F, H, W]: mask channels, 1 on the first latent frame, then the latents of
+    the first frame followed by grey ones."""
+    mask = latent_BCFHW.new_zeros(len(latent_BCFHW), MASK_CHANNELS, *latent_BCFHW.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latent_BCFHW], dim=1)
+
+
 class ContextCache:
     """Embeddings of all prompts of a run, made once; the text encoder can go afterwards."""
 
@@ -152,6 +161,26 @@ class ContextCache:
             prompt_BPD=torch.stack(padded[:-1]).to(self._device), negative_BPD=padded[-1].expand(len(rows), -1, -1).to(self._device),
             condition_BCFHW=self._of_images(self._conditions, images), first=self._first(images),
         )
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether the run gives start images to models with input channels for them."""
+        return bool(self._conditions)
+
+    def of_clips(self, prompts: Sequence[str], clean_BCFHW: torch.Tensor, condition_BCFHW: torch.Tensor | None) -> PromptContext:
+        """Embeddings of clips of a run with start images: their own first frames are known, as images are in its rollouts. Without images, as `batch`.
+
+        Args:
+            clean_BCFHW: the clips.
+            condition_BCFHW: latents of their first frames followed by grey ones; needed where `takes_conditions`.
+        """
+        context = self.batch(prompts)
+        if self._first_frames:
+            every = torch.ones(len(prompts), dtype=torch.bool, device=self._device)
+            context = replace(context, first=FirstFrames(latent_BC1HW=clean_BCFHW[:, :, :1].to(self._device), is_known_B=every))
+        if self._conditions:
+            context = replace(context, condition_BCFHW=first_frame_known(condition_BCFHW).to(self._device))
+        return context
 
     def _first(self, images: Sequence[str]) -> FirstFrames | None:
         latent = self._of_images(self._first_frames, images)

@@ -30,10 +30,6 @@ from ..solvers import SOLVERS, Solver, gradient_scale
 from ..trainee import Trainee
 from .common import Velocity, backward, kl_to_base
 
-_TIMESTEPS = 1000
-# Cuts 943.9999 as a product of floats to 943 where 944 is meant.
-_ROUNDING = 1e-6
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStep:
@@ -83,16 +79,20 @@ class Prfl(Objective):
         return sum(scales) / len(scales) / gradient_scale(config.prfl.solver, draw.sigmas, index)
 
     def _add_real_gradient(self, trainee: Trainee, step: int, micro: int) -> float:
-        """Add the flow-matching loss on real latents: mean((v - (noise - x0))^2) at a sigma of the trained expert, without guidance."""
+        """Add the flow-matching loss on real latents: mean((v - (noise - x0))^2) at a sigma of the trained expert, without guidance; where prompts have
+        start images, the clips' own first frames are known as well."""
         config, parts = self._config, self._parts
         draws = random.Random(derived_seed(config.seed, "real draw", step, micro))
         position = ((step - 1) * config.optimiser.accumulate + micro) * config.batch
-        clean, prompts = parts.real.draw(derived_seed(config.seed, "real"), position, config.batch)
+        place = (derived_seed(config.seed, "real"), position, config.batch)
+        clean, prompts = parts.real.draw(*place)
+        condition = parts.real.conditions(*place) if parts.contexts.takes_conditions else None
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "real noise", step, micro)))
         sigma = _sigma_of_expert(config, trainee.expert, draws)
         clean, noise = clean.to(parts.device), noise.to(parts.device)
         texts = [NULL_PROMPT if draws.random() < config.prfl.null_rate else prompt for prompt in prompts]
-        velocity = parts.experts.velocity((1 - sigma) * clean + sigma * noise, sigma, parts.contexts.batch(texts), guidance=1.0)
+        context = parts.contexts.of_clips(texts, clean, condition)
+        velocity = parts.experts.velocity((1 - sigma) * clean + sigma * noise, sigma, context, guidance=1.0, told_sigma=config.prfl.told(sigma))
         loss = (velocity - (noise - clean)).square().mean()
         (loss * config.prfl.real_weight / config.optimiser.accumulate).backward()
         return float(loss.detach())
@@ -105,14 +105,9 @@ def _sigma_of_expert(config: TrainConfig, expert: str, draws: random.Random) -> 
             return sigma
 
 
-def told(config: TrainConfig, sigma: float) -> float:
-    """The sigma that generator and PAVRM are told."""
-    return int(sigma * _TIMESTEPS + _ROUNDING) / _TIMESTEPS if config.prfl.whole_timesteps else sigma
-
-
 def prfl_velocity(config: TrainConfig, parts: Parts, context: PromptContext) -> Velocity:
     """Velocity as a function of latent and sigma, with this method's guidance and timesteps."""
-    return lambda latent, sigma: parts.experts.velocity(latent, sigma, context, guidance=config.prfl.guidance, told_sigma=told(config, sigma))
+    return lambda latent, sigma: parts.experts.velocity(latent, sigma, context, guidance=config.prfl.guidance, told_sigma=config.prfl.told(sigma))
 
 
 @torch.no_grad()
@@ -141,7 +136,7 @@ def reward_step(
     velocity = velocity_of(latent_BCFHW, sigmas[index])
     moved = solver.step(index, latent_BCFHW, velocity)
     leaf = moved.detach().requires_grad_()
-    scores = parts.latent_reward.score(leaf, told(config, sigmas[index + 1]), context.prompt_BPD, context.condition_BCFHW)
+    scores = parts.latent_reward.score(leaf, config.prfl.told(sigmas[index + 1]), context.prompt_BPD, context.condition_BCFHW)
     logit_B = scores.logit_B.float()
     loss_B = torch.relu(config.prfl.hinge_limit - logit_B.sigmoid()) if config.prfl.loss == "hinge" else -logit_B
     loss = config.objective.reward_scale * loss_B.mean()

@@ -163,3 +163,45 @@ def test_missing_image_is_named_before_any_work(image_models, tmp_path):
     })  # fmt: skip
     with pytest.raises(ValueError, match="1 start images do not exist, the first is .*gone.png"):
         preflight.check(config, tmp_path)
+
+
+def _prfl(image_models, pavrm_path, photo, **changes):
+    return TrainConfig.from_dict({
+        "models": image_models, "method": "prfl", "reward": {"kind": "pavrm", "path": pavrm_path}, "prompts": [{"text": "a", "image": photo}],
+        "video": {"width_px": 32, "height_px": 32, "frames": 5}, "sampling": {"steps": 4}, **changes,
+    })  # fmt: skip
+
+
+def _pavrm(path, more=()):
+    """The header of a PAVRM that reads images."""
+    from safetensors.torch import save_file
+
+    shapes = {"trunk.patch_embedding.weight": (8, 36, 1, 2, 2), "trunk.text_embedding.0.weight": (8, 32), **dict(more)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    return str(path)
+
+
+def test_a_pavrm_of_image_models_asks_for_an_image_of_every_prompt(image_models, photo, tmp_path):
+    scorer = _pavrm(tmp_path / "i2v_pavrm.safetensors")
+    preflight.check(_prfl(image_models, scorer, photo), tmp_path)
+    looked_at = {"every": 1, "prompts": [{"text": "b", "image": photo}]}
+    preflight.check(_prfl(image_models, scorer, photo, held_out=looked_at), tmp_path)
+    with pytest.raises(ValueError, match="but 1 of 2 prompts have none, the first is 'b'"):
+        preflight.check(_prfl(image_models, scorer, photo, prompts=[{"text": "a", "image": photo}, "b"]), tmp_path)
+    clip = _pavrm(tmp_path / "clip_pavrm.safetensors", [("trunk.img_emb.proj.1.weight", (8, 8))])
+    with pytest.raises(ValueError, match="CLIP vision tokens of start images"):
+        preflight.check(_prfl(image_models, clip, photo), tmp_path)
+
+
+def test_clips_without_images_are_not_learned_beside_prompts_with_images(image_models, photo, tmp_path):
+    from reward_lab.lora_train.real import RealLatents, write_real
+
+    scorer = _pavrm(tmp_path / "i2v_pavrm.safetensors")
+    with pytest.raises(ValueError, match="clips of real.replay would be learned without theirs"):
+        preflight.check(_prfl(image_models, scorer, photo, prfl={"real_weight": 1.0}, real={"replay": 4}), tmp_path)
+    path = tmp_path / "real.safetensors"
+    write_real(path, torch.zeros(1, 16, 2, 4, 4), ["clip"])
+    config = _prfl(image_models, scorer, photo, prfl={"real_weight": 1.0}, real={"path": str(path)})
+    with pytest.raises(ValueError, match="come without theirs .*lab.py preprocess --hy"):
+        start_images.check_clips(config, RealLatents(path), {"conditions": {}})
+    start_images.check_clips(config, RealLatents(path), {"first_frames": {}})

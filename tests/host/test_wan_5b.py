@@ -152,6 +152,28 @@ def test_a_start_image_acts_as_in_the_hosts_sampler(models, backbone):
     assert torch.allclose(ours[:1, :, :1], given, atol=1e-6)
 
 
+def test_fun_inp_5b_is_told_of_an_image_in_both_ways(models, photo, tmp_path):
+    """100 input channels: noise with the clean first frame in place, told noise level 0, then mask and latents of the image and grey frames."""
+    sizes = {**SIZES, "in_dim": 100}
+    made = comfy.ldm.wan.model.WanModel(**sizes, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    save_file(_randomise(made, 5), tmp_path / "inp.safetensors", metadata={"config": json.dumps({"transformer": sizes})})
+    backbone = load_backbone(str(tmp_path / "inp.safetensors"), dtype=torch.float32, device=CPU)
+    values = {"models": {**models, "high": str(tmp_path / "inp.safetensors")}, "reward": {"kind": "mix"}, "video": VIDEO}
+    config = TrainConfig.from_dict({**values, "prompts": [{"text": "a", "image": photo}]})
+    preflight.check(config, tmp_path)
+    text, latent, sigma = torch.randn(5, 32), torch.randn(config.video.latent_shape(1)), 0.6
+    with training_mode(), torch.no_grad():
+        told = start_images.given(config, [photo], {"high": backbone}, load_decoder(models["vae"], dtype=torch.float32, device=CPU))
+        context = ContextCache({"a": text}, text, CPU, **told).batch(["a"], [photo])
+        found = Experts(backbones={"high": backbone}, sampling=config.sampling).velocity(latent, sigma, context, guidance=1.0)
+        first = told["first_frames"][photo][None]
+        seen = torch.cat([torch.cat([first, latent[:, :, 1:]], dim=2), told["conditions"][photo][None]], dim=1)
+        wanted = backbone.model(seen, torch.tensor([[0.0, 1000 * sigma]]), text[None])
+    assert seen.shape[1] == 100
+    torch.testing.assert_close(found[:, :, 1:], wanted[:, :, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, :, :1], (latent[:, :, :1] - first) / sigma)
+
+
 def test_every_solver_ends_at_the_start_image(backbone, models):
     from reward_lab.lora_train.solvers import SOLVERS
 

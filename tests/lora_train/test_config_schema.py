@@ -45,6 +45,20 @@ def test_every_config_that_is_read_fits(toy):
             assert _allows(rules, values)
             config = TrainConfig.from_dict(values)
             assert _allows(rules, config.to_dict()) and config.video.width_px == CARD_SIZES[card]["video"]["width_px"]
+            without = TrainConfig.from_dict({key: value for key, value in values.items() if key != "card"} | {"video": CARD_SIZES[card]["video"]})
+            assert config.lora.rank == CARD_SIZES[card]["lora"]["rank"] and config.lora.factor == without.lora.factor
+
+
+def test_a_plain_text_stands_for_a_prompt(toy):
+    mixed = {"every": 2, "prompts": ["y", {"text": "z", "image": "z.png"}]}
+    values = {**toy.settings(held_out=mixed), "prompts": ["a", {"text": "b", "weight": 2}], "sample_prompts": ["c"]}
+    assert _allows(schema(), values)
+    config = TrainConfig.from_dict(values)
+    assert [(prompt.text, prompt.weight, prompt.image) for prompt in (*config.prompts, *config.held_out.prompts, *config.sample_prompts)] == [
+        ("a", 1.0, ""), ("b", 2.0, ""), ("y", 1.0, ""), ("z", 1.0, "z.png"), ("c", 1.0, ""),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"a prompt is empty"):
+        TrainConfig.from_dict({**values, "held_out": {"every": 2, "prompts": ["y", " "]}})
 
 
 @pytest.mark.parametrize("changes", [{"stepz": 1}, {"method": "prlf"}, {"optimiser": {"kind": "adam"}}, {"steps": "many"}, {"lora": {"rnk": 2}}])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import random
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,7 +16,6 @@ from reward_lab.lora_train.draws import draw_batch, prompt_sampler
 from reward_lab.lora_train.flow import expert_of
 from reward_lab.lora_train.objectives import create
 from reward_lab.lora_train.objectives.pavrm import PavrmObjective
-from reward_lab.lora_train.objectives.prfl import told
 from reward_lab.lora_train.pavrm_config import PavrmConfig
 from reward_lab.lora_train.pavrm_data import Draws, Example, LatentVideo, Learnable, Sample
 from reward_lab.lora_train.prompts import derived_seed
@@ -145,7 +146,7 @@ def test_shortened_rollouts_and_real_starts(toy, tmp_path):
 
 def prfl_loss(config, parts, trainee, draw, held, real_sigma):
     """A trajectory of constants; every point's own step, reward and KL; and the flow-matching loss on real latents."""
-    velocity_of = _velocity(config, parts, draw, config.prfl.guidance, lambda sigma: told(config, sigma))
+    velocity_of = _velocity(config, parts, draw, config.prfl.guidance, config.prfl.told)
     solver, latent, loss, context = SOLVERS[config.prfl.solver](draw.sigmas), draw.start_BCFHW.double(), 0.0, parts.contexts.batch(draw.prompts)
     scales = [gradient_scale(config.prfl.solver, config.sampling.sigmas(), step) for step in config.gradient_steps(config.expert)]
     for index in range(draw.steps[-1] + 1):
@@ -153,7 +154,7 @@ def prfl_loss(config, parts, trainee, draw, held, real_sigma):
         velocity = velocity_of(source, sigma)
         if index in draw.steps:
             moved = copy.copy(solver).step(index, source, velocity)
-            logit = parts.latent_reward.score(moved, told(config, draw.sigmas[index + 1]), context.prompt_BPD).logit_B
+            logit = parts.latent_reward.score(moved, config.prfl.told(draw.sigmas[index + 1]), context.prompt_BPD).logit_B
             value = torch.relu(config.prfl.hinge_limit - logit.sigmoid()) if config.prfl.loss == "hinge" else -logit
             factor = sum(scales) / len(scales) / gradient_scale(config.prfl.solver, draw.sigmas, index) if config.prfl.even_gradient else 1.0
             kl = _kl(config, trainee, velocity_of, source, velocity, sigma, held)
@@ -162,12 +163,23 @@ def prfl_loss(config, parts, trainee, draw, held, real_sigma):
     return loss + config.prfl.real_weight * real_loss(config, parts, real_sigma) if config.prfl.real_weight else loss
 
 
+def drawn_real_sigma(config):
+    """The noise level of the real latents in update 1: uniform, shifted, drawn until it is the trained expert's."""
+    draws = random.Random(derived_seed(config.seed, "real draw", 1, 0))
+    while True:
+        u, shift = draws.random(), config.sampling.shift
+        sigma = shift * u / (1 + (shift - 1) * u)
+        if (sigma >= config.sampling.boundary) == (config.expert == "high"):
+            return sigma
+
+
 def real_loss(config, parts, sigma):
     """mean((v - (noise - x0))^2)."""
     clean, prompts = parts.real.draw(derived_seed(config.seed, "real"), 0, config.batch)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "real noise", 1, 0)))
     backbone = parts.experts.backbones[config.expert]
-    velocity = backbone.velocity((1 - sigma) * clean + sigma * noise, sigma, parts.contexts.batch(prompts).prompt_BPD)
+    told = math.floor(1000 * sigma) / 1000 if config.prfl.whole_timesteps else sigma
+    velocity = backbone.velocity((1 - sigma) * clean + sigma * noise, told, parts.contexts.batch(prompts).prompt_BPD)
     return (velocity - (noise - clean)).square().mean()
 
 
@@ -191,15 +203,7 @@ def test_prfl(toy, tmp_path, changes):
     write_real(path, torch.randn(5, 16, 2, 2, 4, generator=torch.Generator().manual_seed(6)), names)
     config = toy.config(**{"method": "prfl", "reward": {"kind": "pavrm", "path": "x"}, "real": {"path": str(path)}, **changes})
     parts = toy.parts(config, torch.float64, more_prompts=names, latent_reward=ToyLatentReward(torch.float64), real=RealLatents(path))
-    own, seen, levels = parts.experts.backbones[config.expert], [], []
-    plain = own.velocity
-    own.velocity = lambda x, sigma, *rest: seen.append(sigma) or plain(x, sigma, *rest)
-
-    def loss_of(trainee, draw, held):
-        levels.append(seen[-1])  # the objective's own last call: the noise level that was drawn for the real latents
-        return prfl_loss(config, parts, trainee, draw, held, levels[0])
-
-    _check(config, parts, loss_of)
+    _check(config, parts, lambda trainee, draw, held: prfl_loss(config, parts, trainee, draw, held, drawn_real_sigma(config)))
 
 
 # --- reward flow ---

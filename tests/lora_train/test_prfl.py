@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from reward_lab.lora_train import needs, objectives, run
 from reward_lab.lora_train.draws import draw_batch, prompt_sampler, shortened
+from reward_lab.lora_train.evaluation import evaluate
 from reward_lab.lora_train.objectives.prfl import Prfl
+from reward_lab.lora_train.pavrm_data import LatentVideo, Sample
 from reward_lab.lora_train.prompts import derived_seed
 from reward_lab.lora_train.protocols import LatentScores
-from reward_lab.lora_train.real import RealLatents, write_real
+from reward_lab.lora_train.real import RealLatents, RealSamples, write_real
+from reward_lab.lora_train.rollout import ContextCache
+from reward_lab.lora_train.solvers import SOLVERS
 
+from .conftest import TEXT_WIDTH
 from .gradients import trainee_of
 
 
@@ -144,9 +151,6 @@ def test_nan_stops_with_step_sigma_and_rewards_and_keeps_the_checkpoint(prfl, tm
 
 
 def test_dataset_videos_of_one_shape_are_drawn_like_a_files_rows(tmp_path):
-    from reward_lab.lora_train.pavrm_data import LatentVideo, Sample
-    from reward_lab.lora_train.real import RealSamples
-
     latents = torch.randn(5, 16, 2, 2, 4)
     captions = [f"clip {index}" for index in range(5)]
 
@@ -163,3 +167,50 @@ def test_dataset_videos_of_one_shape_are_drawn_like_a_files_rows(tmp_path):
         assert torch.equal(ours, theirs) and said == wanted
     with pytest.raises(ValueError, match="none of the dataset's 1 videos has a caption"):
         RealSamples(odd[1:])
+
+
+@pytest.mark.parametrize("kind", ["conditions", "first_frames"])
+def test_with_start_images_the_clips_own_first_frames_are_known(toy, kind):
+    """Else the flow-matching half would teach an image-to-video expert to look past its image."""
+    latents, conditions = torch.randn(2, 3, 16, 2, 2, 4).unbind()
+    samples = [
+        Sample(id=str(n), shape=(16, 2, 2, 4), read=lambda n=n: LatentVideo(latent_CFHW=latents[n], texts_PD={}, condition_CFHW=conditions[n]),
+               caption=f"clip {n}", has_condition=True)
+        for n in range(3)
+    ]  # fmt: skip
+    config = toy.config(
+        method="prfl", reward={"kind": "pavrm", "path": "x"}, real={"path": "x"}, expert="low", prfl={"real_weight": 1.0}, prompts=[{"text": "a", "image": "a"}]
+    )
+    real = RealSamples(samples)
+    parts = toy.parts(config, more_prompts=real.prompts, latent_reward=ToyLatentReward(torch.float32), real=real, decoder=None, reward=None)
+    texts = {text: torch.randn(3, TEXT_WIDTH) for text in ["a", *real.prompts]}
+    image = {"a": torch.randn(20, 2, 2, 4) if kind == "conditions" else torch.randn(16, 1, 2, 4)}
+    parts = replace(parts, contexts=ContextCache(texts, torch.zeros(3, TEXT_WIDTH), torch.device("cpu"), **{kind: image}))
+    seen = []
+    for backbone in parts.experts.backbones.values():
+        backbone.velocity = lambda x, sigma, text, known=None, plain=backbone.velocity: seen.append((x, known)) or plain(x[:, :16], sigma, text)
+    with ExitStack() as stack:
+        trainee = trainee_of(config, parts, "low", stack)
+        Prfl(config, parts).add_gradient(trainee, 1, 0)
+    clean, prompts = real.draw(derived_seed(config.seed, "real"), 0, config.batch)
+    told, known_BF = seen[-1]
+    if kind == "conditions":
+        wanted = torch.stack([conditions[int(prompt.split()[1])] for prompt in prompts])
+        assert torch.equal(told[:, 20:], wanted) and bool((told[:, 16:20, 0] == 1).all()) and not told[:, 16:20, 1:].any()
+    else:
+        assert torch.equal(told[:, :, :1], clean[:, :, :1]) and known_BF.tolist() == [[True, False]] * config.batch
+
+
+def test_held_out_curve_follows_the_trajectories_that_are_trained(prfl, tmp_path):
+    """The look's own rollout, done by hand with PRFL's solver and whole timesteps."""
+    config, parts = prfl(prfl={"solver": "unipc"}, expert="high", held_out={"every": 1, "prompts": ["x"]}, steps=1, batch=1)
+    context, sigmas, totals = parts.contexts.batch(["x"]), config.sampling.sigmas(), []
+    seed = derived_seed(config.seed, "held out", "x", 0)
+    latent, solver = torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(seed)), SOLVERS["unipc"](sigmas)
+    for index in config.gradient_steps("high"):
+        with torch.no_grad():
+            told = int(1000 * sigmas[index] + 1e-6) / 1000
+            latent = solver.step(index, latent, parts.experts.velocity(latent, sigmas[index], context, guidance=config.prfl.guidance, told_sigma=told))
+        totals.append(parts.latent_reward.score(latent, int(1000 * sigmas[index + 1] + 1e-6) / 1000, context.prompt_BPD).probability_B.item())
+    base = evaluate(config, parts, {"high": SimpleNamespace(switch=SimpleNamespace(merged=nullcontext))})
+    assert len(totals) <= 4 and base.mean == pytest.approx(sum(totals) / len(totals), rel=1e-6)
