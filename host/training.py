@@ -41,6 +41,9 @@ LOG_LINES = 15
 _processes: dict[str, subprocess.Popen] = {}
 _followed: list[threading.Thread] = []
 
+# Looks at held-out prompts in a run of the node.
+_LOOKS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartedRun:
@@ -77,7 +80,7 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         wan_files: WAN_FILES.
         prompts: PROMPTS.
         reward_model: Which reward.
-        settings: The node's widgets by name; `advanced` is JSON laid over everything else.
+        settings: The node's widgets by name; `advanced` is JSON laid over everything else. `held_out`: PROMPTS, where there are some.
 
     Raises:
         ValueError: A value is out of range, or `advanced` is no JSON object or has an unknown name.
@@ -87,7 +90,7 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         "name": settings["name"],
         "models": {role: wan_files[role] for role in ("high", "low", "text_encoder", "vae")},
         "reward": reward_model.to_dict(),
-        "prompts": [{"text": prompt["text"], "weight": prompt.get("weight", 1.0), "image": prompt.get("image", "")} for prompt in prompts],
+        "prompts": [_prompt(prompt) for prompt in prompts],
         # A model without experts is given in the place of the high-noise one.
         "expert": settings["expert"] if wan_files["low"] else "high",
         "video": {"width_px": settings["width"], "height_px": settings["height"], "frames": settings["frames"], "vae": wan_files.get("latents", "wan2.1")},
@@ -99,7 +102,13 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
         "seed": settings["seed"],
         "output_folder": str(Path(folder_paths.get_output_directory()) / "loras"),
     }
+    if settings.get("held_out"):
+        values["held_out"] = {"every": max(1, settings["steps"] // _LOOKS), "prompts": [_prompt(prompt) for prompt in settings["held_out"]]}
     return TrainConfig.from_dict(laid_over(values, advanced_settings(settings["advanced"])))
+
+
+def _prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": prompt["text"], "weight": prompt.get("weight", 1.0), "image": prompt.get("image", "")}
 
 
 def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: RewardModelSpec, settings: Mapping[str, Any]) -> StartedRun:

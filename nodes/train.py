@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..host import plan_report, queue, training
 from .types import Prompts, RewardModel, Run, WanFiles, run_output, seed_and_settings
 
+_HELD_OUT = "Prompts to judge by and never to train on, the second list of Prompt Set: their reward is measured before the run and at every tenth of it."
 _ALPHA = "Alpha of the LoRA; its change is scaled by alpha / rank. Official reward LoRAs: 64 at rank 128."
 
 
@@ -45,6 +46,7 @@ def run_inputs() -> list[io.Input]:
         io.Int.Input("sampling_steps", default=40, min=1, max=1000, tooltip="Sampling steps of each training video."),
         io.Float.Input("guidance", default=6.0, min=1.0, max=100.0, step=0.1, tooltip="Guidance scale (CFG) while sampling the training videos."),
         *seed_and_settings("Seed of noise, prompt order and LoRA initialisation.", '{"objective": {"kl_weight": 0.1}}'),
+        Prompts.Input("held_out", optional=True, tooltip=_HELD_OUT),
     ]
 
 

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.host
 
 RUN_INPUTS = [
     *("wan_files", "prompts", "reward_model", "name", "expert", "preset", "steps", "rank", "alpha", "learning_rate"),
-    *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced"),
+    *("batch", "width", "height", "frames", "sampling_steps", "guidance", "seed", "advanced", "held_out"),
 ]
 NODES = {
     "RewardLabWanModels": ["high_noise_model", "low_noise_model", "text_encoder", "vae", "weight_dtype"],

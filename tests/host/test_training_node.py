@@ -54,6 +54,14 @@ def config(**changes):
     return training.make_config(WAN_FILES, [{"text": "a cat", "weight": 2.0}], spec, {**SETTINGS, **changes})
 
 
+def test_held_out_prompts_are_looked_at_ten_times() -> None:
+    held_out = [{"text": "a dog"}, {"text": "a fish", "weight": 3.0, "image": "fish.png"}]
+    made = config(steps=95, held_out=held_out)
+    assert made.held_out.every == 9 and [(prompt.text, prompt.image) for prompt in made.held_out.prompts] == [("a dog", ""), ("a fish", "fish.png")]
+    assert config(steps=4, held_out=held_out, advanced='{"held_out": {"every": 2}}').held_out.every == 2
+    assert config(held_out=[]).held_out == config().held_out and config().held_out.every == 0
+
+
 def test_widgets_reach_the_config() -> None:
     made = config(advanced='{"objective": {"kl_weight": 0.5}, "checkpoint_every": 3}')
     assert (made.steps, made.lora.rank, made.lora.alpha, made.optimiser.lr, made.batch, made.seed) == (7, 4, 2.0, 1e-3, 2, 5)
