@@ -127,7 +127,7 @@ class Real:
         [N, C, F, H, W] in model space and, in its metadata, `prompts`, a JSON list of N.
     keep: share of the clips in `path` that the run learns from, those that its rewards like best with their captions; 1 takes all, unseen.
     replay: without a path, the base model makes so many clips of the prompts before the first update.
-    tries: videos that it makes for each of them; the one that the reward likes best is kept.
+    tries: videos that it makes for each of them; the one that the run's rewards like best is kept.
     """
 
     path: str = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,8 +71,7 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
         found = recovery.twice(lambda: clip_scores(config, parts, latent_BCFHW, prompt, number), parts, (), 0)  # noqa: B023
         for name, score in found.items():
             scores.setdefault(name, []).append(score)
-    even = [_standardised(torch.tensor(values, dtype=torch.float64)) for values in scores.values()]
-    order = torch.stack(even).amin(0).argsort(descending=True, stable=True).tolist()
+    order = together(scores).argsort(descending=True, stable=True).tolist()
     kept = set(order[: max(1, round(config.real.keep * len(order)))])
     return [
         {"clip": number, "caption": prompt, "scores": {name: values[number] for name, values in scores.items()}, "kept": number in kept}
@@ -79,24 +79,29 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
     ]
 
 
+def together(scores: Mapping[str, Sequence[float]]) -> torch.Tensor:
+    """One score for each of N clips [N], of N by each reward: these are brought to mean 0 and deviation 1, and the least of a clip's counts."""
+    return torch.stack([_standardised(torch.tensor(values, dtype=torch.float64)) for values in scores.values()]).amin(0)
+
+
 @torch.no_grad()
 def clip_scores(config: TrainConfig, parts: Parts, latent_1CFHW: torch.Tensor, prompt: str, number: int) -> dict[str, float]:
     """What the run's rewards say of a finished latent, by name; `number` seeds the noise that a PAVRM sees it under."""
     found = {}
     if parts.reward is not None:
-        found[config.reward.kind] = video_score(parts, latent_1CFHW, prompt)
+        found[config.reward.kind] = _video_score(parts, latent_1CFHW, prompt)
     if parts.latent_reward is not None:
         noise = torch.Generator().manual_seed(derived_seed(config.seed, "judged", number))
-        found["pavrm"] = latent_score(parts, latent_1CFHW, parts.contexts.batch([prompt]).prompt_BPD, noise)
+        found["pavrm"] = _latent_score(parts, latent_1CFHW, parts.contexts.batch([prompt]).prompt_BPD, noise)
     return found
 
 
-def video_score(parts: Parts, latent_1CFHW: torch.Tensor, prompt: str) -> float:
+def _video_score(parts: Parts, latent_1CFHW: torch.Tensor, prompt: str) -> float:
     """The reward of a finished latent's whole video."""
     return score_in_chunks(parts.reward, parts.decoder.decode(latent_1CFHW), [prompt], _FRAMES_PER_CHUNK).per_video.item()
 
 
-def latent_score(parts: Parts, latent_1CFHW: torch.Tensor, context_BPD: torch.Tensor, generator: torch.Generator) -> float:
+def _latent_score(parts: Parts, latent_1CFHW: torch.Tensor, context_BPD: torch.Tensor, generator: torch.Generator) -> float:
     """The PAVRM's logit of a finished latent under noise."""
     noise = torch.randn(latent_1CFHW.shape, generator=generator).to(latent_1CFHW)
     return parts.latent_reward.score((1 - _JUDGED_AT) * latent_1CFHW + _JUDGED_AT * noise, _JUDGED_AT, context_BPD).logit_B.item()

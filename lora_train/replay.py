@@ -1,4 +1,4 @@
-"""Clips for runs without real videos: the base model makes some once, and of several for a prompt the reward picks one.
+"""Clips for runs without real videos: the base model makes some once, and of several for a prompt the run's rewards pick one.
 
 They lie in the run folder in the form of real latents (`real.py`) and are drawn like these, by updates that roll nothing out. Their cost is part of the
 run's count of forwards. Picking and then imitating is RAFT (arXiv 2304.06767).
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from . import needs, recovery
 from .config import TrainConfig
 from .draws import parted, prompt_sampler
-from .picking import latent_score, video_score, with_picked
+from .picking import clip_scores, together, with_picked
 from .prompts import derived_seed
 from .real import RealLatents, write_real
 from .run import Parts
@@ -59,25 +59,28 @@ def _forwards(config: TrainConfig) -> float:
 
 @torch.no_grad()
 def _make(config: TrainConfig, parts: Parts) -> tuple[list[torch.Tensor], list[str]]:
-    sampler, clips, prompts = prompt_sampler(config), [], []
+    """A clip for each prompt, the try that scores best among those of its prompt; on the host, where all tries wait for the last one's score."""
+    sampler, tries, prompts, scores = prompt_sampler(config), config.real.tries, [], []
+    made: list[torch.Tensor] = []
     for index in range(config.real.replay):
         (prompt,), (image,) = parted(sampler.draw(index, 1))
-        clips.append(recovery.twice(lambda: _best(config, parts, index, prompt, image), parts, (), 0))  # noqa: B023
         prompts.append(prompt)
+        for number in range(tries):
+            latent_1CFHW, found = recovery.twice(lambda: _try(config, parts, index, number, prompt, image), parts, (), 0)  # noqa: B023
+            made.append(latent_1CFHW)
+            scores.append(found)
         if parts.stop_requested():
             break
-    return clips, prompts
+    if tries == 1:
+        return made, prompts
+    overall = together({name: [found[name] for found in scores] for name in scores[0]})
+    best = overall.view(len(prompts), tries).argmax(1).tolist()
+    return [made[index * tries + number] for index, number in enumerate(best)], prompts
 
 
-def _best(config: TrainConfig, parts: Parts, index: int, prompt: str, image: str) -> torch.Tensor:
-    """Of the tries for one prompt the one that the reward likes best, on the host. They are made one after the other: the card holds one video at a time."""
-    context, judge_noise, tries = parts.contexts.batch([prompt], [image]), torch.Generator().manual_seed(0), []
-    for number in range(config.real.tries):
-        noise = torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(derived_seed(config.seed, "replay", index, number)))
-        latent_BCFHW = parts.experts.roll(noise.to(parts.device), config.sampling.sigmas(), context)
-        if config.real.tries == 1:
-            return latent_BCFHW.cpu()
-        has_videos = parts.reward is not None
-        score = video_score(parts, latent_BCFHW, prompt) if has_videos else latent_score(parts, latent_BCFHW, context.prompt_BPD, judge_noise)
-        tries.append((score, latent_BCFHW.cpu()))
-    return max(tries, key=lambda made: made[0])[1]
+def _try(config: TrainConfig, parts: Parts, index: int, number: int, prompt: str, image: str) -> tuple[torch.Tensor, dict[str, float]]:
+    """One video [1, C, F, H, W] of a prompt, on the host, and, where there are others to choose from, what the run's rewards say of it."""
+    noise = torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(derived_seed(config.seed, "replay", index, number)))
+    latent_1CFHW = parts.experts.roll(noise.to(parts.device), config.sampling.sigmas(), parts.contexts.batch([prompt], [image]))
+    found = clip_scores(config, parts, latent_1CFHW, prompt, index) if config.real.tries > 1 else {}
+    return latent_1CFHW.cpu(), found

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from reward_lab.lora_train import needs, objectives, replay, run
-from reward_lab.lora_train.draws import draw_batch, prompt_sampler
+from reward_lab.lora_train.draws import draw_batch, parted, prompt_sampler
 from reward_lab.lora_train.objectives.one_pass import OnePass
 from reward_lab.lora_train.prompts import derived_seed
 from reward_lab.lora_train.protocols import Shrunk
@@ -150,6 +151,29 @@ def test_clips_of_the_base_are_the_best_of_each_prompt_and_are_paid_for(one_pass
     before = (tmp_path / "run" / replay.FILE).read_bytes()
     assert replay.with_clips(config, parts, tmp_path / "run").clip_forwards == made  # a resumed run has paid as much, and makes none again
     assert (tmp_path / "run" / replay.FILE).read_bytes() == before
+
+
+def test_beside_a_pavrm_a_clip_of_the_base_has_to_please_both(one_pass, tmp_path):
+    """Both rewards over all tries, each to mean 0 and deviation 1; of a prompt's tries the one whose lesser score is the greatest."""
+    config, parts = one_pass(real={"path": "", "replay": 3, "tries": 4}, expert="high", one_pass={"pavrm": PAVRM})
+    ready, drawn = replay.with_clips(config, parts, tmp_path / "run"), prompt_sampler(config)
+    latents, by_frames, by_latent = [], [], []
+    for index in range(3):
+        (prompt,), _ = parted(drawn.draw(index, 1))
+        for number in range(4):
+            generator = torch.Generator().manual_seed(derived_seed(config.seed, "replay", index, number))
+            noise = torch.randn(config.video.latent_shape(1), generator=generator)
+            latent = parts.experts.roll(noise, config.sampling.sigmas(), parts.contexts.batch([prompt]))
+            judged = torch.randn(latent.shape, generator=torch.Generator().manual_seed(derived_seed(config.seed, "judged", index)))
+            with torch.no_grad():
+                by_frames.append(float(parts.reward.score(parts.decoder.decode(latent), [prompt]).per_video))
+                by_latent.append(float(parts.latent_reward.score(0.5 * latent + 0.5 * judged, 0.5, parts.contexts.batch([prompt]).prompt_BPD).logit_B))
+            latents.append(latent)
+    scores = np.minimum(*((np.array(values) - np.mean(values)) / np.std(values) for values in (by_frames, by_latent))).reshape(3, 4)
+    wanted = torch.cat([latents[4 * index + int(scores[index].argmax())] for index in range(3)])
+    found = torch.stack([ready.real.clip(index) for index in range(3)])
+    torch.testing.assert_close(found, wanted)
+    assert any(scores[index].argmax() != np.array(by_frames).reshape(3, 4)[index].argmax() for index in range(3))
 
 
 @pytest.mark.parametrize("where", ["roll", "decode"])
