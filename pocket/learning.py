@@ -28,7 +28,7 @@ from ..lora_train.evaluation import all_prompts
 from ..lora_train.real import RealLatents, write_real
 from ..lora_train.rollout import Experts
 from ..lora_train.run import Parts, train
-from ..reward_models.base import RewardModel
+from ..reward_models.base import RewardModel, score_in_chunks
 from ..reward_models.spec import RewardModelSpec
 from . import learning_experiments, learning_report, learning_store, world
 from .build import WEIGHTS
@@ -55,7 +55,7 @@ class Bench:
         self.generator = Generator(weights)
         self.weights, self.work = weights, work
         work.mkdir(parents=True, exist_ok=True)
-        self.judge = reward_loading.load(RewardModelSpec.from_dict(learning_experiments.reward(weights, "hpsv2.1")))
+        self.judge, self.mps = (reward_loading.load(RewardModelSpec.from_dict(learning_experiments.reward(weights, kind))) for kind in ("hpsv2.1", "mps"))
         spec = RewardModelSpec(kind="pavrm", path=str(weights / pavrm.FILE_NAME))
         self.pavrm = latent_reward.load(spec, {}, {}, device=torch.device("cpu"), dtype=torch.float32)
 
@@ -130,7 +130,10 @@ class Bench:
         row = score_row(self.generator, self.judge, "", latents, scenes)
         values = {name: numbers.tolist() for name, numbers in row.values.items()}
         values["text"] = [colour * shape for colour, shape in zip(values["colour"], values["shape"], strict=True)]
-        return {**values, "pavrm": self._pavrm(latents, [world.caption(scene) for scene in scenes], seed)}
+        prompts = [world.caption(scene) for scene in scenes]
+        with torch.no_grad():
+            values["mps"] = score_in_chunks(self.mps, self.generator.frames(latents), prompts, 64).per_video.tolist()
+        return {**values, "pavrm": self._pavrm(latents, prompts, seed)}
 
     @torch.no_grad()
     def _pavrm(self, clean: torch.Tensor, prompts: list[str], seed: int) -> list[float]:
@@ -220,7 +223,7 @@ def main(argv: list[str]) -> int:
         result = run_one(bench, name, seed, options.pairs, made_of)
         learning_store.write(options.results, result)
         means = _means(result["oracle"])
-        shown = ", ".join(f"{key} {means[key]:.4f}" for key in ("reward", "text", "colour", "shape", "motion", "dynamic_degree", "pavrm"))
+        shown = ", ".join(f"{key} {means[key]:.4f}" for key in ("reward", "text", "colour", "shape", "motion", "dynamic_degree", "pavrm", "mps"))
         cost = f"{result.get('updates', 0)} updates, {result.get('forwards', 0):.0f} forwards, {result['seconds']:.0f} s"
         print(f"{name} seed {seed}: {cost}; {shown}", flush=True)
     if options.report or not options.only:

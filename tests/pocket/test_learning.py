@@ -44,7 +44,7 @@ def test_all_train_on_other_prompts_than_they_are_judged_on(tmp_path):
 
 def test_plan_runs_seed_by_seed_and_refuses_unknown_names():
     todo = learning_experiments.plan([0, 1])
-    assert todo[:2] == [("base", 0), ("rendered", 0)] and ("base", 1) in todo and ("guarded-5x", 0) in todo and ("guarded-5x", 1) not in todo
+    assert todo[:2] == [("base", 0), ("rendered", 0)] and ("base", 1) in todo and ("real-clips-only", 0) in todo and ("real-clips-only", 1) not in todo
     assert [seed for _, seed in todo] == sorted(seed for _, seed in todo)
     with pytest.raises(ValueError, match="unknown experiments best; known: base, rendered, reward-lab"):
         learning_experiments.plan([0], ["best"])
