@@ -33,6 +33,9 @@ def test_recorded_labels(shared_fixtures):
         ({"physics_quality": 0, "human_quality": 0}, {"mixed": "skip"}, 0),
         ({"motion_quality": "good", "human_quality": 0}, {}, 1),
         ({"motion_quality": "skip"}, {}, None),
+        ({"motion_quality": 1.0}, {}, 1),
+        ({"motion_quality": 0.0}, {}, 0),
+        ({"physics_quality": "1.0", "human_quality": 1.0}, {}, 1),
         ({}, {}, None),
     ],
 )
@@ -40,7 +43,7 @@ def test_motion_quality(values, options, expected):
     assert label_of(values, "motion_quality", **options) == expected
 
 
-@pytest.mark.parametrize("arguments", [({"blur_quality": "so so"}, "blur_quality"), ({}, "beauty"), ({"blur_quality": 2}, "blur_quality")])
+@pytest.mark.parametrize("arguments", [*(({"blur_quality": value}, "blur_quality") for value in ("so so", 2, 0.5)), ({}, "beauty")])
 def test_what_is_no_label_is_refused(arguments):
     with pytest.raises(ValueError, match="must be one of|a label is 1"):
         label_of(*arguments)
