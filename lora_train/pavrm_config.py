@@ -87,7 +87,9 @@ class Data:
 class SigmaDraw:
     """How the noise level of a training sample is drawn.
 
-    kind: `shifted` (uniform, then shifted: upstream), `uniform`, `logit_normal` (mean, std; then shifted) or `list` (cycles by sample).
+    kind: `shifted` (uniform, then shifted: upstream), `uniform`, `logit_normal` or `list` (cycles by sample).
+    mean, std: of the normal number z of `logit_normal`, whose sigma is 1 - sigmoid(z), then shifted: a mean above 0 draws less noise. Upstream picks the entry
+        floor(1000 sigmoid(z)) of a table that falls from sigma 1 to 0 (scheduling_flow_match_discrete.py, `get_train_timestep_and_sigma`).
     low, high: the drawn sigma is mapped into this range (not for `list`).
     """
 
@@ -117,7 +119,7 @@ class SigmaDraw:
             return self.sigmas[position % len(self.sigmas)]
         u = rng.random()
         if self.kind == "logit_normal":
-            u = 1 / (1 + math.exp(-rng.gauss(self.mean, self.std)))
+            u = 1 / (1 + math.exp(rng.gauss(self.mean, self.std)))  # 1 - sigmoid
         sigma = u if self.kind == "uniform" else shift_sigma(u, self.shift)
         return self.low + (self.high - self.low) * sigma
 
