@@ -53,7 +53,7 @@ class Data:
     source: dataset folder (made by `lab.py preprocess` or Video Dataset), or HY-Video-PRFL's list file of metas.
     annotations: JSONL of labels laid over those of the dataset; empty takes `annotations.jsonl` of the dataset folder, where there is one.
     pairs: for the pair loss: `votes.sqlite` of a TestLab sweep, or JSONL of `{"winner", "loser"}`; empty makes pairs of good and bad videos.
-    losers: HY-Video-PRFL's second list: any video of `source` wins over any of these.
+    losers: HY-Video-PRFL's second list: any video of `source` wins over any of these, whose ids become `loser/<id>`.
     pairing: partners of good videos are bad ones of the same caption where there are such (`caption`), or any (`any`).
     balance: draw good and bad videos equally often.
     validation_share: share of the videos (of captions, when `split_by_caption`) that are never trained on; validation: another dataset instead.
