@@ -74,7 +74,9 @@ def learnable_of(config: PavrmConfig) -> Learnable:
     train_ids, held_ids = split(dataset.samples, data.validation_share, config.seed, by_caption=data.split_by_caption)
     held_samples: Sequence[Sample] = [sample for sample in dataset.samples if sample.id in held_ids]
     if data.validation:
-        train_ids, held_samples = {sample.id for sample in dataset.samples}, datasets.read(data.validation).samples
+        validation = datasets.read(data.validation)
+        train_ids, held_samples = {sample.id for sample in dataset.samples}, validation.samples
+        notes += validation.notes
     if not train_ids:
         raise ValueError(f"all {len(dataset.samples)} videos were held out for validation; lower data.validation_share or add videos")
     if data.losers:
@@ -105,13 +107,14 @@ def _against_losers(config: PavrmConfig, winners: Sequence[Sample], notes: Seque
     from . import datasets
 
     data = config.data
-    losers = datasets.read(data.losers).samples
+    read = datasets.read(data.losers)
+    losers = read.samples
     held_ids = split([*winners, *losers], data.validation_share, config.seed)[1]
     train, held_out = [], []
     for samples, label, prefix in ((winners, 1, ""), (losers, 0, LOSER)):
         for sample in samples:
             (held_out if sample.id in held_ids else train).append(Example(sample=replace(sample, id=f"{prefix}{sample.id}"), label=label))
-    told = [*notes, f"pairs: any of {len(winners)} videos wins over any of {len(losers)} losers"]
+    told = [*notes, *read.notes, f"pairs: any of {len(winners)} videos wins over any of {len(losers)} losers"]
     shared = {sample.id for sample in winners} & {sample.id for sample in losers}
     if shared:
         told.append(f"{len(shared)} losers have the id of a winner; the report calls losers {LOSER}<id>")
