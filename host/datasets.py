@@ -204,7 +204,8 @@ def _read_video(files: Mapping[str, Path]) -> LatentVideo:
     return LatentVideo(
         latent_CFHW=tensors["latent"],
         texts_PD={name: tensors[name] for name in ("short", "long") if name in tensors},
-        clip_PD=tensors.get("clip"),
+        # Zeros: prfl_layout.py writes them where there is no embedding. Read as one, an image-to-video PAVRM would score nonsense instead of asking for it.
+        clip_PD=tensors["clip"] if "clip" in tensors and tensors["clip"].any() else None,
         condition_CFHW=tensors.get("condition"),
     )
 
