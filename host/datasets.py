@@ -3,6 +3,8 @@
 Our folder: `dataset.json` (settings, videos, what was skipped), `latents/` and `texts/` named by content, `previews/`, `annotations.jsonl`.
 HY-Video-PRFL: a list file with one meta path a line; metas name .npy files. Its aliases are all read. Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7
 (Apache-2.0), dataset/ and scripts/preprocess/gen_wanx_latent.py.
+Of many videos those whose files are broken are left out and listed, so that one of them does not end a run, least of all in its middle. Headers and sizes
+are looked at when a dataset is listed, numbers only when they are read.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..lora_train import annotations
+from ..lora_train import annotations, safetensors_file
 from ..lora_train.input_config import LATENTS
 from ..lora_train.pavrm_data import LatentVideo, Sample
 
@@ -32,8 +34,11 @@ ALIASES = {
     "clip": ("image_embeds", "imgclip_path"),
     "condition": ("f1_black_path", "latents_condition_path"),
 }
+# Axes of what a file holds; a first one of size 1 may stand before them.
+_AXES = {"latent": 4, "short": 2, "long": 2, "clip": 2, "condition": 4}
 _CAPTIONS = ("short_caption", "caption", "prompt", "long_caption")
 _PARENTS = 5
+_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ def read(source: str | Path, annotation_file: str = "") -> Dataset:
         annotation_file: labels laid over those of the dataset; empty takes the folder's own.
 
     Raises:
-        ValueError: nothing there, a broken index, meta or annotation file, or no video in it.
+        ValueError: nothing there, a broken index or annotation file, one meta that is broken, or no video that can be used.
     """
     source = Path(source).expanduser()
     if source.is_dir() and (source / INDEX).is_file():
@@ -74,18 +79,29 @@ def read(source: str | Path, annotation_file: str = "") -> Dataset:
 
 def _own(folder: Path) -> tuple[list[Sample], list[str], dict[str, Any]]:
     index = read_index(folder)
-    samples, missing = [], []
+    samples, missing, broken = [], [], []
     for video in index["videos"]:
         files = {"latent": video["latent"], "short": video["text"], **({"long": video["long_text"]} if video.get("long_text") else {})}
         paths = {name: folder / file for name, file in files.items()}
-        if all(path.is_file() for path in paths.values()):
-            samples.append(_sample(video["id"], tuple(video["latent_shape"]), paths, video.get("caption", ""), video.get("labels", {})))
-        else:
+        if not all(path.is_file() for path in paths.values()):
             missing.append(video["id"])
+            continue
+        try:
+            samples.append(_sample(video["id"], paths, video.get("caption", ""), video.get("labels", {})))
+        except ValueError as error:
+            broken.append(f"{video['id']}: {error}")
     notes = [f"{len(index.get('skipped', []))} videos were skipped when the dataset was made; see {folder / INDEX}"] if index.get("skipped") else []
     if missing:
         notes.append(f"{len(missing)} videos have lost their cache files ({', '.join(missing[:3])}); run preprocess again")
-    return samples, notes, index
+    return samples, notes + _left_out(broken, "videos have broken cache files and are left out; delete these files and run preprocess again"), index
+
+
+def _left_out(reasons: Sequence[str], what: str) -> list[str]:
+    """Notes on what was left out: how many, and each with its reason, up to a number that can still be read."""
+    if not reasons:
+        return []
+    more = [f"and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
+    return [f"{len(reasons)} {what}", *reasons[:_SHOWN], *more]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -105,22 +121,26 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _metas(source: Path) -> tuple[list[Sample], list[str]]:
+    if source.suffix.lower() == ".json" and source.is_file():
+        return [_from_meta(source)], []
     if source.is_dir():
-        metas = sorted(source.rglob("*_meta_v1.json"))
-    elif source.suffix.lower() == ".json":
-        metas = [source]
+        names = [(path, None) for path in sorted(source.rglob("*_meta_v1.json"))]
     else:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
-        metas = [_found(line.strip(), source.parent, f"line {number} of {source}") for number, line in enumerate(lines, 1) if line.strip()]
-    samples, notes, seen = [], [], set()
-    for meta in metas:
-        sample = _from_meta(meta)
+        names = [(Path(line.strip()), f"line {number} of {source}") for number, line in enumerate(lines, 1) if line.strip()]
+    samples, notes, broken, seen = [], [], [], set()
+    for path, where in names:
+        try:
+            sample = _from_meta(path if where is None else _found(str(path), source.parent, where))
+        except ValueError as error:
+            broken.append(str(error))
+            continue
         if sample.id in seen:
             notes.append(f"{sample.id} is listed twice; the first one counts")
             continue
         seen.add(sample.id)
         samples.append(sample)
-    return samples, notes
+    return samples, notes + _left_out(broken, f"of {len(names)} metas are left out, for they or their files are broken or missing")
 
 
 def _from_meta(path: Path) -> Sample:
@@ -139,7 +159,7 @@ def _from_meta(path: Path) -> Sample:
         raise ValueError(f"the meta {path} names no latent or no text; it needs {' or '.join(ALIASES['latent'])}, and {' or '.join(ALIASES['short'])}")
     sample_id = str(meta.get("source_id") or path.name.removesuffix("_meta_v1.json"))
     caption = next((str(meta[name]) for name in _CAPTIONS if meta.get(name)), "")
-    return _sample(sample_id, _shape(files["latent"]), files, caption, meta)
+    return _sample(sample_id, files, caption, meta)
 
 
 def _found(name: str, start: Path, where: str) -> Path:
@@ -152,51 +172,67 @@ def _found(name: str, start: Path, where: str) -> Path:
     raise ValueError(f"{where} is {name!r}, which does not exist" + ("" if path.is_absolute() else f" in {start} or a folder above it"))
 
 
-def _shape(path: Path) -> tuple[int, ...]:
-    try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape if path.suffix == ".npy" else tuple(_tensor(path).shape)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"the latent {path} cannot be read ({error}); make it again") from error
-    shape = tuple(shape[1:] if len(shape) == 5 and shape[0] == 1 else shape)
+def _sample(sample_id: str, files: Mapping[str, Path], caption: str, labels: Mapping[str, Any]) -> Sample:
+    shapes = {what: _without_batch(_stored_shape(path), what, path) for what, path in files.items()}
     channels = [layout.channels for layout in LATENTS.values()]
-    if len(shape) != 4 or shape[0] not in channels:
-        raise ValueError(f"the latent {path} has shape {list(shape)}; latents of Wan VAEs are [{' or '.join(map(str, channels))}, F, H, W]")
-    return shape
-
-
-def _sample(sample_id: str, shape: tuple[int, ...], files: Mapping[str, Path], caption: str, labels: Mapping[str, Any]) -> Sample:
+    if shapes["latent"][0] not in channels:
+        raise ValueError(
+            f"the latent {files['latent']} has shape {list(shapes['latent'])}; latents of Wan VAEs are [{' or '.join(map(str, channels))}, F, H, W]"
+        )
     read_video = functools.partial(_read_video, dict(files))
-    return Sample(id=sample_id, shape=shape, read=read_video, caption=caption, labels=labels, has_condition="condition" in files)
+    return Sample(id=sample_id, shape=shapes["latent"], read=read_video, caption=caption, labels=labels, has_condition="condition" in files)
+
+
+def _stored_shape(path: Path) -> tuple[int, ...]:
+    """Shape of a file's array, by its header, whose promise is held against the file's size."""
+    try:
+        if path.suffix == ".npy":
+            array = np.lib.format.open_memmap(path, mode="r")
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"it holds {array.dtype}, not numbers")
+            return array.shape
+        header = safetensors_file.read_header(path)
+        (name,) = header.shapes
+        if header.begin_of[name] + header.bytes_of[name] != path.stat().st_size:
+            raise ValueError(f"it holds more bytes than its header says ({path.stat().st_size})")
+        return header.shapes[name]
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).removesuffix('; download it again')}); make it again") from error
 
 
 def _read_video(files: Mapping[str, Path]) -> LatentVideo:
+    tensors = {what: _tensor(path, what) for what, path in files.items()}
     return LatentVideo(
-        latent_CFHW=_without_batch(_tensor(files["latent"]), 4, files["latent"]),
-        texts_PD={name: _without_batch(_tensor(files[name]), 2, files[name]) for name in ("short", "long") if name in files},
-        clip_PD=_without_batch(_tensor(files["clip"]), 2, files["clip"]) if "clip" in files else None,
-        condition_CFHW=_without_batch(_tensor(files["condition"]), 4, files["condition"]) if "condition" in files else None,
+        latent_CFHW=tensors["latent"],
+        texts_PD={name: tensors[name] for name in ("short", "long") if name in tensors},
+        # Zeros: prfl_layout.py writes them where there is no embedding. Read as one, an image-to-video PAVRM would score nonsense instead of asking for it.
+        clip_PD=tensors["clip"] if "clip" in tensors and tensors["clip"].any() else None,
+        condition_CFHW=tensors.get("condition"),
     )
 
 
-def _tensor(path: Path) -> torch.Tensor:
+def _tensor(path: Path, what: str) -> torch.Tensor:
     """An .npy array or the one tensor of a .safetensors, fp32."""
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
-        with safe_open(path, framework="pt") as file:
-            (name,) = file.keys()
-            return file.get_tensor(name).float()
+            tensor = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        else:
+            with safe_open(path, framework="pt") as file:
+                (name,) = file.keys()
+                tensor = file.get_tensor(name).float()
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}); make it again") from error
-
-
-def _without_batch(tensor: torch.Tensor, axes: int, path: Path) -> torch.Tensor:
-    tensor = tensor[0] if tensor.ndim == axes + 1 and tensor.shape[0] == 1 else tensor
-    if tensor.ndim != axes:
-        raise ValueError(f"{path} has shape {list(tensor.shape)}; {axes} axes are needed, or {axes + 1} with a first one of 1")
     if not tensor.isfinite().all():
         raise ValueError(f"{path} holds NaN or infinity; make it again")
-    return tensor
+    return tensor.reshape(_without_batch(tuple(tensor.shape), what, path))
+
+
+def _without_batch(shape: tuple[int, ...], what: str, path: Path) -> tuple[int, ...]:
+    axes = _AXES[what]
+    shape = shape[1:] if len(shape) == axes + 1 and shape[0] == 1 else shape
+    if len(shape) != axes:
+        raise ValueError(f"{path} has shape {list(shape)}; {axes} axes are needed, or {axes + 1} with a first one of 1")
+    return shape
 
 
 def _annotated(samples: Sequence[Sample], labels: Mapping[str, Mapping[str, Any]], path: Path) -> tuple[list[Sample], list[str]]:

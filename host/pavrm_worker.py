@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..lora_train.pavrm_config import PavrmConfig
 from ..lora_train.pavrm_data import Example, Learnable, Pair, Sample, labelled, require_both_classes, split
 
 logger = logging.getLogger("reward_lab")
+LOSER = "loser/"
 _STATE_COPIES = 4  # weights, two moments, and an average where there is one
 
 
@@ -72,17 +74,13 @@ def learnable_of(config: PavrmConfig) -> Learnable:
     train_ids, held_ids = split(dataset.samples, data.validation_share, config.seed, by_caption=data.split_by_caption)
     held_samples: Sequence[Sample] = [sample for sample in dataset.samples if sample.id in held_ids]
     if data.validation:
-        train_ids, held_samples = {sample.id for sample in dataset.samples}, datasets.read(data.validation).samples
+        validation = datasets.read(data.validation)
+        train_ids, held_samples = {sample.id for sample in dataset.samples}, validation.samples
+        notes += validation.notes
     if not train_ids:
         raise ValueError(f"all {len(dataset.samples)} videos were held out for validation; lower data.validation_share or add videos")
     if data.losers:
-        examples = [Example(sample=sample, label=1) for sample in dataset.samples]
-        examples += [Example(sample=sample, label=0) for sample in datasets.read(data.losers).samples]
-        kept, _ = split([example.sample for example in examples], data.validation_share, config.seed)
-        parts = [[example for example in examples if (example.sample.id in kept) == wanted] for wanted in (True, False)]
-        notes.append(f"pairs: any of {len(dataset.samples)} videos wins over any of {len(examples) - len(dataset.samples)} losers")
-        require_both_classes(parts[0], "pairs", f"the dataset {data.source} with {data.losers}")
-        return Learnable(train=tuple(parts[0]), held_out=tuple(parts[1]), notes=tuple(notes))
+        return _against_losers(config, dataset.samples, notes)
     train_pairs, held_pairs = (), ()
     if data.pairs:
         train_pairs, held_pairs, more = _pairs(data.pairs, dataset.samples, held_ids)
@@ -98,6 +96,30 @@ def learnable_of(config: PavrmConfig) -> Learnable:
     if not held_out and not held_pairs:
         notes.append("no labelled video is held out, so there is no validation; raise data.validation_share")
     return Learnable(train=tuple(train), held_out=tuple(held_out), given_pairs=train_pairs, held_out_pairs=held_pairs, notes=tuple(notes))
+
+
+def _against_losers(config: PavrmConfig, winners: Sequence[Sample], notes: Sequence[str]) -> Learnable:
+    """Every video of `data.source` as good, every one of `data.losers` as bad.
+
+    Two lists are two namespaces: a real video and a generated one of the same caption have one source_id, and HY-Video-PRFL's shipped config names one
+    list twice. So a loser is called `loser/<id>`. Both of an id are held out together, for they mostly show the same thing.
+    """
+    from . import datasets
+
+    data = config.data
+    read = datasets.read(data.losers)
+    losers = read.samples
+    held_ids = split([*winners, *losers], data.validation_share, config.seed)[1]
+    train, held_out = [], []
+    for samples, label, prefix in ((winners, 1, ""), (losers, 0, LOSER)):
+        for sample in samples:
+            (held_out if sample.id in held_ids else train).append(Example(sample=replace(sample, id=f"{prefix}{sample.id}"), label=label))
+    told = [*notes, *read.notes, f"pairs: any of {len(winners)} videos wins over any of {len(losers)} losers"]
+    shared = {sample.id for sample in winners} & {sample.id for sample in losers}
+    if shared:
+        told.append(f"{len(shared)} losers have the id of a winner; the report calls losers {LOSER}<id>")
+    require_both_classes(train, "pairs", f"the dataset {data.source} with {data.losers}")
+    return Learnable(train=tuple(train), held_out=tuple(held_out), notes=tuple(told))
 
 
 def _pairs(source: str, samples: Sequence[Sample], held_ids: set[str]) -> tuple[tuple[Pair, ...], tuple[Pair, ...], list[str]]:

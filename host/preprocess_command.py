@@ -48,7 +48,7 @@ def run(options: Mapping[str, Any], device: torch.device, progress: Callable[[in
     """Make a dataset.
 
     Args:
-        options: `source`, `out`, `vae`, `text_encoder` (paths), `prompts`, `prompt`, `dtype`, `hy` (a folder) and the names of `ClipSettings`.
+        options: `source`, `out`, `vae`, `text_encoder` (paths), `prompts`, `prompt`, `dtype`, `hy` (a folder), `hy_absolute` and the names of `ClipSettings`.
         device: where to encode.
         progress: see `preprocess.make`.
 
@@ -71,7 +71,8 @@ def run(options: Mapping[str, Any], device: torch.device, progress: Callable[[in
         progress=progress,
     )
     if options.get("hy"):
-        logger.warning("wrote HY-Video-PRFL's layout without CLIP vision embeddings: %s", prfl_layout.export(folder, Path(options["hy"]), encoders.video))
+        made_list = prfl_layout.export(folder, Path(options["hy"]), encoders.video, is_absolute=bool(options.get("hy_absolute")))
+        logger.warning("wrote HY-Video-PRFL's layout for its text-to-video tasks (zeros for CLIP vision embeddings, which image-to-video reads): %s", made_list)
     return made
 
 

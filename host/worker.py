@@ -221,8 +221,11 @@ def _open_real(config):
 
     path = config.real.path
     is_file = Path(path).is_file() and path.endswith(".safetensors")
-    real = RealLatents(path) if is_file else RealSamples(datasets.read(path).samples)
-    if not is_file and real.left_out:
+    dataset = None if is_file else datasets.read(path)
+    real = RealLatents(path) if dataset is None else RealSamples(dataset.samples)
+    for note in dataset.notes if dataset else ():
+        logger.info("%s", note)
+    if dataset and real.left_out:
         logger.warning("%d of the real videos have no caption or another size than most, and are left out", real.left_out)
     if real.shape[0] != config.video.latent_channels:
         raise ValueError(

@@ -27,7 +27,8 @@ def arguments_preprocess(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--multiple", dest="multiple_px", type=int, metavar="PX", help="sides are multiples of this (default: 32)")
     parser.add_argument("--start", dest="start_s", type=float, metavar="S", help="seconds to leave out at the beginning")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the caches (default: bf16)")
-    parser.add_argument("--hy", metavar="FOLDER", help="also write HY-Video-PRFL's .npy + meta layout there")
+    parser.add_argument("--hy", metavar="FOLDER", help="also write HY-Video-PRFL's .npy + meta layout there, for its text-to-video tasks")
+    parser.add_argument("--hy-absolute", action="store_true", help="whole paths in it, so that HY-Video-PRFL's scripts run from their own folder")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

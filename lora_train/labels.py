@@ -1,6 +1,6 @@
 """Labels of videos for PAVRM: reading them from meta files and annotations, per quality. No torch, no files.
 
-Values: 1, true, "good" / 0, false, "bad", "poor" / null, "skip" or nothing at all, which is no label. `motion_quality` is good when physics and human
+Values: 1, 1.0, true, "good" / 0, 0.0, false, "bad", "poor" / null, "skip" or nothing at all, which is no label. `motion_quality` is good when physics and human
 quality both are, unless it is given itself. Source of names and rule: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7 (Apache-2.0).
 Differs in: a label that is not there is not taken for "bad" unless that is asked for (`missing="bad"`, as upstream does without a word).
 """
@@ -15,7 +15,8 @@ MOTION = "motion_quality"
 QUALITIES = (*PARTS, "text_alignment", "blur_quality", MOTION)
 MISSING = ("skip", "bad")
 MIXED = ("bad", "skip")
-_GOOD, _BAD, _NONE = ("good", "1", "true"), ("bad", "poor", "0", "false"), ("", "skip", "null", "none")
+# "1.0": pandas and numpy make floats of labels as soon as one of a column is missing.
+_GOOD, _BAD, _NONE = ("good", "1", "1.0", "true"), ("bad", "poor", "0", "0.0", "false"), ("", "skip", "null", "none")
 
 
 def read_value(value: Any, where: str) -> int | None:

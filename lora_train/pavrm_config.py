@@ -53,7 +53,7 @@ class Data:
     source: dataset folder (made by `lab.py preprocess` or Video Dataset), or HY-Video-PRFL's list file of metas.
     annotations: JSONL of labels laid over those of the dataset; empty takes `annotations.jsonl` of the dataset folder, where there is one.
     pairs: for the pair loss: `votes.sqlite` of a TestLab sweep, or JSONL of `{"winner", "loser"}`; empty makes pairs of good and bad videos.
-    losers: HY-Video-PRFL's second list: any video of `source` wins over any of these.
+    losers: HY-Video-PRFL's second list: any video of `source` wins over any of these, whose ids become `loser/<id>`.
     pairing: partners of good videos are bad ones of the same caption where there are such (`caption`), or any (`any`).
     balance: draw good and bad videos equally often.
     validation_share: share of the videos (of captions, when `split_by_caption`) that are never trained on; validation: another dataset instead.
@@ -87,7 +87,9 @@ class Data:
 class SigmaDraw:
     """How the noise level of a training sample is drawn.
 
-    kind: `shifted` (uniform, then shifted: upstream), `uniform`, `logit_normal` (mean, std; then shifted) or `list` (cycles by sample).
+    kind: `shifted` (uniform, then shifted: upstream), `uniform`, `logit_normal` or `list` (cycles by sample).
+    mean, std: of the normal number z of `logit_normal`, whose sigma is 1 - sigmoid(z), then shifted: a mean above 0 draws less noise. Upstream picks the entry
+        floor(1000 sigmoid(z)) of a table that falls from sigma 1 to 0 (scheduling_flow_match_discrete.py, `get_train_timestep_and_sigma`).
     low, high: the drawn sigma is mapped into this range (not for `list`).
     """
 
@@ -117,7 +119,7 @@ class SigmaDraw:
             return self.sigmas[position % len(self.sigmas)]
         u = rng.random()
         if self.kind == "logit_normal":
-            u = 1 / (1 + math.exp(-rng.gauss(self.mean, self.std)))
+            u = 1 / (1 + math.exp(rng.gauss(self.mean, self.std)))  # 1 - sigmoid
         sigma = u if self.kind == "uniform" else shift_sigma(u, self.shift)
         return self.low + (self.high - self.low) * sigma
 

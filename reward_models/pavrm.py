@@ -4,7 +4,7 @@ The trunk (the host's WanModel cut to its first blocks) lives in host/wan.py; fe
 Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7:scripts/pavrm/train_pavrm.py (Apache-2.0); parameter names are those of its checkpoints.
 Differs in: samples of a batch are pooled separately (upstream mixes them for batch > 1); always float32; the logit is given too.
 
-Shape letters: B samples, L video tokens, D trunk width, N heads, K head width.
+Shape letters: T tapped blocks, B samples, L video tokens, D trunk width, N heads, K head width.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class PavrmHead(nn.Module):
 
         Args:
             features: residual stream [B, L, D] after the tapped block, no norm applied; or one such tensor per tapped block (each is pooled
-                on its own, the results are averaged). Any float dtype; computed in the dtype of the head, float32.
+                on its own; of the results `max` takes the maximum, the other poolings the mean). Any float dtype; computed in the dtype of the head,
+                float32.
 
         Raises:
             ValueError: no features, or of another width.
@@ -136,7 +137,8 @@ class PavrmHead(nn.Module):
         if not layers or any(x.ndim != 3 or x.shape[-1] != dim for x in layers):
             raise ValueError(f"PAVRM features must be [batch, tokens, {dim}] (one tensor per tapped block), got {[tuple(x.shape) for x in layers]}.")
         dtype = self.mlp.fc1.weight.dtype
-        pooled_BD = torch.stack([self._pooled(x.to(dtype)) for x in layers]).mean(dim=0)
+        pooled_TBD = torch.stack([self._pooled(x.to(dtype)) for x in layers])
+        pooled_BD = pooled_TBD.amax(dim=0) if self.pooling == "max" else pooled_TBD.mean(dim=0)
         logit_B = self.mlp(pooled_BD)
         return PavrmOutput(logit=logit_B, probability=logit_B.sigmoid(), pooled=pooled_BD)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -130,8 +131,6 @@ def test_a_folder_with_broken_videos(tmp_path, options):
 
 
 def preprocess_encoder(values):
-    from pathlib import Path
-
     return preprocess_command._Encoders(Path(values["text_encoder"]), Path(values["vae"]), torch.device("cpu")).video
 
 
@@ -198,6 +197,40 @@ def test_an_input_list_and_what_is_refused(tmp_path, options, capsys):
         with pytest.raises(ValueError, match=message):
             run(values)
     assert preprocess_command.main([json.dumps(options(tmp_path / "none"))]) == 1 and "no folder or list" in capsys.readouterr().err
+
+
+# What each reader takes out of a meta where it finds none of its other names.
+# Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7:diffusers_lite/datasets/image2video_dataset.py, get_batch_lrm_ce, get_batch_lrm_bt_online, get_batch_lrm_refl.
+BT_KEYS = {"vae_latent_path", "textshort_path", "imgclip_path", "f1_black_path"}
+UPSTREAM_KEYS = {"lrm_ce": {"source_id", *BT_KEYS}, "lrm_bt_online": BT_KEYS, "refl": {"textlong_path", "short_caption", "long_caption", *BT_KEYS}}
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_upstream_finds_what_its_readers_ask_for(tmp_path, options, monkeypatch, is_absolute):
+    """From the root of its repository with whole paths, else from the folder itself; labels in the two qualities that it makes motion's label of."""
+    video(tmp_path / "a.mp4", frames=9)
+    given = {"g": 1.0, "b": 0, "n": "skip"}
+    rows = [{"source_id": name, "video_path": "a.mp4", "short_caption": "bad", "motion_quality": label} for name, label in given.items()]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    run(options(tmp_path / "in.json", prompt=None, hy=str(tmp_path / "hy"), hy_absolute=is_absolute))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere if is_absolute else tmp_path / "hy")
+    metas = [json.loads(Path(line).read_text(encoding="utf-8")) for line in (tmp_path / "hy" / prfl_layout.LIST).read_text().splitlines()]
+    for meta in metas:
+        for keys in UPSTREAM_KEYS.values():
+            assert keys <= set(meta)
+        arrays = {key: np.load(meta[key]) for key in UPSTREAM_KEYS["refl"] if key.endswith("_path")}
+        assert all(array.dtype == np.float32 and len(array) == 1 for array in arrays.values())
+        assert arrays["vae_latent_path"].shape == arrays["f1_black_path"].shape == (1, 16, 3, 8, 8) and arrays["textlong_path"].ndim == 3
+        assert arrays["imgclip_path"].shape == (1, 257, 1280) and not arrays["imgclip_path"].any()
+        assert meta["short_caption"] == "bad"
+    labels = {meta["source_id"]: [meta.get(name) for name in ("physics_quality", "human_quality", "motion_quality")] for meta in metas}
+    assert labels == {"g": ["good"] * 3, "b": [None, None, "poor"], "n": [None] * 3}
+    # Zeros stand for no embedding here: an image-to-video PAVRM asks for one instead of taking these.
+    assert [sample.read().clip_PD for sample in datasets.read(tmp_path / "hy" / prfl_layout.LIST).samples] == [None] * 3
+    np.save(metas[0]["imgclip_path"], np.ones((1, 257, 1280), np.float32))
+    assert tuple(datasets.read(tmp_path / "hy" / prfl_layout.LIST).samples[0].read().clip_PD.shape) == (257, 1280)
 
 
 def test_recorded_folder_is_read(shared_fixtures):

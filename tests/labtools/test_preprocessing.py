@@ -18,6 +18,7 @@ def test_options_reach_the_encoding_process(tmp_path, monkeypatch):
     values = json.loads(job(lab.parse(given))[0])
     assert values["source"] == str(tmp_path / "videos") and values["hy"] == str(tmp_path / "hy")
     assert (values["frames"], values["frame_rate"], values["width_px"], values["dtype"], values["prompt"]) == (33, 8.0, None, None, None)
+    assert values["hy_absolute"] is False and json.loads(job(lab.parse([*given, "--hy-absolute"]))[0])["hy_absolute"] is True
 
 
 def test_paths_of_a_pavrm_config_are_looked_up_beside_it(tmp_path):

@@ -6,13 +6,18 @@ import json
 
 import pytest
 
+from reward_lab.lora_train import run_config
 from reward_lab.lora_train.config import TrainConfig
 from reward_lab.lora_train.config_schema import as_text, schema
 from reward_lab.lora_train.presets import CARD_SIZES, PRESETS
 
+PAVRM = {"kind": "pavrm", "models": {"trunk": "t"}, "data": {"source": "d"}}
+
 
 def _allows(part: dict, value) -> bool:
     """The few words of JSON Schema that the schema uses."""
+    if "oneOf" in part:
+        return sum(_allows(entry, value) for entry in part["oneOf"]) == 1
     if "anyOf" in part:
         return any(_allows(entry, value) for entry in part["anyOf"])
     if "enum" in part:
@@ -59,6 +64,44 @@ def test_a_plain_text_stands_for_a_prompt(toy):
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"a prompt is empty"):
         TrainConfig.from_dict({**values, "held_out": {"every": 2, "prompts": ["y", " "]}})
+
+
+def test_both_kinds_of_run_fit():
+    """Every file that `run_config.read` takes: a LoRA's with and without its kind, a PAVRM's in short and written out."""
+    rules = schema()
+    lora = {"models": {"high": "h", "low": "l", "text_encoder": "t", "vae": "v"}, "reward": {"kind": "mps", "path": "m"}, "prompts": [{"text": "x"}]}
+    lora["preset"] = "reward-lab"
+    for values in (lora, {**lora, "kind": "lora"}, PAVRM, {**PAVRM, "loss": "both", "sigma": {"kind": "list", "sigmas": [0.2, 0.5]}}):
+        assert _allows(rules, values), values
+        written = json.loads(json.dumps(run_config.read(values).to_dict()))
+        assert _allows(rules, written), written
+    assert [entry["title"] for entry in rules["oneOf"]] == ["LoRA", "PAVRM"]
+    assert not _allows(rules, {key: value for key, value in PAVRM.items() if key != "kind"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 1}, "unknown setting 'stepz'; the nearest known one is 'steps'"),
+        ({"data": {"source": "d", "qualty": "x"}}, "unknown setting 'data.qualty'; the nearest known one is 'data.quality'"),
+        ({"kind": "dpo"}, "kind is 'dpo'"),
+        ({"loss": "dpo"}, "loss is 'dpo'"),
+        ({"sigma": {"kind": "beta"}}, "sigma.kind is 'beta'"),
+        ({"shape": {"pooling": "sum"}}, "shape.pooling is 'sum'"),
+        ({"preset": "reward-lab"}, "unknown setting 'preset'"),
+        ({"steps": "many"}, "steps must be a whole number"),
+        ({"kind": "lora"}, "unknown setting 'data'"),
+    ],
+)
+def test_schema_and_reader_refuse_the_same_of_a_pavrm(changes, message):
+    assert not _allows(schema(), {**PAVRM, **changes})
+    with pytest.raises(ValueError, match=message):
+        run_config.read({**PAVRM, **changes})
+
+
+def test_a_lora_config_with_its_kind_names_the_nearest_key(toy):
+    with pytest.raises(ValueError, match="unknown setting 'stepz'; the nearest known one is 'steps'"):
+        run_config.read({**toy.settings(), "kind": "lora", "stepz": 1})
 
 
 @pytest.mark.parametrize("changes", [{"stepz": 1}, {"method": "prlf"}, {"optimiser": {"kind": "adam"}}, {"steps": "many"}, {"lora": {"rnk": 2}}])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 
 import pytest
 
 from reward_lab.lora_train import annotations
 from reward_lab.lora_train.labels import QUALITIES, label_of
+from reward_lab.lora_train.pavrm_config import SigmaDraw
 from reward_lab.lora_train.run_config import read as read_run_config
 
 
@@ -33,6 +36,9 @@ def test_recorded_labels(shared_fixtures):
         ({"physics_quality": 0, "human_quality": 0}, {"mixed": "skip"}, 0),
         ({"motion_quality": "good", "human_quality": 0}, {}, 1),
         ({"motion_quality": "skip"}, {}, None),
+        ({"motion_quality": 1.0}, {}, 1),
+        ({"motion_quality": 0.0}, {}, 0),
+        ({"physics_quality": "1.0", "human_quality": 1.0}, {}, 1),
         ({}, {}, None),
     ],
 )
@@ -40,7 +46,7 @@ def test_motion_quality(values, options, expected):
     assert label_of(values, "motion_quality", **options) == expected
 
 
-@pytest.mark.parametrize("arguments", [({"blur_quality": "so so"}, "blur_quality"), ({}, "beauty"), ({"blur_quality": 2}, "blur_quality")])
+@pytest.mark.parametrize("arguments", [*(({"blur_quality": value}, "blur_quality") for value in ("so so", 2, 0.5)), ({}, "beauty")])
 def test_what_is_no_label_is_refused(arguments):
     with pytest.raises(ValueError, match="must be one of|a label is 1"):
         label_of(*arguments)
@@ -65,6 +71,16 @@ def test_annotations_are_appended_and_the_last_counts(tmp_path):
         annotations.read(path)
     with pytest.raises(ValueError, match="label is 'nice'"):
         annotations.append(path, "a", "motion_quality", "nice")
+
+
+@pytest.mark.parametrize(("mean", "shift"), [(1.0, 5.0), (-1.5, 5.0), (0.0, 1.0)])
+def test_logit_normal_falls_from_noise_to_video(mean, shift):
+    """The median is that of upstream's table: entry floor(1000 sigmoid(mean)) of sigmas that fall from 1."""
+    draw = SigmaDraw(kind="logit_normal", shift=shift, mean=mean)
+    rng = random.Random(0)
+    found = sorted(draw.draw(rng, 0) for _ in range(4001))
+    table = [shift * (1 - index / 1000) / (1 + (shift - 1) * (1 - index / 1000)) for index in range(1001)]
+    assert found[2000] == pytest.approx(table[int(1000 / (1 + math.exp(-mean)))], abs=0.02)
 
 
 def test_a_config_is_read_by_its_kind():

@@ -53,6 +53,17 @@ def test_two_tapped_layers_are_pooled_apart_and_averaged(files, folder, expected
     assert output.logit.item() == pytest.approx(expected["case0.two_layers.logit"].item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_several_layers_without_a_query(pooling):
+    """As train_pavrm.py reduces [layer, sample, token, feature]: over the tokens, then over the layers, twice the same way."""
+    torch.manual_seed(0)
+    layers = [torch.randn(2, 5, 16) for _ in range(3)]
+    output = pavrm.build_head(16, pooling=pooling)(layers)
+    expected = torch.stack(layers)
+    expected = expected.mean(dim=2).mean(dim=0) if pooling == "mean" else expected.max(dim=2).values.max(dim=0).values
+    torch.testing.assert_close(output.pooled, expected)
+
+
 def test_samples_of_a_batch_do_not_mix(files, expected):
     head = pavrm.load_head(*files)
     batch = torch.cat([expected["case0.features"], expected["case1.features"]])

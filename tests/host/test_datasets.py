@@ -1,0 +1,166 @@
+"""Datasets as PAVRM training takes them in: a second list of losers, and files that are broken, with random small latents and no models."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("comfy.sd", reason="needs ComfyUI on the path")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from reward_lab.host import datasets, pavrm_worker, preprocess, worker  # noqa: E402
+from reward_lab.lora_train import safetensors_file  # noqa: E402
+from reward_lab.lora_train.objectives.pavrm import PavrmObjective  # noqa: E402
+from reward_lab.lora_train.pavrm_config import PavrmConfig  # noqa: E402
+from reward_lab.lora_train.pavrm_data import Draws  # noqa: E402
+from reward_lab.lora_train.pavrm_validation import validate  # noqa: E402
+
+pytestmark = pytest.mark.host
+
+
+def metas(folder, names, value=0.0, **labels):
+    """HY-Video-PRFL's files for videos whose latents are `value` throughout; returns the list file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        np.save(folder / f"{name}.npy", np.full((1, 16, 2, 4, 4), value, np.float32))
+        np.save(folder / f"{name}_text.npy", np.zeros((1, 3, 8), np.float32))
+        meta = {"source_id": name, "vae_latent_path": f"{name}.npy", "textshort_path": f"{name}_text.npy", "short_caption": "a thing", **labels}
+        (folder / f"{name}_meta_v1.json").write_text(json.dumps(meta))
+    (folder / "all.list").write_text("".join(f"{name}_meta_v1.json\n" for name in names))
+    return folder / "all.list"
+
+
+def bt_config(source, losers, share):
+    data = {"source": str(source), "losers": str(losers), "validation_share": share}
+    return PavrmConfig.from_dict({"kind": "pavrm", "models": {"trunk": "x"}, "data": data, "loss": "bt"})
+
+
+class Brightness:
+    """A perfect scorer: winners are bright."""
+
+    device = torch.device("cpu")
+
+    def logits(self, latent_BCFHW, timestep_B, videos, captions):
+        return torch.tensor([float(video.latent_CFHW.mean()) * 10 for video in videos])
+
+
+def test_winners_and_losers_of_the_same_ids(tmp_path):
+    """A real and a generated video of one caption share a source_id; the report must not take one for the other."""
+    names = [f"v{index}" for index in range(12)]
+    config = bt_config(metas(tmp_path / "good", names, 1.0), metas(tmp_path / "bad", names, -1.0), 0.5)
+    learnable = pavrm_worker.learnable_of(config)
+    held = {example.sample.id: example.label for example in learnable.held_out}
+    assert len(held) == len(learnable.held_out) and {name for name, label in held.items() if not label} == {f"loser/{n}" for n, label in held.items() if label}
+    assert "12 losers have the id of a winner" in " ".join(learnable.notes)
+    report = validate(config, PavrmObjective(config, Brightness(), Draws(learnable, config.data, 0)), learnable)
+    assert (report["all"]["accuracy"], report["all"]["auc"], len(report["videos"])) == (1.0, 1.0, len(learnable.held_out))
+    assert all((video["logit"][0] > 0) == (video["label"] == 1) for video in report["videos"])
+
+
+def test_the_same_list_twice(tmp_path):
+    """As HY-Video-PRFL's shipped config for pairs has it: nothing can be learned, and the figures must say so."""
+    source = metas(tmp_path / "one", [f"v{index}" for index in range(12)], 1.0)
+    config = bt_config(source, source, 0.5)
+    learnable = pavrm_worker.learnable_of(config)
+    report = validate(config, PavrmObjective(config, Brightness(), Draws(learnable, config.data, 0)), learnable)
+    assert report["all"]["auc"] == 0.5 and len(report["videos"]) == len(learnable.held_out)
+
+
+def own_form(folder, names):
+    """A dataset folder of our own form; every video has a latent and a text of its own."""
+    videos = []
+    for name in names:
+        files = {"latent": f"latents/{name}.safetensors", "text": f"texts/{name}.safetensors"}
+        for key, shape in (("latent", (16, 2, 4, 4)), ("text", (3, 8))):
+            (folder / files[key]).parent.mkdir(parents=True, exist_ok=True)
+            safetensors_file.write(folder / files[key], {key: torch.zeros(shape)}, {})
+        videos.append({"id": name, "caption": "a thing", "latent_shape": [16, 2, 4, 4], **files})
+    preprocess.write_index(folder, {"version": datasets.VERSION, "videos": videos, "skipped": []})
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:150])
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+META_FAULTS = {
+    "latent cut": lambda folder: cut(folder / "b.npy"),
+    "latent gone": lambda folder: (folder / "b.npy").unlink(),
+    "latent of another VAE": lambda folder: np.save(folder / "b.npy", np.zeros((1, 12, 2, 4, 4), np.float32)),
+    "latent of objects": lambda folder: np.save(folder / "b.npy", np.array([{}]), allow_pickle=True),
+    "latent an archive": lambda folder: (folder / "b.npy").write_bytes(b"PK\x03\x04" + bytes(200)),
+    "text cut": lambda folder: cut(folder / "b_text.npy"),
+    "text of other axes": lambda folder: np.save(folder / "b_text.npy", np.zeros((2, 3, 8), np.float32)),
+    "text empty": lambda folder: (folder / "b_text.npy").write_bytes(b""),
+    "meta cut": lambda folder: (folder / "b_meta_v1.json").write_text('{"source_id": "b", '),
+    "meta a list": lambda folder: (folder / "b_meta_v1.json").write_text("[]"),
+    "meta without latent": lambda folder: (folder / "b_meta_v1.json").write_text('{"textshort_path": "b_text.npy"}'),
+    "meta gone": lambda folder: (folder / "b_meta_v1.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", META_FAULTS)
+def test_a_broken_meta_is_left_out_and_listed(tmp_path, fault):
+    source = metas(tmp_path, ["a", "b", "c"])
+    META_FAULTS[fault](tmp_path)
+    read = datasets.read(source)
+    assert [sample.id for sample in read.samples] == ["a", "c"] and [tuple(sample.read().latent_CFHW.shape) for sample in read.samples] == [(16, 2, 4, 4)] * 2
+    assert read.notes[0].startswith("1 of 3 metas are left out") and ("b.npy" in read.notes[1] or "b_" in read.notes[1])
+    assert [sample.id for sample in datasets.read(tmp_path).samples] == ["a", "c"]
+    with pytest.raises(ValueError, match="cannot be read|does not exist|no latent|axes are needed|latents of Wan|not an object|no dataset"):
+        datasets.read(tmp_path / "b_meta_v1.json")
+
+
+def test_when_every_meta_is_broken_it_is_an_error(tmp_path):
+    source = metas(tmp_path, [f"v{index:02d}" for index in range(30)])
+    for path in tmp_path.glob("*_text.npy"):
+        cut(path)
+    with pytest.raises(ValueError, match="holds no video that can be used: 30 of 30 metas are left out.*v00_text.npy cannot be read.*and 10 more$"):
+        datasets.read(source)
+
+
+@pytest.mark.parametrize("part", ["latents", "texts"])
+@pytest.mark.parametrize("fault", [cut, grow, lambda path: path.write_bytes(b"")])
+def test_a_corrupt_cache_is_noticed_when_the_dataset_is_listed(tmp_path, part, fault):
+    folder = own_form(tmp_path, ["a", "b", "c"])
+    fault(folder / part / "b.safetensors")
+    read = datasets.read(folder)
+    assert [sample.id for sample in read.samples] == ["a", "c"]
+    assert read.notes[0].startswith("1 videos have broken cache files") and read.notes[1].startswith("b: ") and f"{part}/b.safetensors" in read.notes[1]
+    for name in ("a", "c"):
+        fault(folder / part / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="holds no video that can be used: 3 videos have broken cache files"):
+        datasets.read(folder)
+
+
+def test_what_is_left_out_of_every_list_reaches_the_log(tmp_path):
+    good, bad, check = (metas(tmp_path / name, [f"{name}{index}" for index in range(4)], motion_quality=1) for name in ("good", "bad", "check"))
+    for name in ("good", "bad", "check"):
+        cut(tmp_path / name / f"{name}0.npy")
+    told = " ".join(pavrm_worker.learnable_of(bt_config(good, bad, 0.0)).notes)
+    assert "good0.npy" in told and "bad0.npy" in told
+    cut(tmp_path / "bad" / "bad1.npy")
+    values = {"kind": "pavrm", "models": {"trunk": "x"}, "data": {"source": str(tmp_path), "validation": str(check), "validation_share": 0.0}}
+    for name in ("bad2", "bad3"):
+        path = tmp_path / "bad" / f"{name}_meta_v1.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "motion_quality": 0}))
+    notes = pavrm_worker.learnable_of(PavrmConfig.from_dict(values)).notes
+    assert "1 of 4 metas are left out, for they or their files are broken or missing" in notes and "bad1.npy" in " ".join(notes)
+
+
+def test_what_is_left_out_of_real_videos_reaches_the_log(tmp_path, caplog):
+    source = metas(tmp_path, ["a", "b"])
+    cut(tmp_path / "b.npy")
+    video = SimpleNamespace(latent_channels=16, vae="wan2.1", latent_shape=lambda count: (count, 16, 2, 4, 4))
+    with caplog.at_level("INFO", "reward_lab"):
+        real = worker._open_real(SimpleNamespace(real=SimpleNamespace(path=str(source)), video=video, starts_from_clips=True))
+    assert real.prompts == ["a thing"] and real.shape == (16, 2, 4, 4) and "1 of 2 metas are left out" in caplog.text
