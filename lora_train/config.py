@@ -337,9 +337,13 @@ class TrainConfig:
         Raises:
             ValueError: an unknown key (with the nearest known one), a wrong type, or a value out of range.
         """
-        merged, models = with_preset(values), values.get("models") if isinstance(values, dict) else None
-        if isinstance(models, dict) and models.get("low") == "" and "boundary" not in (values.get("sampling") or {}):
-            merged["sampling"] = {**(merged.get("sampling") or {}), "boundary": 0.0}
+        merged = with_preset(values)
+        sections = merged if isinstance(merged, dict) else {}
+        # What is no object is left to `build`, which names the setting.
+        models, sampling = sections.get("models"), sections.get("sampling", {})
+        has_one_model = isinstance(models, dict) and models.get("low") == "" and isinstance(sampling, dict)
+        if has_one_model and "boundary" not in values.get("sampling", {}):
+            merged["sampling"] = {**sampling, "boundary": 0.0}
         return build(cls, merged, "")
 
     def to_dict(self) -> dict[str, Any]:

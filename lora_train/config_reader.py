@@ -63,7 +63,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         inner = [entry for entry in typing.get_args(hint) if entry is not type(None)]
         return None if value is None else _convert(inner[0], value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{where} has {len(str(abs(value)))} digits, which no computer's number holds; give a smaller one") from error
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

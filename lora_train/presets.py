@@ -120,7 +120,7 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(key: str, name: Any, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
         raise ValueError(f"unknown {key} {name!r}; known: {', '.join(table)}; the nearest is {near[0]!r}")
     return table[name]

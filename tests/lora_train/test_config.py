@@ -37,6 +37,12 @@ def test_presets_are_valid_and_yield_to_the_user(toy, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"preset": ["x"]}, r"unknown preset \['x'\]; known: videox-fun"),
+        ({"preset": {}}, "unknown preset {}"),
+        ({"card": [1]}, r"unknown card \[1\]; known: 24GB"),
+        ({"models": {"low": ""}, "sampling": 5}, "sampling must be an object with named values, not int '5'"),
+        ({"models": {"low": ""}, "sampling": None}, "sampling must be an object with named values"),
+        ({"frame_rate": int("1" + 400 * "0")}, "frame_rate has 401 digits, .* give a smaller one"),
         ({"stepz": 3}, "unknown setting 'stepz'; the nearest known one is 'steps'"),
         ({"objective": {"stratgy": "last"}}, "'objective.stratgy'.*'objective.strategy'"),
         ({"preset": "videoxfun"}, "nearest is 'videox-fun'"),
