@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import needs
+from . import needs, run_config
 from .config import TrainConfig
 from .lora.targets import select_targets
-from .pavrm_config import KIND as PAVRM
 from .planning import table
 from .planning.job import guidance_of, video_of
 from .planning.memory_plan import least_host, memory_plan, refusal, remedies
@@ -207,9 +206,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         values = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
-        if isinstance(values, dict) and values.get("kind") == PAVRM:
+        config = run_config.read(values)
+        if not isinstance(config, TrainConfig):
             raise ValueError(f"{options.config} trains a PAVRM, whose blocks learn whole and outside of the block executor: plans are made for LoRAs only")
-        config = TrainConfig.from_dict(values)
         found = plan(config, shape=_shape(options), **_machine(options))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

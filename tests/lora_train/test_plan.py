@@ -105,5 +105,9 @@ def test_command(config, tmp_path, capsys):
     assert plan.main([str(path), "--ram-gb", "64"]) == 0
     shown = capsys.readouterr().out
     assert "\nFits: " in shown and "on the card" in shown and "optimiser_place" in shown
+    path.write_text(json.dumps({"kind": "lora", **config.to_dict()}))
+    assert plan.main([str(path), "--json", "--ram-gb", "64"]) == 0 and '"disk_bytes"' in capsys.readouterr().out
+    path.write_text(json.dumps({"kind": "pavrm", "models": {"trunk": "x"}, "data": {"source": "y"}}))
+    assert plan.main([str(path)]) == 2 and "plans are made for LoRAs only" in capsys.readouterr().err
     path.write_text('{"stepz": 1}')
     assert plan.main([str(path)]) == 2 and "nearest known one is 'steps'" in capsys.readouterr().err
