@@ -50,13 +50,15 @@ def _check_outputs(options: dict[str, Any]) -> None:
     """Make the folders of files that are written at the end, so that a place that cannot be written to costs no finished scores.
 
     Raises:
-        ValueError: such a place, or a file that is read.
+        ValueError: such a place, a file that is read, or one place for two of them.
     """
     inputs = [Path(value) for value in (*options.get("paths", ()), *(options.get(name) for name in _INPUTS)) if value]
-    for name in _OUTPUTS:
-        path = Path(options.get(name) or "")
-        if not options.get(name):
-            continue
+    outputs = {name: Path(options[name]) for name in _OUTPUTS if options.get(name)}
+    names_of: dict[Path, str] = {}
+    for name, path in outputs.items():
+        other = names_of.setdefault(path.resolve(), name)
+        if other != name:
+            raise ValueError(f"--{other} and --{name} are both {path}, and the second would replace the first; choose another place for one of them.")
         if any(_is_part_of(path, given) for given in inputs):
             raise ValueError(f"--{name} {path} is one of the files that are read, and would be lost; choose another place.")
         try:
@@ -121,6 +123,8 @@ def _refuse_foreign(kind: str, options: dict[str, Any]) -> None:
     if kind in PATHLESS:
         # A mix gives its dtype to every reward; a measure has no matrices.
         foreign += [name for name in ("weights", *(() if kind == "mix" else ("dtype",))) if _is_given(options, name)]
+    if kind == "face" and options.get("dtype") not in (None, "fp32"):
+        raise ValueError(f"--dtype {options['dtype']} cannot be set for face, whose recogniser runs in fp32; leave it out.")
     if foreign:
         reason = "each row of the mix has files and options of its own" if kind == "mix" else f"its options are {', '.join(known) or 'none'}"
         raise ValueError(f"{', '.join(f'--{name}' for name in foreign)} cannot be set for {kind}; {reason}.")

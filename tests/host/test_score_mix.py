@@ -132,8 +132,16 @@ def test_options_without_effect_are_refused(mix, run, name, value):
     assert f"--{name} cannot be set for flicker; its options are none" in run("flicker", **{name: value})["reason"]
 
 
-def test_a_measure_has_no_dtype_and_a_mix_gives_its_own_to_its_rewards(mix, run):
+def test_two_results_in_one_file_are_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reason = run("flicker", csv=str(tmp_path / "x.jsonl"), results="x.jsonl")["reason"]
+    assert "--csv and --results are both x.jsonl, and the second would replace the first" in reason and not (tmp_path / "x.jsonl").exists()
+
+
+def test_dtypes_that_would_change_nothing_are_refused_and_a_mix_gives_its_own_to_its_rewards(mix, run):
     assert "--dtype cannot be set for flicker" in run("flicker", dtype="bf16")["reason"]
+    assert "--dtype bf16 cannot be set for face, whose recogniser runs in fp32" in run("face", dtype="bf16", weights="/none.pt")["reason"]
+    assert "recogniser runs in fp32" not in run("face", dtype="fp32", weights="/none.pt")["reason"]
     assert mix([FLICKER], dtype="bf16")["videos"]
     assert run("flicker", stability=False)["videos"], "a switch that was left alone is no option"
 
