@@ -148,8 +148,7 @@ class Guards:
     kl_budget: ends when the mean KL to the base over the last `kl_window` updates is above it.
     motion_floor: ends when the held-out videos' dynamic degree falls below so many times that of the base.
     patience: ends after so many looks in a row without a better held-out curve (that of `held_out.judge`, where one is given).
-    keep_best: the finished LoRA is that of the best look, also of a run that no guard ended. With motion_floor or patience, one that a guard ended
-        always is; a run with a KL budget alone gives its last one, whose update brought the mean over the budget.
+    keep_best: the finished LoRA is that of the best look, also of a run that no guard ended; one that a guard ended always is, once there was a look.
     """
 
     kl_budget: float = 0.0
