@@ -11,17 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from . import safetensors_file
+from . import identity, safetensors_file
 from .config import TrainConfig
 from .guards import Watch
 from .lora.keys import to_file_tensors
+from .run_config import RunConfig
 from .trainee import Trainee
 
 FOLDER = "checkpoints"
+_TOLD = 5  # settings that a refusal names
 _STATE = re.compile(r"step-(\d{6,})\.state\.safetensors")
 _SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _REWARD_LABELS = {"hpsv2": "HPS2.1", "hpsv2.1": "HPS2.1", "hpsv2.0": "HPS2.0", "mps": "MPS", "pickscore": "PickScore", "pavrm": "PAVRM"}
@@ -75,12 +78,19 @@ def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base
     safetensors_file.write(path, tensors, metadata)
 
 
-def save_state(folder: Path, config: TrainConfig, trainees: Sequence[Trainee], progress: Progress) -> Path:
+def save_state(folder: Path, config: RunConfig, trainees: Sequence[Trainee], progress: Progress) -> Path:
     """Write the state of all trainees; returns its path."""
     tensors = {f"{trainee.expert}/{name}": tensor for trainee in trainees for name, tensor in trainee.state().items()}
     path = folder / FOLDER / f"step-{progress.step:06d}.state.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors_file.write(path, tensors, {"progress": json.dumps(asdict(progress)), "digest": config.digest()})
+    settings = config.deciding()
+    metadata = {
+        "progress": json.dumps(asdict(progress)),
+        "digest": config.digest(),
+        "settings": json.dumps(identity.portable(settings)),
+        "file_bytes": json.dumps(identity.file_bytes(settings)),
+    }
+    safetensors_file.write(path, tensors, metadata)
     return path
 
 
@@ -96,15 +106,34 @@ def latest_step(folder: Path) -> int:
     return int(_STATE.fullmatch(found[-1].name)[1]) if found else 0
 
 
-def check_settings(folder: Path, config: TrainConfig) -> None:
-    """Refuse to resume with settings that train something else than the newest state; reads its header only.
+def check_settings(folder: Path, config: RunConfig) -> None:
+    """Refuse to resume with settings, or with model files, that train something else than the newest state; reads its header only.
+
+    Files may lie elsewhere than they did (`identity.py`).
 
     Raises:
-        ValueError: names the state and the remedy.
+        ValueError: names the state, every setting that is another, and the remedy.
     """
     found = states(folder)
-    if found and _metadata(found[-1])["digest"] != config.digest():
-        raise ValueError(f"{found[-1]} was made with other settings, so it cannot be resumed with these; restore config.json or start a new run")
+    if not found:
+        return
+    metadata, settings = _metadata(found[-1]), config.deciding()
+    if "settings" in metadata:
+        others = identity.differences(json.loads(metadata["settings"]), identity.portable(settings)) or _other_files(metadata, settings)
+    else:
+        # A state that an older version wrote has nothing but a hash, over whole paths.
+        is_same = metadata["digest"] == identity.digest(settings)
+        others = [] if is_same else ["which ones, a state of that version does not tell"]
+    if others:
+        told = "; ".join([*others[:_TOLD], *([f"and {len(others) - _TOLD} more"] if len(others) > _TOLD else [])])
+        what = f"{found[-1]} was made with other settings, so it cannot be resumed with these"
+        raise ValueError(f"{what}: {told}. Set them back in config.json, or start a new run")
+
+
+def _other_files(metadata: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
+    """A phrase for each file that has another size than when the state was written."""
+    old, new = json.loads(metadata["file_bytes"]), identity.file_bytes(settings)
+    return [f"the file of {name} had {size} bytes and has {new[name]}" for name, size in old.items() if new.get(name, size) != size]
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -112,7 +141,7 @@ def _metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) -> Progress:
+def load_latest(folder: Path, config: RunConfig, trainees: Sequence[Trainee]) -> Progress:
     """Put back the newest state; a run without one starts at step 0.
 
     Raises:

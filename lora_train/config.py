@@ -6,12 +6,11 @@ It checks values, not files: `host/preflight.py` looks at the disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import checks
+from . import checks, identity
 from .checks import choice as _choice
 from .checks import number as _number
 from .checks import require as _require
@@ -357,13 +356,16 @@ class TrainConfig:
         """The settings as JSON values; `from_dict` of it gives an equal config."""
         return json.loads(json.dumps(asdict(self)))
 
-    def digest(self) -> str:
-        """Hash of everything that changes what is trained; a checkpoint of another digest is not resumed."""
+    def deciding(self) -> dict[str, Any]:
+        """The settings that change what is trained, as JSON values; a checkpoint of others is not resumed (`checkpoint.check_settings`)."""
         # A falling learning rate depends on the number of updates, and guards on what they look at.
         kept = {"steps"} if self.optimiser.schedule != "constant" else set()
         kept |= {"held_out"} if self.remembers_looks else set()
-        values = {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE - kept}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE - kept}
+
+    def digest(self) -> str:
+        """Hash of `deciding()`, wherever its files lie."""
+        return identity.digest(identity.portable(self.deciding()))
 
 
 # A resumed run may go on for longer, save more often or write elsewhere: none of these changes a step's numbers.

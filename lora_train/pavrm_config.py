@@ -6,14 +6,13 @@ for blocks and 1e-5 for the head, AdamW, clip 1. Differs in: clipping takes the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import checks
+from . import checks, identity
 from .checks import choice, number, require, whole
 from .config_reader import build
 from .flow import shift_sigma
@@ -245,10 +244,13 @@ class PavrmConfig:
         """The settings as JSON values; `from_dict` of it gives an equal config."""
         return json.loads(json.dumps(asdict(self)))
 
+    def deciding(self) -> dict[str, Any]:
+        """The settings that change what is trained, as JSON values; a checkpoint of others is not resumed (`checkpoint.check_settings`)."""
+        return {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE}
+
     def digest(self) -> str:
-        """Hash of everything that changes what is trained; a checkpoint of another digest is not resumed."""
-        values = {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """Hash of `deciding()`, wherever its files lie."""
+        return identity.digest(identity.portable(self.deciding()))
 
 
 _FREE_TO_CHANGE = frozenset(
