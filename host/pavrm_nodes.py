@@ -13,7 +13,7 @@ import torch
 from ..lora_train import annotations
 from ..lora_train.pavrm_config import PavrmConfig
 from ..testlab import sweep, votes
-from . import datasets, labelling, paths, preprocess_command, training
+from . import datasets, labelling, paths, preprocess_command, run_files, training
 
 TRUNKS = ("low noise expert", "high noise expert", "PAVRM file")
 NO_FILE = "none"
@@ -98,7 +98,7 @@ def make_config(wan_files: Mapping[str, str], dataset: str, settings: Mapping[st
         "seed": settings["seed"],
         "output_folder": str(paths.trained_reward_models_folder()),
     }
-    return PavrmConfig.from_dict(training.laid_over(values, training.advanced_settings(settings["advanced"])))
+    return PavrmConfig.from_dict(run_files.located(training.laid_over(values, training.advanced_settings(settings["advanced"]))))
 
 
 def _votes_of(name: str) -> str:
@@ -120,9 +120,5 @@ def start_run(wan_files: Mapping[str, str], dataset: str, settings: Mapping[str,
 
     config = make_config(wan_files, dataset, settings)
     learnable = pavrm_worker.learnable_of(config)
-    inputs = [config.models.trunk, str(Path(dataset) / datasets.INDEX), *filter(None, [config.data.pairs])]
-    labels = Path(dataset) / annotations.FILE_NAME
-    started = training.launch(
-        config, [*inputs, *([str(labels)] if labels.is_file() else [])], f"{config.steps} steps, {config.loss.upper()}, {config.data.quality}"
-    )
+    started = training.launch(config, f"{config.steps} steps, {config.loss.upper()}, {config.data.quality}")
     return training.StartedRun(run_id=started.run_id, message="\n".join([started.message, *learnable.notes]))

@@ -24,7 +24,7 @@ from ..lora_train.safetensors_file import read_header
 from ..reward_models.spec import RewardModelSpec
 from ..runs import process
 from ..runs.store import RunInfo, RunStore, read_config
-from . import courtesy, events, paths, preflight, score_pictures
+from . import courtesy, events, paths, preflight, run_files, score_pictures
 from .experts import EXPERTS, guess_expert
 from .lora_keys import normalise, split_key
 
@@ -104,7 +104,7 @@ def make_config(wan_files: Mapping[str, str], prompts: list[dict], reward_model:
     }
     if settings.get("held_out"):
         values["held_out"] = {"every": max(1, settings["steps"] // _LOOKS), "prompts": [_prompt(prompt) for prompt in settings["held_out"]]}
-    return TrainConfig.from_dict(laid_over(values, advanced_settings(settings["advanced"])))
+    return TrainConfig.from_dict(run_files.located(laid_over(values, advanced_settings(settings["advanced"]))))
 
 
 def _prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,20 +124,18 @@ def start_run(wan_files: Mapping[str, str], prompts: list[dict], reward_model: R
     runs = store()
     runs.root.mkdir(parents=True, exist_ok=True)
     preflight.check(config, runs.root)
-    models = filter(None, config.to_dict()["models"].values())  # a model without experts has no low-noise file
-    return launch(config, [*models, *reward_model.files()], f"{config.steps} steps, {config.expert} noise")
+    return launch(config, f"{config.steps} steps, {config.expert} noise")
 
 
-def launch(config: RunConfig, inputs: list[str], what: str) -> StartedRun:
+def launch(config: RunConfig, what: str) -> StartedRun:
     """Make the run folder of a checked config and start its worker; a run of the same settings is given back instead, see `start_run`.
 
     Args:
-        inputs: files that it reads; a run older than one of them is trained again.
         what: for the message.
     """
     runs = store()
     runs.root.mkdir(parents=True, exist_ok=True)
-    same = _same_run(runs, config, inputs)
+    same = _same_run(runs, config)
     if same is not None:
         return StartedRun(
             run_id=same.id, message=f"Run {same.id} has these settings ({same.state}, step {same.step}). Change the seed or the name to train another."
@@ -169,10 +167,10 @@ def follow_living_runs() -> None:
         logger.exception("the runs in %s cannot be read", runs.root)
 
 
-def _same_run(runs: RunStore, config: RunConfig, inputs: list[str]) -> RunInfo | None:
+def _same_run(runs: RunStore, config: RunConfig) -> RunInfo | None:
     """Return a run of these settings that is active or finished, made after the files that it was trained on."""
     wanted = config.to_dict()
-    newest_input = max(Path(file).stat().st_mtime for file in inputs)
+    newest_input = max((path.stat().st_mtime for path in map(Path, run_files.inputs(config)) if path.exists()), default=0.0)
     for info in runs.list():
         is_finished = info.state == "finished" and info.files and all(Path(file).is_file() for file in info.files)
         if (info.state in ACTIVE_STATES or is_finished) and info.created > newest_input and read_config(runs.folder(info.id)) == wanted:

@@ -157,6 +157,57 @@ def test_the_same_settings_are_not_trained_twice(experts: str, tmp_path: Path, m
     assert start() != first, "a failed run is no result"
 
 
+def test_a_run_is_out_of_date_when_anything_that_it_reads_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    monkeypatch.setattr(training.preflight, "check", lambda *_: None)
+    monkeypatch.setattr(training.process, "start", lambda *_: None)
+    monkeypatch.setattr(training, "_follow", lambda *_, **__: None)
+    files = {role: tmp_path / role for role in ("high", "low", "text_encoder", "vae", "hps", "judge", "pavrm", "generator", "image")}
+    files["clips"] = tmp_path / "out" / "reward_lab" / "datasets" / "mine" / "dataset.json"
+    files["clips"].parent.mkdir(parents=True)
+    for file in files.values():
+        file.write_bytes(b"x")
+        os.utime(file, (1, 1))
+    pavrm = {"kind": "pavrm", "path": str(files["pavrm"]), "options": {"generator": str(files["generator"])}}
+    held_out = {"every": 2, "prompts": ["b"], "judge": {"kind": "mps", "path": str(files["judge"])}}
+    advanced = {"real": {"path": "mine"}, "held_out": held_out, "one_pass": {"pavrm": pavrm}, "sample_prompts": [{"text": "c", "image": str(files["image"])}]}
+    wan_files = {**{role: str(files[role]) for role in ("high", "low", "text_encoder", "vae")}, "weight_dtype": "default"}
+
+    def start() -> str:
+        settings = {**SETTINGS, "advanced": json.dumps({**advanced, "sample_every": 1})}
+        return training.start_run(wan_files, [{"text": "a cat"}], RewardModelSpec(kind="hpsv2.1", path=str(files["hps"])), settings).run_id
+
+    run_id = start()
+    assert start() == run_id
+    for name, file in files.items():
+        os.utime(file, (2**32, 2**32))
+        assert start() != run_id, name
+        os.utime(file, (1, 1))
+
+
+def test_names_in_advanced_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "in"))
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda folder: [str(tmp_path / folder)])
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda folder, name: None if name == "absent" else str(tmp_path / folder / name))
+    (tmp_path / "out" / "reward_lab" / "datasets" / "mine").mkdir(parents=True)
+    (tmp_path / "in" / "clips").mkdir(parents=True)
+    advanced = {
+        "real": {"path": "mine"}, "output_folder": "loras/mine",
+        "held_out": {"every": 2, "prompts": ["b"], "judge": {"kind": "mps", "path": "mps.pth"}},
+        "one_pass": {"pavrm": {"kind": "pavrm", "path": "/whole/p.st", "options": {"generator": "wan.st"}}},
+    }  # fmt: skip
+    made = config(advanced=json.dumps(advanced))
+    assert made.real.path == str(tmp_path / "out" / "reward_lab" / "datasets" / "mine") and made.output_folder == str(tmp_path / "out" / "loras" / "mine")
+    assert made.held_out.judge.path == str(tmp_path / "reward_models" / "mps.pth")
+    assert (made.one_pass.pavrm.path, made.one_pass.pavrm.options) == ("/whole/p.st", {"generator": str(tmp_path / "diffusion_models" / "wan.st")})
+    assert config(advanced='{"real": {"path": "clips"}}').real.path == str(tmp_path / "in" / "clips")
+    assert config(advanced='{"output_folder": ""}').output_folder == ""
+    advanced["held_out"]["judge"]["path"] = "absent"
+    with pytest.raises(ValueError, match="held_out.judge.path: 'absent' is not among the reward_models files"):
+        config(advanced=json.dumps(advanced))
+
+
 def test_a_long_step_may_end_before_a_stop_becomes_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "out"))
     graces_s = queue.Queue()

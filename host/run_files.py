@@ -1,0 +1,112 @@
+"""The files that a training run of the nodes reads: where names in `advanced` are looked up, and which files make a run out of date when they change.
+
+Does not check the files: `preflight.py` and the datasets' reader do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..lora_train import annotations, needs
+from ..lora_train.config import TrainConfig
+from ..lora_train.pavrm_config import PavrmConfig
+from ..reward_models.spec import RewardModelSpec
+from . import datasets, paths
+
+_REWARD_OPTIONS = ("clip", "detector", "landmarks", "query", "head")
+_DATA = ("annotations", "pairs", "losers", "validation")
+
+
+def located(values: dict[str, Any]) -> dict[str, Any]:
+    """LoRA or PAVRM settings with whole paths where `advanced` gave names, as the worker has a current folder of its own.
+
+    Rewards are looked up in `models/reward_models`, clips and other data among the datasets and in the input folder; a relative `output_folder` lies in the
+    output folder.
+
+    Raises:
+        ValueError: the setting, and where its file is missing.
+    """
+    found, output = dict(values), values.get("output_folder")
+    if isinstance(output, str) and output:
+        found["output_folder"] = str(Path(folder_paths.get_output_directory()) / Path(output).expanduser())
+    for section, name in (("held_out", "judge"), ("one_pass", "pavrm")):
+        if isinstance(values.get(section), Mapping) and name in values[section]:
+            found[section] = {**values[section], name: _reward(values[section][name], f"{section}.{name}")}
+    if isinstance(values.get("real"), Mapping):
+        found["real"] = _changed(values["real"], ("path",), "real", _data_path)
+    if isinstance(values.get("data"), Mapping):
+        found["data"] = _changed(values["data"], _DATA, "data", _data_path)
+    return found
+
+
+def _reward(values: Any, where: str) -> Any:
+    """What a reward names; other types than an object are left to the reader of the settings."""
+    if not isinstance(values, Mapping):
+        return values
+    found = _changed(values, ("path",), where, lambda name: str(paths.model_path(paths.REWARD_MODEL_FOLDER, name)))
+    if not isinstance(values.get("options"), Mapping):
+        return found
+    options, where = values["options"], f"{where}.options"
+    options = _changed(options, _REWARD_OPTIONS, where, lambda name: str(paths.model_path(paths.REWARD_MODEL_FOLDER, name)))
+    options = _changed(options, ("generator",), where, lambda name: str(paths.model_path(paths.EXPERT_FOLDER, name)))
+    options = _changed(options, ("reference",), where, lambda name: str(paths.input_path(name)))
+    if isinstance(options.get("rows"), list):
+        rows = [{**row, "reward": _reward(row.get("reward"), where)} if isinstance(row, Mapping) else row for row in options["rows"]]
+        options = {**options, "rows": rows}
+    return {**found, "options": options}
+
+
+def _data_path(name: str) -> str:
+    dataset = paths.datasets_folder() / name
+    return str(dataset if dataset.exists() else paths.input_path(name))
+
+
+def _changed(values: Mapping[str, Any], names: tuple[str, ...], where: str, find: Callable[[str], str]) -> dict[str, Any]:
+    found = dict(values)
+    for name in names:
+        value = values.get(name)
+        if not isinstance(value, str) or not value.strip():
+            continue
+        path = Path(value).expanduser()
+        try:
+            found[name] = str(path) if path.is_absolute() else find(value)
+        except ValueError as error:
+            raise ValueError(f"{where}.{name}: {error}") from error
+    return found
+
+
+def inputs(config: TrainConfig | PavrmConfig) -> list[str]:
+    """Every file that a run reads, once: it is out of date when one of them is newer. Datasets count by their index and labels."""
+    found = _pavrm_inputs(config) if isinstance(config, PavrmConfig) else _lora_inputs(config)
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _lora_inputs(config: TrainConfig) -> list[str]:
+    models = [getattr(config.models, name) for name in ("high", "low", "text_encoder", "vae")]
+    judge = config.held_out.judge if config.held_out.every else None
+    rewards = [RewardModelSpec.from_dict(asdict(source)) for source in (config.reward, judge, needs.pavrm(config)) if source is not None]
+    clips = _dataset(config.real.path) if needs.real_latents(config) else []
+    return [*models, *(file for reward in rewards for file in reward.files()), *needs.start_images(config), *clips]
+
+
+def _pavrm_inputs(config: PavrmConfig) -> list[str]:
+    data = config.data
+    labels = [data.annotations] if data.annotations else _labels(data.source)
+    sources = [file for source in (data.source, data.losers, data.validation) for file in _dataset(source)]
+    return [config.models.trunk, config.models.query, config.models.head, *sources, *labels, *_labels(data.validation), data.pairs]
+
+
+def _dataset(source: str) -> list[str]:
+    """What of a dataset changes with its videos: its index, else the list file."""
+    index = Path(source) / datasets.INDEX
+    return [str(index) if source and index.is_file() else source]
+
+
+def _labels(source: str) -> list[str]:
+    file = Path(source) / annotations.FILE_NAME
+    return [str(file)] if source and file.is_file() else []
