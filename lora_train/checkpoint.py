@@ -119,7 +119,8 @@ def check_settings(folder: Path, config: RunConfig) -> None:
         return
     metadata, settings = _metadata(found[-1]), config.deciding()
     if "settings" in metadata:
-        others = identity.differences(json.loads(metadata["settings"]), identity.portable(settings)) or _other_files(metadata, settings)
+        old = identity.completed(json.loads(metadata["settings"]), config, settings)
+        others = identity.differences(old, identity.portable(settings)) or _other_files(metadata, settings)
     else:
         # A state that an older version wrote has nothing but a hash, over whole paths.
         is_same = metadata["digest"] == identity.digest(settings)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ def file_bytes(values: Mapping[str, Any]) -> dict[str, int]:
     """Sizes of the files of models, rewards, clips and start images that are there, by setting, such as `models.high`."""
     named = ((where, Path(value)) for where, name, value in _leaves(values) if name not in _DATA and _is_path(name, value))
     return {where: path.stat().st_size for where, path in named if path.is_file()}
+
+
+def completed(old: Mapping[str, Any], config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What a state of an older version tells, with the defaults of settings that it did not have.
+
+    Args:
+        config: settings as a dataclass, of which only the defaults are used.
+        names: of the settings that are compared.
+    """
+    defaults = {entry.name: entry.default for entry in fields(config) if entry.default is not MISSING}
+    found = {name: defaults[name] for name in names if name in defaults} | dict(old)
+    for name in names:
+        section, value = getattr(config, name), found.get(name, {})
+        if is_dataclass(section) and isinstance(value, Mapping):
+            found[name] = completed(value, section, [entry.name for entry in fields(section)])
+    return json.loads(json.dumps(found))
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -25,6 +25,7 @@ export const EVENT_FIELDS = Object.freeze({
     "clips",
     "clips_offered",
   ],
+  preparing: ["time", "what", "done", "total"],
   step: [
     "time",
     "step",

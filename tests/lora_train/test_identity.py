@@ -62,6 +62,19 @@ def test_what_is_another_is_named_with_both_values(toy, trained):
     checkpoint.check_settings(folder, changed(toy, config, steps=9, sample_every=1, engine={"slots": 2}))
 
 
+def test_settings_that_came_later_count_as_left_alone(toy, trained):
+    folder, config = trained
+    path = checkpoint.states(folder)[-1]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    settings = json.loads(metadata["settings"])
+    del settings["optimiser"]["schedule"], settings["save_dtype"], settings["guards"]
+    save_file(load_file(path), path, metadata={**metadata, "settings": json.dumps(settings)})
+    with pytest.raises(ValueError, match='save_dtype was "bf16" and is "fp32"'):
+        checkpoint.check_settings(folder, config)
+    checkpoint.check_settings(folder, changed(toy, config, save_dtype="bf16"))
+
+
 def test_a_state_without_settings_goes_by_its_hash_over_whole_paths(toy, trained, tmp_path):
     folder, config = trained
     path = checkpoint.states(folder)[-1]
