@@ -13,7 +13,7 @@ import torch
 from ..lora_train import annotations
 from ..lora_train.pavrm_config import PavrmConfig
 from ..testlab import sweep, votes
-from . import datasets, labelling, paths, preprocess_command, run_files, training
+from . import datasets, labelling, paths, preflight, preprocess_command, run_files, training
 
 TRUNKS = ("low noise expert", "high noise expert", "PAVRM file")
 NO_FILE = "none"
@@ -119,6 +119,7 @@ def start_run(wan_files: Mapping[str, str], dataset: str, settings: Mapping[str,
     from . import pavrm_worker
 
     config = make_config(wan_files, dataset, settings)
+    preflight.check_pavrm(config)
     learnable = pavrm_worker.learnable_of(config)
     started = training.launch(config, f"{config.steps} steps, {config.loss.upper()}, {config.data.quality}")
     return training.StartedRun(run_id=started.run_id, message="\n".join([started.message, *learnable.notes]))

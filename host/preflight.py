@@ -1,17 +1,19 @@
-"""Checks everything that can be checked about a run before work starts: files, experts, widths, memory, disk. Reads headers only; no torch, no ComfyUI."""
+"""Checks everything that can be checked about a run before work starts: files, experts, widths, rewards, packages, memory, disk. Reads headers only."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from ..lora_train import needs
+from ..lora_train import needs, optimisers
 from ..lora_train.config import TrainConfig
 from ..lora_train.input_config import LATENTS, MASK_CHANNELS, PATCH, RewardSource
+from ..lora_train.pavrm_config import PavrmConfig
 from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
 from ..lora_train.weight_formats import quantised_weights
-from ..reward_models.spec import RewardModelSpec
+from ..reward_models.spec import RewardModelSpec, check_kind
 from .experts import guess_expert
 
 _TEXT_KEY = "text_embedding.0.weight"
@@ -26,10 +28,12 @@ def check(config: TrainConfig, folder: Path) -> None:
 
     Raises:
         ValueError: a missing or truncated file; an expert in the wrong slot, or quantised in a way that cannot be trained through; experts, text
-            encoder or VAE that do not fit together; not enough disk or memory.
+            encoder or VAE that do not fit together; a reward of an unknown kind; an optimiser that is not installed; an output folder that cannot be
+            written to; not enough disk or memory.
     """
     roles = [*needs.experts(config), "text_encoder", *(["vae"] if needs.decodes(config) else [])]
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
+    optimisers.class_of(config.optimiser.kind)
     _check_reward(config)
     _check_latents(config, headers)
     _check_images(config, headers)
@@ -41,6 +45,37 @@ def check(config: TrainConfig, folder: Path) -> None:
         raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
     check_memory(config)
     check_disk(config, folder)
+    check_output(config.output_folder)
+
+
+def check_pavrm(config: PavrmConfig) -> None:
+    """Check what a PAVRM's run needs besides its data and its trunk, whose readers check these.
+
+    Raises:
+        ValueError: an optimiser that is not installed; an output folder that cannot be written to.
+    """
+    optimisers.class_of(config.optimiser.kind)
+    check_output(config.output_folder)
+
+
+def check_output(output_folder: str) -> None:
+    """Make the folder where finished files are also written, and try it.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    if not output_folder:
+        return
+    folder = Path(output_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"output_folder {folder} cannot be written to ({error.strerror or error}); choose another one, or leave it empty: finished files lie in the run's "
+            "folder in any case"
+        ) from error
 
 
 def why_no_images(in_channels: int, latent_channels: int, role: str) -> str:
@@ -106,8 +141,18 @@ def _check_reward(config: TrainConfig) -> None:
         has = "scores latents" if config.reward.kind == "pavrm" else "scores frames"
         remedy = "give a PAVRM" if is_latent else "use an image or video reward, a mix of them, or the method prfl or one_pass"
         raise ValueError(f"the reward is {config.reward.kind}, which {has}; the method {config.method} scores {'latents' if is_latent else 'frames'}: {remedy}")
-    for source in filter(None, (config.reward, config.one_pass.pavrm, config.held_out.judge)):
-        for file in RewardModelSpec.from_dict(asdict(source)).files():
+    judge = config.held_out.judge
+    if judge is not None and judge.kind == "pavrm":
+        raise ValueError("held_out.judge is a pavrm, which scores latents, but a judge looks at finished videos: give an image or video reward")
+    for setting, source in (("reward", config.reward), ("one_pass.pavrm", config.one_pass.pavrm), ("held_out.judge", judge)):
+        if source is None:
+            continue
+        spec = RewardModelSpec.from_dict(asdict(source))
+        try:
+            check_kind(spec)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from error
+        for file in spec.files():
             # A PAVRM's trunk may be a folder; its reader checks that.
             if not Path(file).is_dir():
                 _header(file, "reward model")

@@ -126,7 +126,9 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
     is_pavrm = isinstance(config, run_config.PavrmConfig)
     if (folder / METRICS).exists() and not resume:
         raise ValueError(f"the run folder {folder} already holds a run; resume it (--resume) or start a new one")
-    if not is_pavrm:
+    if is_pavrm:
+        preflight.check_pavrm(config)
+    else:
         preflight.check(config, folder)
 
     import comfy.cli_args

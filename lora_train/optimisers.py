@@ -25,23 +25,32 @@ def make(settings: Updates, groups: Sequence[tuple[float, Sequence[torch.nn.Para
         ValueError: this torch lacks it, or its package is not installed.
     """
     parameters = [{"params": list(group), "lr": rate, "peak_lr": rate} for rate, group in groups]
-    common = {"weight_decay": settings.weight_decay}
-    if settings.kind == "adamw":
-        return torch.optim.AdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
-    if settings.kind == "adamw8bit":
+    kind, common = class_of(settings.kind), {"weight_decay": settings.weight_decay}
+    if settings.kind == "adafactor":
+        # Its steps are relative to the size of a matrix, and a LoRA's up matrix begins at 0, where it would stay; this floor makes lr absolute.
+        return kind(parameters, eps=(None, 1.0), **common)
+    if settings.kind == "muon":
+        # Muon orthogonalises a matrix's momentum; LoRA has matrices only.
+        return kind(parameters, momentum=_MUON_MOMENTUM, **common)
+    return kind(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
+
+
+def class_of(kind: str) -> type[torch.optim.Optimizer]:
+    """The class of an `optimiser.kind`; asked for before a run's work begins as well.
+
+    Raises:
+        ValueError: this torch lacks it, or its package is not installed.
+    """
+    if kind == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError("optimiser.kind is 'adamw8bit', which needs the package bitsandbytes: pip install it, or use adamw") from error
-        return AdamW8bit(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
-    kind = getattr(torch.optim, {"adafactor": "Adafactor", "muon": "Muon"}[settings.kind], None)
-    if kind is None:
-        raise ValueError(f"optimiser.kind is {settings.kind!r}, which torch {torch.__version__} does not have; install torch 2.9 or newer, or use adamw")
-    if settings.kind == "adafactor":
-        # Its steps are relative to the size of a matrix, and a LoRA's up matrix begins at 0, where it would stay; this floor makes lr absolute.
-        return kind(parameters, eps=(None, 1.0), **common)
-    # Muon orthogonalises a matrix's momentum; LoRA has matrices only.
-    return kind(parameters, momentum=_MUON_MOMENTUM, **common)
+        return AdamW8bit
+    found = getattr(torch.optim, {"adamw": "AdamW", "adafactor": "Adafactor", "muon": "Muon"}[kind], None)
+    if found is None:
+        raise ValueError(f"optimiser.kind is {kind!r}, which torch {torch.__version__} does not have; install torch 2.9 or newer, or use adamw")
+    return found
 
 
 def learning_rate(settings: Updates, peak: float, step: int, steps: int) -> float:

@@ -153,19 +153,20 @@ def _trainable_header(path: str, what: str) -> Header:
 
 
 def check_disk(config: TrainConfig, folder: Path) -> None:
-    """Refuse a run whose checkpoints do not fit on the disk of `folder`.
+    """Refuse a run whose checkpoints do not fit on the disk of `folder`, or whose LoRAs do not fit on that of `output_folder`.
 
     Raises:
         ValueError: not enough free space; says how much is needed and what to change.
     """
-    wanted_bytes = plan(config)["disk_bytes"]
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < wanted_bytes:
-        raise ValueError(
-            f"checkpoints of this run need {wanted_bytes / 1e9:.2f} GB, but {existing} has {free_bytes / 1e9:.2f} GB free; make room, "
-            "or lower keep_checkpoints or lora.rank"
-        )
+    found = plan(config)
+    places = [(folder, found["disk_bytes"], "checkpoints of this run need", "lower keep_checkpoints or lora.rank")]
+    if config.output_folder:
+        places.append((Path(config.output_folder), found["lora_file_bytes"], "this run's LoRAs need", "choose another output_folder"))
+    for place, wanted_bytes, what, remedy in places:
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        free_bytes = shutil.disk_usage(existing).free
+        if free_bytes < wanted_bytes:
+            raise ValueError(f"{what} {wanted_bytes / 1e9:.2f} GB, but {existing} has {free_bytes / 1e9:.2f} GB free; make room, or {remedy}")
 
 
 def check_memory(config: TrainConfig) -> None:

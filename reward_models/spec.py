@@ -190,11 +190,23 @@ def _check_mixable(reward: RewardModelSpec) -> None:
     if reward.kind in ("mix", "pavrm"):
         reason = "it scores latents, not frames" if reward.kind == "pavrm" else "give its rewards one by one"
         raise ValueError(f"A {reward.kind} cannot be part of a mix: {reason}.")
-    if reward.kind not in KINDS:
-        raise ValueError(f"Reward model kind {reward.kind!r} is unknown; choose one of {', '.join(kind for kind in KINDS if kind != 'mix')}.")
+    check_kind(reward)
     if reward.path and reward.kind in PATHLESS:
         raise ValueError(f"{reward.kind} has no weights, but path is {reward.path}; leave it out.")
-    refuse_unknown({name: value for name, value in reward.options.items() if value is not None}, OPTIONS_OF[reward.kind], f"The options of {reward.kind}")
+
+
+def check_kind(reward: RewardModelSpec) -> None:
+    """Check by name, without its files, what the loader would refuse: a kind that there is not, options that it does not have, rows of a mix.
+
+    Raises:
+        ValueError: names it, and what there is.
+    """
+    kind = ALIASES.get(reward.kind, reward.kind)
+    if kind not in OPTIONS_OF:
+        raise ValueError(f"Reward model kind {reward.kind!r} is unknown; choose one of {', '.join(OPTIONS_OF)}.")
+    refuse_unknown({name: value for name, value in reward.options.items() if value is not None}, OPTIONS_OF[kind], f"The options of {reward.kind}")
+    if kind == "mix":
+        read_rows(reward.options.get("rows"))
 
 
 def refuse_unknown(values: Any, known: Sequence[str], where: str) -> None:

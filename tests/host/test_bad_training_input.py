@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -94,7 +95,7 @@ def test_settings(tiny_models, settings, refused, widgets, changes, prompts, mes
 def _both_ways(settings, refused, message):
     reward = settings["reward"]
     spec = RewardModelSpec(kind=reward["kind"], path=reward.get("path", ""), options=reward.get("options", {}))
-    advanced = json.dumps({key: settings[key] for key in ("method", "objective") if key in settings})
+    advanced = json.dumps({key: settings[key] for key in ("method", "objective", "held_out", "optimiser", "output_folder") if key in settings})
     with pytest.raises(ValueError, match=message):
         training.start_run({**settings["models"], "weight_dtype": "default"}, settings["prompts"], spec, {**WIDGETS, "advanced": advanced})
     said = refused(settings)
@@ -127,6 +128,37 @@ def test_a_pavrm_of_another_width(settings, refused, shared_fixtures, form):
 def test_a_disk_without_room(settings, refused, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     _both_ways(settings, refused, "checkpoints of this run need .* GB, but .* has 0.00 GB free; make room, or lower keep_checkpoints or lora.rank")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": {"kind": "hps3", "path": "vae"}}, "reward: Reward model kind 'hps3' is unknown; choose one of hpsv2.1, mps"),
+        ({"held_out": {"judge": {"kind": "hps9", "path": "vae"}}}, "held_out.judge: Reward model kind 'hps9' is unknown"),
+        ({"held_out": {"judge": {"kind": "pavrm", "path": "vae"}}}, "held_out.judge is a pavrm, which scores latents, but a judge looks at finished videos"),
+        ({"held_out": {"judge": {"kind": "mix", "options": {"rows": [{"reward": {"kind": "hps3", "path": "vae"}}]}}}}, "held_out.judge: Row 1 .*'hps3'"),
+        ({"held_out": {"judge": {"kind": "mix"}}}, "held_out.judge: The rows of a mix are None"),
+        ({"held_out": {"judge": {"kind": "hpsv2", "path": "vae", "options": {"treshold": 1}}}}, "'treshold' is unknown"),
+        ({"reward": {"kind": "hpsv2", "path": "vae", "options": {"threshold": 1}}}, "reward: The options of hpsv2: 'threshold' is unknown"),
+        ({"optimiser": {"kind": "adamw8bit"}}, "optimiser.kind is 'adamw8bit', which needs the package bitsandbytes: pip install it"),
+        ({"output_folder": "/dev/null/loras"}, "output_folder /dev/null/loras cannot be written to .*; choose another one"),
+    ],
+)
+def test_what_would_fail_after_hours_of_work(settings, refused, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    vae = settings["models"]["vae"]
+    changes = json.loads(json.dumps(changes).replace('"vae"', json.dumps(vae)))
+    if "held_out" in changes:
+        changes["held_out"] |= {"every": 1, "prompts": ["a dog"]}
+    _both_ways({**settings, **changes}, refused, message)
+
+
+def test_what_would_fail_after_a_pavrm_was_trained(tiny_models, refused, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    values = {"kind": "pavrm", "models": {"trunk": tiny_models["low"]}, "data": {"source": str(tmp_path)}}
+    assert "output_folder /dev/null/x cannot be written to" in refused({**values, "output_folder": "/dev/null/x"})
+    assert "needs the package bitsandbytes" in refused({**values, "optimiser": {"kind": "adamw8bit"}})
 
 
 def test_labels_of_one_class(tiny_models, refused, tmp_path):

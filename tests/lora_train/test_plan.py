@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -75,11 +76,15 @@ def test_full_disk_is_refused_before_the_start(config, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match="0.00 GB free; make room"):
         plan.check_disk(config, tmp_path)
+    elsewhere = replace(config, output_folder=str(tmp_path / "loras" / "mine"))
+    (tmp_path / "loras").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 if path.name == "loras" else 10**12))
+    plan.check_disk(config, tmp_path)
+    with pytest.raises(ValueError, match="this run's LoRAs need .*loras has 0.00 GB free; make room, or choose another output_folder"):
+        plan.check_disk(elsewhere, tmp_path)
 
 
 def test_short_memory_is_refused_before_the_start(config, monkeypatch):
-    from dataclasses import replace
-
     plan.check_memory(config)
     monkeypatch.setattr(plan, "free_memory_bytes", lambda: 100)
     with pytest.raises(ValueError, match=r"this run needs at least 0.00 GB of memory, most of it for .*, but 0.00 GB are free; close other programs"):
