@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,20 @@ def save_lora(path: Path, config: TrainConfig, trainee: Trainee, step: int, base
     }
     tensors = to_file_tensors(trainee.best if best else trainee.weights(), alpha, _SAVE_DTYPES[config.save_dtype])
     safetensors_file.write(path, tensors, metadata)
+
+
+def written_also(write: Callable[[Path], list[Path]], output_folder: str) -> tuple[list[Path], str]:
+    """Write finished files once more, to where they are also wanted (empty: nowhere). The run's own are whole by now, so what fails here ends no run.
+
+    Returns:
+        The files, and a sentence about why there are none, empty where all went well.
+    """
+    if not output_folder:
+        return [], ""
+    try:
+        return write(Path(output_folder)), ""
+    except OSError as error:
+        return [], f"Nothing could be written to output_folder {output_folder} ({error.strerror or error}); copy the files from the run's folder."
 
 
 def save_state(folder: Path, config: RunConfig, trainees: Sequence[Trainee], progress: Progress) -> Path:

@@ -95,9 +95,10 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
     if saved_at != progress.step or not checkpoint.states(folder):
         _save(config, parts, folder, trainee, progress)
     with trainee.averaged():
-        targets = [Path(target) for target in (str(folder), config.output_folder) if target]
-        files = [str(file.resolve()) for target in targets for file in parts.write(target, progress.step)]
-    finished = events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason)
+        own = parts.write(folder, progress.step)
+        copies, note = checkpoint.written_also(lambda target: parts.write(target, progress.step), config.output_folder)
+    files = [str(file.resolve()) for file in (*own, *copies)]
+    finished = events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason, detail=note)
     parts.sink(finished)
     return finished
 

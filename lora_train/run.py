@@ -309,14 +309,18 @@ def _finish(
     is_last_best = is_extra and guards.after_look(config, progress.watch, last_look, progress.step)[2]
     use_best = is_asked and has_best and not is_last_best
     step = progress.watch.best_step if use_best else progress.step
-    files = []
-    for expert, trainee in trainees.items():
-        for target in filter(None, (str(folder), config.output_folder)):
-            Path(target).mkdir(parents=True, exist_ok=True)
-            path = Path(target) / checkpoint.lora_file_name(config, expert)
-            checkpoint.save_lora(path, config, trainee, step, parts.base_sha256(expert), best=use_best)
-            files.append(str(path.resolve()))
+
+    def write(target: Path) -> list[Path]:
+        target.mkdir(parents=True, exist_ok=True)
+        paths = {expert: target / checkpoint.lora_file_name(config, expert) for expert in trainees}
+        for expert, path in paths.items():
+            checkpoint.save_lora(path, config, trainees[expert], step, parts.base_sha256(expert), best=use_best)
+        return list(paths.values())
+
+    own = write(folder)
+    copies, note = checkpoint.written_also(write, config.output_folder)
+    files = [str(path.resolve()) for path in (*own, *copies)]
     best = "the best look" if step else "the base model: no look was better, so it changes nothing"
     which = f"The LoRA is that of update {step}, {best if use_best else 'the last one'}." if is_asked else ""
-    detail = " ".join(filter(None, (ended.detail and f"{ended.detail[0].upper()}{ended.detail[1:]}.", which)))
+    detail = " ".join(filter(None, (ended.detail and f"{ended.detail[0].upper()}{ended.detail[1:]}.", which, note)))
     return events.Finished(time=parts.clock(), step=progress.step, files=files, reason=ended.reason, detail=detail)

@@ -138,7 +138,17 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_goes_on_from_it(toy, tmp_pa
         with pytest.raises(OSError, match="No space"):
             _train(toy, folder, steps=4, checkpoint_every=1, keep_checkpoints=1)
         assert [path.name for path in checkpoint.states(folder)] == ["step-000001.state.safetensors"]
+        assert not list(folder.rglob("*.partial")), "there is room again"
         config, _ = _train(toy, folder, steps=4, checkpoint_every=1, keep_checkpoints=1)
         for name in (checkpoint.lora_file_name(config, "low"), "checkpoints/step-000004.state.safetensors"):
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         assert not list(folder.rglob("*.partial"))
+
+
+def test_an_output_folder_that_fails_at_the_end_costs_nothing(toy, tmp_path):
+    """It could be written to when the run began."""
+    (tmp_path / "loras").write_text("a file in the folder's place")
+    config, _ = _train(toy, tmp_path / "run", steps=1, output_folder=str(tmp_path / "loras"))
+    finished, own = toy.events[-1], tmp_path / "run" / checkpoint.lora_file_name(config, "low")
+    assert (finished.name, finished.files) == ("finished", [str(own)]) and load_file(own)
+    assert f"Nothing could be written to output_folder {tmp_path / 'loras'} (File exists); copy the files from the run's folder." in finished.detail
