@@ -89,7 +89,7 @@ def run(folder: Path, *, resume: bool = False) -> int:
             logger.exception("the run failed")
             from ..lora_train.recovery import explain
 
-            append_event(folder, events.Failed(time=time.time(), error=explain(error), log_tail=log_tail(folder)))
+            append_event(folder, events.Failed(time=time.time(), error=explain(error, folder), log_tail=log_tail(folder)))
             return 2
     return 0
 

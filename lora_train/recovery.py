@@ -6,14 +6,17 @@ half-made gradients, its count of passes. What has begun to change the LoRA itse
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from . import events, optimisers
+from . import checkpoint, events, optimisers
 from .protocols import Learner, Shrunk
 from .trainee import Trainee
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reward_lab")
 _DRIVER_WORDS = ("cuda error", "hip error", "cudnn error", "cublas_status", "nvml", "device-side assert", "acceleratorerror")
 _FULL_WORDS = ("cuda error: out of memory", "hip error: out of memory", "status_alloc_failed")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDY = (
     "Take a smaller video, batch or lora.rank, close what else uses the card, or leave more of it free (engine.card_gb, engine.optimiser_place 'host'); "
     "then resume from the checkpoint"
@@ -121,13 +125,26 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def explain(error: Exception) -> str:
-    """What a run that failed tells its user."""
+def explain(error: Exception, folder: Path) -> str:
+    """What a run that failed tells its user. `folder`: of the run."""
     if isinstance(error, ValueError | CardFullError | DamagedError) or type(error).__name__ == "NonFiniteError":
         return str(error)
     text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return _about_disk(error, folder)
     if is_card_full(error):
         return f"{text}. {_REMEDY}"
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and any(word in text.lower() for word in _DRIVER_WORDS)):
         return f"the card or its driver failed; the last checkpoint is good. Check the card (nvidia-smi), then resume the run. {text}"
     return text
+
+
+def _about_disk(error: OSError, folder: Path) -> str:
+    """What to do where a disk, a quota or the largest size of a file was reached."""
+    place = Path(error.filename or folder)
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    step = checkpoint.latest_step(folder)
+    kept = f"the checkpoint of update {step} is good" if checkpoint.states(folder) else "there is no checkpoint yet"
+    free_bytes = shutil.disk_usage(existing).free
+    remedy = f"Make room, or move the run's folder to another disk; then go on: lab.py train {folder}"
+    return f"{place} could not be written: {error.strerror}; {free_bytes / 1e9:.2f} GB are free there, and {kept}. {remedy}"

@@ -172,16 +172,25 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     Args:
         tensors: CPU tensors, written in the given order.
         metadata: text values, written in the given order.
+
+    Raises:
+        OSError: it could not be written, with the file's name; nothing is left of it.
     """
     import torch
 
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64", torch.float64: "F64"}
     specs = [TensorSpec(key=key, dtype=names[tensor.dtype], shape=tuple(tensor.shape)) for key, tensor in tensors.items()]
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(header_bytes(specs, metadata))
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(header_bytes(specs, metadata))
+            for tensor in tensors.values():
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        # On a full disk the reason of the failure must find room, and what is told must name the file.
+        partial.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise

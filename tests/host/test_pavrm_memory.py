@@ -113,7 +113,7 @@ def test_the_end_is_in_order_and_can_be_resumed(repo, pocket_data, tmp_path, cha
     run(config, tmp_path / "whole")
     with pytest.raises(CardFullError, match=f"step {STEP}: the card's memory is full, {words} .*Tried to allocate.*gradient_checkpointing") as error:
         run(config, tmp_path / "other", spoil=lambda parts: full_in(parts.scorer, "logits", calls))
-    assert explain(error.value) == str(error.value)
+    assert explain(error.value, tmp_path) == str(error.value)
     assert checkpoint.latest_step(tmp_path / "other") == STEP - 1
     run(config, tmp_path / "other", resume=True)
     assert (tmp_path / "other" / "tiny.safetensors").read_bytes() == (tmp_path / "whole" / "tiny.safetensors").read_bytes()

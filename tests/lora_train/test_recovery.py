@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from contextlib import ExitStack
 
 import pytest
@@ -251,8 +253,20 @@ def test_a_state_that_tells_what_is_no_longer_watched_is_resumed(toy, tmp_path):
         (RuntimeError("the size of tensor a"), "RuntimeError: the size of tensor a"),
     ],
 )
-def test_what_the_user_is_told(error, words):
-    assert explain(error).startswith(words)
+def test_what_the_user_is_told(error, words, tmp_path):
+    assert explain(error, tmp_path).startswith(words)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_says_what_is_kept_and_how_to_go_on(toy, tmp_path, number):
+    path = tmp_path / "run" / "checkpoints" / "x.safetensors"
+    told = explain(OSError(number, "No room", str(path)), tmp_path / "run")
+    assert re.match(rf"{path} could not be written: No room; \d+\.\d\d GB are free there, and there is no checkpoint yet. Make room, or move", told)
+    train(toy, tmp_path / "run")
+    told = explain(OSError(number, "No room"), tmp_path / "run")
+    step = checkpoint.latest_step(tmp_path / "run")
+    assert told.startswith(f"{tmp_path / 'run'} could not be written") and f"the checkpoint of update {step} is good. Make room" in told
+    assert told.endswith(f"then go on: lab.py train {tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize("weight_bytes", [2, 1])
