@@ -268,10 +268,22 @@ class TrainConfig:
         has_real = self.method == "prfl" and self.prfl.real_weight > 0 and "high" in self.trained_experts
         only_noise = "sampling.boundary is 1, so no noise level of real videos is the high-noise expert's; set prfl.real_weight 0"
         _require(not has_real or self.sampling.boundary < 1, only_noise)
-        needs_looks = self.guards.needs_looks or self.held_out.judge is not None
-        _require(bool(self.held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
-        never = f"held_out.every is {self.held_out.every}, but there are {self.steps} steps, so guards would never look; set it to {self.steps} or less"
-        _require(not self.guards.needs_looks or self.held_out.every <= self.steps, never)
+        self._check_looks()
+
+    def _check_looks(self) -> None:
+        held_out, judge, reward = self.held_out, self.held_out.judge, self.reward
+        needs_looks = self.guards.needs_looks or judge is not None
+        _require(bool(held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
+        never = f"held_out.every is {held_out.every}, but there are {self.steps} steps, so guards would never look; set it to {self.steps} or less"
+        _require(not self.guards.needs_looks or held_out.every <= self.steps, never)
+        latents = self.video.latent_shape(1)[2]
+        if not held_out.every or min(held_out.latents or latents, latents) > 1:
+            return
+        asked = {"guards.motion_floor": self.guards.motion_floor > 0, f"the reward {reward.kind}": reward.kind in COMPARING_REWARDS}
+        asked |= {f"the judge {judge.kind}": judge.kind in COMPARING_REWARDS} if judge is not None else {}
+        comparing = " and ".join(name for name, is_asked in asked.items() if is_asked)
+        facts = f"held_out.latents {held_out.latents} and video.frames {self.video.frames}"
+        _require(not comparing, f"{comparing}: frames are compared, but looks decode a single one with {facts}; set held_out.latents 0, or at least 2")
 
     def _check_scored_frames(self) -> None:
         objective, latents = self.objective, self.video.latent_shape(1)[2]

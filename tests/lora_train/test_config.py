@@ -9,6 +9,8 @@ import pytest
 from reward_lab.lora_train.config import TrainConfig
 from reward_lab.lora_train.presets import PRESETS
 
+LOOKS = {"every": 2, "prompts": ["y"]}
+
 
 def test_round_trip(toy):
     config = toy.config(expert="both", objective={"strategy": "random", "grad_steps": 2}, held_out={"every": 2, "prompts": ["y"]})
@@ -63,6 +65,10 @@ def test_presets_are_valid_and_yield_to_the_user(toy, name):
         ({"sampling": {"boundary": 1.0, "steps": 1}, "expert": "low"}, "makes no step"),
         ({"models": {"high": ""}}, "models.high is empty"),
         ({"held_out": {"every": 2}}, "held_out.prompts is empty"),
+        ({"held_out": {**LOOKS, "latents": 1}, "guards": {"motion_floor": 0.9}}, "guards.motion_floor: frames are compared, but .*latents 1 and video.frames"),
+        ({"held_out": {**LOOKS, "latents": 1, "judge": {"kind": "drift"}}}, "the judge drift: .* set held_out.latents 0, or at least 2"),
+        ({"held_out": LOOKS, "video": {"frames": 1}, "guards": {"motion_floor": 0.9}}, "guards.motion_floor: frames are compared"),
+        ({"held_out": {**LOOKS, "latents": 1}, "reward": {"kind": "flicker"}, "objective": {"decode": "all"}}, "the reward flicker: frames are compared"),
         ({"reward": {"kind": "flicker"}}, "flicker compares frames, but only one may be scored"),
         ({"reward": {"kind": "drift"}, "objective": {"decode": "random"}}, "drift compares frames"),
         ({"reward": {"kind": "drift"}, "objective": {"decode": "last", "score_frames": 1}}, "drift compares frames"),
