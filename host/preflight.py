@@ -13,7 +13,7 @@ from ..lora_train.pavrm_config import PavrmConfig
 from ..lora_train.plan import check_disk, check_memory
 from ..lora_train.safetensors_file import Header, read_header
 from ..lora_train.weight_formats import quantised_weights
-from ..reward_models.spec import RewardModelSpec, check_kind
+from ..reward_models.spec import ALIASES, RewardModelSpec, check_kind
 from .experts import guess_expert
 
 _TEXT_KEY = "text_embedding.0.weight"
@@ -35,6 +35,7 @@ def check(config: TrainConfig, folder: Path) -> None:
     headers = {name: _header(getattr(config.models, name), ROLES[name]) for name in roles}
     optimisers.class_of(config.optimiser.kind)
     _check_reward(config)
+    _check_held_out(config)
     _check_latents(config, headers)
     _check_images(config, headers)
     for slot in needs.experts(config):
@@ -156,6 +157,30 @@ def _check_reward(config: TrainConfig) -> None:
             # A PAVRM's trunk may be a folder; its reader checks that.
             if not Path(file).is_dir():
                 _header(file, "reward model")
+
+
+def _check_held_out(config: TrainConfig) -> None:
+    """What is held out must not be trained on, or its curve rises with what is learned by heart."""
+    if not config.held_out.every:
+        return
+    trained = {(prompt.text.strip(), prompt.image) for prompt in config.prompts}
+    both = [prompt.text for prompt in config.held_out.prompts if (prompt.text.strip(), prompt.image) in trained]
+    if both:
+        raise ValueError(
+            f"{len(both)} of {len(config.held_out.prompts)} held-out prompts are trained on too, the first is {both[0][:60]!r}: take them out of "
+            "held_out.prompts or out of prompts"
+        )
+    if config.held_out.judge is None:
+        return
+    judge, reward = (RewardModelSpec.from_dict(asdict(source)) for source in (config.held_out.judge, config.reward))
+    if _identity(judge) in [_identity(seen) for seen in (reward, *(row.reward for row in reward.rows()))]:
+        raise ValueError(
+            f"held_out.judge is {judge.kind} with the file and options that training raises, so it would tell nothing new: give another reward, or leave it out"
+        )
+
+
+def _identity(spec: RewardModelSpec) -> tuple:
+    return ALIASES.get(spec.kind, spec.kind), spec.path, {name: value for name, value in spec.options.items() if value is not None}
 
 
 def _header(path: str, role: str) -> Header | None:

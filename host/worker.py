@@ -169,7 +169,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from .wan import load_backbone
 
     free = FreeMemory.of(config, device)
-    real = _open_real(config) if needs.real_latents(config) else None
+    real = _not_held_out(config, _open_real(config)) if needs.real_latents(config) else None
     contexts, negative = _encode(config, real)
     backbones = {
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert", on_host=True)
@@ -244,6 +244,19 @@ def _open_real(config):
             f"{video.frames} frames; set video.width_px {width}, height_px {height} and frames {frames}, or encode the videos at the size of video"
         )
     return real
+
+
+def _not_held_out(config, real):
+    """The clips without those whose caption is a held-out prompt: what is held out is never trained on."""
+    from ..lora_train.real import Chosen
+
+    held_out = {prompt.text.strip() for prompt in config.held_out.prompts} if config.held_out.every else set()
+    kept = [number for number, caption in enumerate(real.prompts) if caption.strip() not in held_out]
+    if not kept:
+        raise ValueError(f"all {len(real.prompts)} clips of {config.real.path} have captions that are held out; take these out of held_out.prompts")
+    if len(kept) < len(real.prompts):
+        logger.warning("%d of %d clips have captions that are held-out prompts, and are not trained on", len(real.prompts) - len(kept), len(real.prompts))
+    return Chosen(real, kept) if len(kept) < len(real.prompts) else real
 
 
 def _video_size(shape_CFHW, cell_px: int) -> tuple[int, int, int]:

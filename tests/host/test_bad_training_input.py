@@ -16,7 +16,7 @@ pytest.importorskip("comfy.sd", reason="needs ComfyUI on the path")
 import folder_paths  # noqa: E402
 import numpy as np  # noqa: E402
 
-from reward_lab.host import datasets, pavrm_nodes, pavrm_training, preprocess, training, worker  # noqa: E402
+from reward_lab.host import datasets, pavrm_nodes, pavrm_training, preflight, preprocess, training, worker  # noqa: E402
 from reward_lab.labtools import training as lab_training  # noqa: E402
 from reward_lab.lora_train.run_config import read  # noqa: E402
 from reward_lab.reward_models.spec import RewardModelSpec  # noqa: E402
@@ -141,6 +141,8 @@ def test_a_disk_without_room(settings, refused, monkeypatch):
         ({"held_out": {"judge": {"kind": "hpsv2", "path": "vae", "options": {"treshold": 1}}}}, "'treshold' is unknown"),
         ({"reward": {"kind": "hpsv2", "path": "vae", "options": {"threshold": 1}}}, "reward: The options of hpsv2: 'threshold' is unknown"),
         ({"optimiser": {"kind": "adamw8bit"}}, "optimiser.kind is 'adamw8bit', which needs the package bitsandbytes: pip install it"),
+        ({"held_out": {"prompts": ["a dog", " a cat"]}}, "1 of 2 held-out prompts are trained on too, the first is ' a cat': take them out"),
+        ({"held_out": {"judge": {"kind": "flicker"}}}, "held_out.judge is flicker with the file and options that training raises"),
         ({"output_folder": "/dev/null/loras"}, "output_folder /dev/null/loras cannot be written to .*; choose another one"),
     ],
 )
@@ -150,8 +152,29 @@ def test_what_would_fail_after_hours_of_work(settings, refused, monkeypatch, cha
     vae = settings["models"]["vae"]
     changes = json.loads(json.dumps(changes).replace('"vae"', json.dumps(vae)))
     if "held_out" in changes:
-        changes["held_out"] |= {"every": 1, "prompts": ["a dog"]}
+        changes["held_out"] = {"every": 1, "prompts": ["a dog"], **changes["held_out"]}
     _both_ways({**settings, **changes}, refused, message)
+
+
+def test_a_judge_may_be_another_of_its_kind_but_no_row_of_the_mix(settings, tmp_path):
+    row = {"reward": {"kind": "drift"}, "weight": 2}
+    looks = {"every": 1, "prompts": ["a dog"]}
+    mixed = {**settings, "reward": {"kind": "mix", "options": {"rows": [row, {"reward": {"kind": "flicker"}}]}}, "real": {"replay": 2}}
+    with pytest.raises(ValueError, match="held_out.judge is drift with the file and options that training raises"):
+        preflight.check(read({**mixed, "held_out": {**looks, "judge": {"kind": "drift"}}}), tmp_path)
+    preflight.check(read({**mixed, "held_out": {**looks, "judge": {"kind": "dynamic_degree"}}}), tmp_path)
+
+
+def test_clips_with_held_out_captions_are_not_trained_on(settings, caplog):
+    clips = SimpleNamespace(prompts=["a cat", "a dog ", "a fish"], names=["0", "1", "2"], shape=(16, 5, 8, 8))
+    config = read({**settings, "real": {"replay": 2}, "held_out": {"every": 1, "prompts": ["a dog"]}})
+    with caplog.at_level("WARNING", "reward_lab"):
+        assert worker._not_held_out(config, clips).prompts == ["a cat", "a fish"]
+    assert "1 of 3 clips have captions that are held-out prompts" in caplog.text
+    without = read({**settings, "real": {"replay": 2}})
+    assert worker._not_held_out(without, clips) is clips
+    with pytest.raises(ValueError, match="all 1 clips of .* have captions that are held out"):
+        worker._not_held_out(config, SimpleNamespace(prompts=["a dog"], names=["0"], shape=clips.shape))
 
 
 def test_what_would_fail_after_a_pavrm_was_trained(tiny_models, refused, monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ from reward_lab.runs import process  # noqa: E402
 from reward_lab.runs.store import RunStore  # noqa: E402
 
 pytestmark = pytest.mark.host
+MIX = {"kind": "mix", "options": {"rows": [{"reward": {"kind": "flicker"}}]}}
 CPU = torch.device("cpu")
 
 
@@ -108,7 +109,7 @@ def test_zero_mask_form_is_what_missing_channels_become(image_models):
 
 def test_batch_mixes_prompts_with_and_without_images(image_models):
     config = TrainConfig.from_dict({
-        "models": image_models, "reward": {"kind": "mix"}, "prompts": [{"text": "a"}], "video": {"width_px": 32, "height_px": 32, "frames": 5},
+        "models": image_models, "reward": MIX, "prompts": [{"text": "a"}], "video": {"width_px": 32, "height_px": 32, "frames": 5},
         "sampling": {"guidance": 2.0},
     })  # fmt: skip
     backbones = {expert: load_backbone(image_models[expert], dtype=torch.float32, device=CPU) for expert in ("high", "low")}
@@ -146,7 +147,7 @@ def test_worker_trains_image_to_video(comfyui, image_models, pocket_models, phot
 
 def test_text_to_video_experts_refuse_images(tiny_models, photo, tmp_path):
     config = TrainConfig.from_dict({
-        "models": tiny_models, "reward": {"kind": "mix"}, "prompts": [{"text": "a", "image": photo}],
+        "models": tiny_models, "reward": MIX, "prompts": [{"text": "a", "image": photo}],
         "video": {"width_px": 32, "height_px": 32, "frames": 5},
     })  # fmt: skip
     backbone = load_backbone(tiny_models["high"], dtype=torch.float32, device=CPU)
@@ -158,7 +159,7 @@ def test_text_to_video_experts_refuse_images(tiny_models, photo, tmp_path):
 
 def test_missing_image_is_named_before_any_work(image_models, tmp_path):
     config = TrainConfig.from_dict({
-        "models": image_models, "reward": {"kind": "mix"}, "prompts": [{"text": "a", "image": str(tmp_path / "gone.png")}],
+        "models": image_models, "reward": MIX, "prompts": [{"text": "a", "image": str(tmp_path / "gone.png")}],
         "video": {"width_px": 32, "height_px": 32, "frames": 5},
     })  # fmt: skip
     with pytest.raises(ValueError, match="1 start images do not exist, the first is .*gone.png"):

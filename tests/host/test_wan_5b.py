@@ -39,6 +39,7 @@ from reward_lab.runs.store import RunStore  # noqa: E402
 from .conftest import TRANSFORMER, _randomise  # noqa: E402
 
 pytestmark = pytest.mark.host
+MIX = {"kind": "mix", "options": {"rows": [{"reward": {"kind": "flicker"}}]}}
 CPU = torch.device("cpu")
 SIZES = {**TRANSFORMER, "in_dim": 48, "out_dim": 48}
 # 64 x 32 pixels and 5 frames: latents [48, 2, 2, 4].
@@ -142,7 +143,7 @@ def test_a_start_image_acts_as_in_the_hosts_sampler(models, backbone):
         plain = model.apply_model(latent[1:], torch.tensor([sigma]), c_crossattn=text[1:])
     first = FirstFrames(latent_BC1HW=torch.cat([given, torch.zeros_like(given)]), is_known_B=torch.tensor([True, False]))
     context = PromptContext(prompt_BPD=text, negative_BPD=text, first=first)
-    config = TrainConfig.from_dict({"models": models, "reward": {"kind": "mix"}, "prompts": [{"text": "a"}], "video": VIDEO})
+    config = TrainConfig.from_dict({"models": models, "reward": MIX, "prompts": [{"text": "a"}], "video": VIDEO})
     experts = Experts(backbones={"high": backbone}, sampling=config.sampling)
     with training_mode(), torch.no_grad():
         ours = x0_from_velocity(latent, experts.velocity(latent, sigma, context, guidance=1.0), sigma)
@@ -158,7 +159,7 @@ def test_fun_inp_5b_is_told_of_an_image_in_both_ways(models, photo, tmp_path):
     made = comfy.ldm.wan.model.WanModel(**sizes, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     save_file(_randomise(made, 5), tmp_path / "inp.safetensors", metadata={"config": json.dumps({"transformer": sizes})})
     backbone = load_backbone(str(tmp_path / "inp.safetensors"), dtype=torch.float32, device=CPU)
-    values = {"models": {**models, "high": str(tmp_path / "inp.safetensors")}, "reward": {"kind": "mix"}, "video": VIDEO}
+    values = {"models": {**models, "high": str(tmp_path / "inp.safetensors")}, "reward": MIX, "video": VIDEO}
     config = TrainConfig.from_dict({**values, "prompts": [{"text": "a", "image": photo}]})
     preflight.check(config, tmp_path)
     text, latent, sigma = torch.randn(5, 32), torch.randn(config.video.latent_shape(1)), 0.6
@@ -177,7 +178,7 @@ def test_fun_inp_5b_is_told_of_an_image_in_both_ways(models, photo, tmp_path):
 def test_every_solver_ends_at_the_start_image(backbone, models):
     from reward_lab.lora_train.solvers import SOLVERS
 
-    config = TrainConfig.from_dict({"models": models, "reward": {"kind": "mix"}, "prompts": [{"text": "a"}], "video": VIDEO, "sampling": {"steps": 4}})
+    config = TrainConfig.from_dict({"models": models, "reward": MIX, "prompts": [{"text": "a"}], "video": VIDEO, "sampling": {"steps": 4}})
     experts, given = Experts(backbones={"high": backbone}, sampling=config.sampling), torch.randn(48, 1, 2, 4)
     context = ContextCache({"a": torch.randn(5, 32)}, torch.zeros(5, 32), CPU, first_frames={"photo": given}).batch(["a"], ["photo"])
     for solver in SOLVERS.values():
