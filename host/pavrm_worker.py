@@ -27,10 +27,11 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
     Raises:
         ValueError: see `learnable_of` and `pavrm_training.load`; not enough disk.
     """
+    from ..lora_train import checkpoint
     from ..lora_train.pavrm_run import PavrmParts
     from ..lora_train.pavrm_run import train as run_training
     from ..runs import lease
-    from ..runs.store import append_event
+    from ..runs.store import append_event, cut_after
     from . import pavrm_training, score_pictures
     from .training_mode import training_mode
 
@@ -57,6 +58,9 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
             draw=score_pictures.draw_validation,
             pause=lambda: lease.wait_until_free(folder.parent, stop),
         )
+        if resume:
+            # Whatever could be refused has been: until here, the run that there is stands as it was.
+            cut_after(folder, checkpoint.latest_step(folder))
         run_training(config, parts, folder, resume=resume)
 
 

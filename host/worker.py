@@ -11,7 +11,6 @@ import argparse
 import gc
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -117,7 +116,7 @@ class _StopSignal:
 
 def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
     from ..lora_train import run_config
-    from ..runs.store import CONFIG, METRICS, read_config
+    from ..runs.store import CONFIG, METRICS, STOP, read_config
     from . import pavrm_worker, preflight
 
     if not (folder / CONFIG).is_file():
@@ -145,9 +144,8 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
     if resume:
         from ..lora_train import checkpoint
 
-        # Before anything of the run that there is gets cut.
         checkpoint.check_settings(folder, config)
-        _forget_after_checkpoint(folder)
+        (folder / STOP).unlink(missing_ok=True)
     if is_pavrm:
         pavrm_worker.train(config, folder, stop, resume, device, dtype)
         return
@@ -157,11 +155,11 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from ..lora_train import needs, objectives, replay
+    from ..lora_train import checkpoint, needs, objectives, replay
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
     from ..runs import lease
-    from ..runs.store import append_event
+    from ..runs.store import append_event, cut_after
     from . import memory_meter, start_images
     from .engine import FreeMemory, engines
     from .samples import SampleFiles
@@ -207,6 +205,9 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
             real=real,
             **scorers,
         )
+        if resume:
+            # Whatever could be refused has been: until here, the run that there is stands as it was.
+            cut_after(folder, checkpoint.latest_step(folder))
         parts = replay.with_clips(config, parts, folder)
         train(config, parts, objectives.create(config, parts), folder, resume=resume)
 
@@ -335,20 +336,6 @@ def _free_memory() -> None:
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()
-
-
-def _forget_after_checkpoint(folder: Path) -> None:
-    """Cut from `metrics.jsonl` what the resumed run will report again, so that the file reads as that of an uninterrupted run."""
-    from ..lora_train.checkpoint import latest_step
-    from ..runs.store import METRICS, read_events
-
-    (folder / "stop").unlink(missing_ok=True)
-    step = latest_step(folder)
-    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed", "memory") and event.get("step", 0) <= step]
-    kept = past if step else []
-    partial = folder / f"{METRICS}.partial"
-    partial.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in kept), encoding="utf-8")
-    partial.replace(folder / METRICS)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _STARTING_S = 120.0  # a worker takes its lock within seconds of its start; one 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
     """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values; `ended`: why a guard ended the run;
-    `preparing`: what it does before its first update, and how far it is.
+    `error`: why it failed, or why one that had ended could not go on; `preparing`: what it does before its first update, and how far it is.
 
     `state` is one of STATES; `broken` means that the folder's files cannot be read, and `error` says why.
     """
@@ -220,6 +220,16 @@ def append_event(folder: Path, event: events.Event) -> None:
         file.write(events.to_line(event).encode() + b"\n")
 
 
+def cut_after(folder: Path, step: int) -> None:
+    """Cut from `metrics.jsonl` what a run that goes on after `step` (0: from its beginning) will report again, so that the file reads as that of an
+    uninterrupted run; called when nothing can refuse that run any more."""
+    past = [event for event in read_events(folder) if event["event"] not in ("finished", "failed", "memory") and event.get("step", 0) <= step]
+    kept = past if step else []
+    partial = folder / f"{METRICS}.partial"
+    partial.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in kept), encoding="utf-8")
+    partial.replace(folder / METRICS)
+
+
 def log_tail(folder: Path, lines: int = 20) -> list[str]:
     """Last lines of `log.txt`, empty when there is none."""
     path = folder / LOG
@@ -256,9 +266,13 @@ def _read_info(folder: Path) -> RunInfo:
 
 
 def _summarise(run_events: list[dict[str, Any]], values: dict[str, Any]) -> str:
-    """Fill `values` from the events; returns the name of the last one."""
+    """Fill `values` from the events; returns the name of the last one that says how the run stands."""
     last = ""
     for event in run_events:
+        if last == "finished" and event["event"] == "failed":
+            # A run that goes on takes "finished" away (`cut_after`): this is a refusal to, and what the run has made stands.
+            values["error"] = event["error"]
+            continue
         last = event["event"]
         if last == "preparing":
             values["preparing"] = f"{event['what']}, {event['done']} of {event['total']}"

@@ -188,7 +188,13 @@ def test_resuming_with_other_settings_is_refused_before_anything_is_cut(work, se
     path.write_text(json.dumps({**values, "seed": 99}), encoding="utf-8")
     assert work(settings, run_id, resume=True)[0] == 2
     seen = store.events(run_id)
-    assert seen[: len(history)] == history and "was made with other settings" in seen[-1]["error"]
+    assert seen[: len(history)] == history and "seed was 0 and is 99" in seen[-1]["error"]
+    info = store.get(run_id)
+    assert (info.state, len(info.files)) == ("finished", 2) and "with other settings" in info.error, "what it made stands"
+    path.write_text(json.dumps({**values, "video": 5}), encoding="utf-8")
+    assert work(settings, run_id, resume=True)[0] == 2 and store.get(run_id).state == "finished"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert work(settings, run_id)[0] == 2 and store.get(run_id).state == "finished", "it was not asked to go on"
     path.write_text(json.dumps(values), encoding="utf-8")
     assert work(settings, run_id, resume=True)[0] == 0
 

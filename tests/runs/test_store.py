@@ -12,7 +12,7 @@ import pytest
 from reward_lab.lora_train import events
 from reward_lab.lora_train.config import TrainConfig
 from reward_lab.runs import lease, lock, process
-from reward_lab.runs.store import RunStore, append_event
+from reward_lab.runs.store import RunStore, append_event, cut_after
 
 CONFIG = {
     "models": {"high": "h.safetensors", "low": "l.safetensors", "text_encoder": "t.safetensors", "vae": "v.safetensors"},
@@ -51,6 +51,11 @@ def test_states_follow_the_events(store, run_id):
     assert store.get(run_id).state == "failed" and "without a word" in store.get(run_id).error
     append_event(folder, events.Finished(time=2.0, step=4, files=["/x.safetensors"], reason="stopped"))
     assert store.get(run_id).state == "stopped" and store.get(run_id).files == ["/x.safetensors"]
+    append_event(folder, events.Failed(time=2.0, error="refused", log_tail=["a", "b"]))
+    info = store.get(run_id)
+    assert (info.state, info.files, info.error) == ("stopped", ["/x.safetensors"], "refused"), "its files stand"
+    cut_after(folder, 3)
+    assert [event["event"] for event in store.events(run_id)] == ["step"] and store.get(run_id).state == "failed"
     append_event(folder, events.Failed(time=2.0, error="broke", log_tail=["a", "b"]))
     assert store.get(run_id).state == "failed" and store.get(run_id).error == "broke"
 
