@@ -15,8 +15,7 @@ from typing import Any
 
 _WEIGHTS = frozenset({"high", "low", "text_encoder", "vae", "trunk", "path", "image"})
 _REWARD_OPTIONS = frozenset({"clip", "detector", "landmarks", "reference", "query", "head", "generator", "config"})
-# Of PAVRM training. Labels are added to their files while a run trains: it is the run's data that are compared, not sizes.
-_DATA = frozenset({"source", "annotations", "pairs", "losers", "validation"})
+_DATA = frozenset({"source", "annotations", "pairs", "losers", "validation"})  # of PAVRM training
 _SHOWN_CHARACTERS = 80
 
 
@@ -35,8 +34,11 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def file_bytes(values: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes of the files of models, rewards, clips and start images that are there, by setting, such as `models.high`."""
-    named = ((where, Path(value)) for where, name, value in _leaves(values) if name not in _DATA and _is_path(name, value))
+    """Sizes of the files of models, rewards and start images that are there, by setting, such as `models.high`.
+
+    Clips and labels may become more while a run trains.
+    """
+    named = ((where, Path(value)) for where, name, value in _leaves(values) if where != "real.path" and name not in _DATA and _is_path(name, value))
     return {where: path.stat().st_size for where, path in named if path.is_file()}
 
 
