@@ -93,7 +93,7 @@ def _own(folder: Path) -> tuple[list[Sample], list[str], dict[str, Any]]:
     notes = [f"{len(index.get('skipped', []))} videos were skipped when the dataset was made; see {folder / INDEX}"] if index.get("skipped") else []
     if missing:
         notes.append(f"{len(missing)} videos have lost their cache files ({', '.join(missing[:3])}); run preprocess again")
-    return samples, notes + _left_out(broken, "videos have broken cache files and are left out; delete these files and run preprocess again"), index
+    return samples, notes + _left_out(broken, "videos have broken cache files and are left out; run preprocess again, it makes these anew"), index
 
 
 def _left_out(reasons: Sequence[str], what: str) -> list[str]:
@@ -201,7 +201,7 @@ def _stored_shape(path: Path) -> tuple[int, ...]:
 
 
 def _read_video(files: Mapping[str, Path]) -> LatentVideo:
-    tensors = {what: _tensor(path, what) for what, path in files.items()}
+    tensors = {what: read_tensor(path, what) for what, path in files.items()}
     return LatentVideo(
         latent_CFHW=tensors["latent"],
         texts_PD={name: tensors[name] for name in ("short", "long") if name in tensors},
@@ -211,8 +211,15 @@ def _read_video(files: Mapping[str, Path]) -> LatentVideo:
     )
 
 
-def _tensor(path: Path, what: str) -> torch.Tensor:
-    """An .npy array or the one tensor of a .safetensors, fp32."""
+def read_tensor(path: Path, what: str) -> torch.Tensor:
+    """An .npy array or the one tensor of a .safetensors, fp32, without a first axis of one.
+
+    Args:
+        what: `latent` [C, F, H, W], `short` or `long` [P, D], `clip` [P, D], `condition` [C, F, H, W].
+
+    Raises:
+        ValueError: the file is missing or broken, has other axes, or holds NaN or infinity.
+    """
     try:
         if path.suffix == ".npy":
             tensor = torch.from_numpy(np.load(path, allow_pickle=False)).float()
