@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, dict[str, str | None]]:
         except ValueError as error:
             if _is_unfinished(line):
                 continue
-            raise ValueError(f"{path} line {number} is not JSON ({error}); write one object a line, without commas between them or a list around them") from error
+            raise ValueError(f"{path} line {number} is not JSON ({error}); write one object a line, without commas between or a list around them") from error
         video, quality, label = _entry(entry, f"{path} line {number}")
         found.setdefault(video, {}).pop(quality, None)
         if label is not None:
