@@ -15,6 +15,7 @@ from ..lora_train.pavrm_data import Example, Learnable, Pair, Sample, labelled, 
 
 logger = logging.getLogger("reward_lab")
 LOSER = "loser/"
+_NOT_VALIDATED = "no labelled video is held out, so there is no validation; raise data.validation_share, or label videos of data.validation"
 _STATE_COPIES = 4  # weights, two moments, and an average where there is one
 
 
@@ -80,7 +81,7 @@ def learnable_of(config: PavrmConfig) -> Learnable:
     if not train_ids:
         raise ValueError(f"all {len(dataset.samples)} videos were held out for validation; lower data.validation_share or add videos")
     if data.losers:
-        return _against_losers(config, dataset.samples, notes)
+        return _against_losers(config, dataset.samples, held_samples, notes)
     train_pairs, held_pairs = (), ()
     if data.pairs:
         train_pairs, held_pairs, more = _pairs(data.pairs, dataset.samples, held_ids)
@@ -94,24 +95,24 @@ def learnable_of(config: PavrmConfig) -> Learnable:
     else:
         train, held_out = [], labelled(held_samples, data)[0] if any(sample.labels for sample in held_samples) else []
     if not held_out and not held_pairs:
-        notes.append("no labelled video is held out, so there is no validation; raise data.validation_share")
+        notes.append(_NOT_VALIDATED)
     return Learnable(train=tuple(train), held_out=tuple(held_out), given_pairs=train_pairs, held_out_pairs=held_pairs, notes=tuple(notes))
 
 
-def _against_losers(config: PavrmConfig, winners: Sequence[Sample], notes: Sequence[str]) -> Learnable:
-    """Every video of `data.source` as good, every one of `data.losers` as bad.
+def _against_losers(config: PavrmConfig, winners: Sequence[Sample], held_samples: Sequence[Sample], notes: Sequence[str]) -> Learnable:
+    """Every video of `data.source` as good, every one of `data.losers` as bad; held out by id or caption, or the labelled ones of `data.validation` instead.
 
     Two lists are two namespaces: a real video and a generated one of the same caption have one source_id, and HY-Video-PRFL's shipped config names one
-    list twice. So a loser is called `loser/<id>`. Both of an id are held out together, for they mostly show the same thing.
+    list twice. So a loser is called `loser/<id>`. Both of an id (or caption) are held out together, for they mostly show the same thing.
     """
     from . import datasets
 
     data = config.data
     read = datasets.read(data.losers)
     losers = read.samples
-    held_ids = split([*winners, *losers], data.validation_share, config.seed)[1]
-    train, held_out = [], []
+    train, held_out = [], labelled(held_samples, data)[0] if data.validation else []
     for samples, label, prefix in ((winners, 1, ""), (losers, 0, LOSER)):
+        held_ids = set() if data.validation else split(samples, data.validation_share, config.seed, by_caption=data.split_by_caption)[1]
         for sample in samples:
             (held_out if sample.id in held_ids else train).append(Example(sample=replace(sample, id=f"{prefix}{sample.id}"), label=label))
     told = [*notes, *read.notes, f"pairs: any of {len(winners)} videos wins over any of {len(losers)} losers"]
@@ -119,6 +120,8 @@ def _against_losers(config: PavrmConfig, winners: Sequence[Sample], notes: Seque
     if shared:
         told.append(f"{len(shared)} losers have the id of a winner; the report calls losers {LOSER}<id>")
     require_both_classes(train, "pairs", f"the dataset {data.source} with {data.losers}")
+    if not held_out:
+        told.append(_NOT_VALIDATED)
     return Learnable(train=tuple(train), held_out=tuple(held_out), notes=tuple(told))
 
 

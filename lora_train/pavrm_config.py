@@ -57,7 +57,7 @@ class Data:
     losers: HY-Video-PRFL's second list: any video of `source` wins over any of these, whose ids become `loser/<id>`.
     pairing: partners of good videos are bad ones of the same caption where there are such (`caption`), or any (`any`).
     balance: draw good and bad videos equally often.
-    validation_share: share of the videos (of captions, when `split_by_caption`) that are never trained on; validation: another dataset instead.
+    validation_share: share of the videos (of captions, when `split_by_caption`) that are never trained on; validation: another dataset, with labels, instead.
     """
 
     source: str

@@ -71,6 +71,32 @@ def test_the_same_list_twice(tmp_path):
     assert report["all"]["auc"] == 0.5 and len(report["videos"]) == len(learnable.held_out)
 
 
+def test_losers_are_held_out_by_caption_where_that_is_asked_for(tmp_path):
+    names = [f"v{index:02d}" for index in range(24)]
+    lists = [metas(tmp_path / side, names, value) for side, value in (("good", 1.0), ("bad", -1.0))]
+    for folder, shift in ((tmp_path / "good", 0), (tmp_path / "bad", 1)):
+        for index, name in enumerate(names):
+            path = folder / f"{name}_meta_v1.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "short_caption": f"caption {(index + shift) % 6}"}))
+    values = bt_config(*lists, 0.5).to_dict()
+    learnable = pavrm_worker.learnable_of(PavrmConfig.from_dict({**values, "data": {**values["data"], "split_by_caption": True}}))
+    held, trained = ({example.sample.caption for example in part} for part in (learnable.held_out, learnable.train))
+    assert held and trained and not held & trained and {example.label for example in learnable.held_out} == {0, 1}
+
+
+def test_losers_are_validated_on_another_dataset_where_there_is_one(tmp_path):
+    good, bad = metas(tmp_path / "good", ["a", "b"], 1.0), metas(tmp_path / "bad", ["a", "b", "c"], -1.0)
+    metas(tmp_path / "check", ["x"], 1.0, motion_quality=1)
+    metas(tmp_path / "check", ["y"], -1.0, motion_quality=0)
+    values = bt_config(good, bad, 0.9).to_dict()
+    config = PavrmConfig.from_dict({**values, "data": {**values["data"], "validation": str(tmp_path / "check")}})
+    learnable = pavrm_worker.learnable_of(config)
+    assert [example.sample.id for example in learnable.train] == ["a", "b", "loser/a", "loser/b", "loser/c"]
+    assert {example.sample.id: example.label for example in learnable.held_out} == {"x": 1, "y": 0}
+    none = pavrm_worker.learnable_of(PavrmConfig.from_dict({**config.to_dict(), "data": {**config.to_dict()["data"], "validation": str(good)}}))
+    assert not none.held_out and none.notes[-1].startswith("no labelled video is held out")
+
+
 def own_form(folder, names):
     """A dataset folder of our own form; every video has a latent and a text of its own."""
     videos = []
