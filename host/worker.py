@@ -221,7 +221,7 @@ def _open_real(config):
 
     path = config.real.path
     is_file = Path(path).is_file() and path.endswith(".safetensors")
-    dataset = None if is_file else datasets.read(path)
+    dataset = None if is_file else datasets.read(path, with_numbers=True)
     real = RealLatents(path) if dataset is None else RealSamples(dataset.samples)
     for note in dataset.notes if dataset else ():
         logger.info("%s", note)

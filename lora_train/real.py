@@ -58,10 +58,10 @@ class Clips:
 
 
 class RealLatents(Clips):
-    """An open file of real latents; rows are read when they are drawn.
+    """An open file of real latents; every row is looked at once on opening, and read again when it is drawn.
 
     Raises:
-        ValueError: the file cannot be read, or lacks latents or prompts.
+        ValueError: the file cannot be read, lacks latents or prompts, or a clip holds NaN or infinity.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -75,7 +75,19 @@ class RealLatents(Clips):
         if len(shape) != 5 or not isinstance(self.prompts, list) or len(self.prompts) != shape[0] or shape[0] == 0:
             count = len(self.prompts) if isinstance(self.prompts, list) else "no"
             raise ValueError(f"the real latents {path} have shape {shape} and {count} prompts; [N, C, F, H, W] and N prompts in the metadata are needed")
+        strange = [prompt for prompt in self.prompts if not isinstance(prompt, str)]
+        if strange:
+            raise ValueError(f"the real latents {path} have the prompt {strange[0]!r}, which is no text; write {len(self.prompts)} texts into the metadata")
         self.shape = tuple(shape[1:])
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        with safe_open(self._path, "pt") as file:
+            latents = file.get_slice("latents")
+            for number, prompt in enumerate(self.prompts):
+                if not latents[number].float().isfinite().all():
+                    which = f"clip {number} (counted from 0), {prompt[:60]!r}"
+                    raise ValueError(f"the real latents {self._path} hold NaN or infinity in {which}; make the clip again, or write the file without it")
 
     def clip(self, number: int) -> torch.Tensor:
         """See `Clips.clip`."""
