@@ -28,6 +28,7 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
     Raises:
         ValueError: see `learnable_of` and `pavrm_training.load`; not enough disk.
     """
+    from ..lora_train import learned_from
     from ..lora_train.pavrm_run import PavrmParts
     from ..lora_train.pavrm_run import train as run_training
     from ..runs import lease
@@ -38,6 +39,9 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
     learnable = learnable_of(config, with_numbers=True)
     for note in learnable.notes:
         logger.info("%s", note)
+    changed = learned_from.changes(folder, learnable.facts())
+    if changed:
+        logger.warning("%s", changed)
     model = pavrm_training.load(config, device=device, autocast=dtype)
     check_disk(config, folder, sum(value.numel() for group in model.groups().values() for value in group.values()), _weight_bytes(model))
 
@@ -50,6 +54,7 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
         parts = PavrmParts(
             scorer=model,
             learnable=learnable,
+            data_changed=changed,
             sink=sink,
             stop_requested=stop,
             write=lambda target, step: model.write(

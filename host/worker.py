@@ -155,7 +155,7 @@ def _train(folder: Path, stop: _StopSignal, resume: bool) -> None:
 def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, device, dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from ..lora_train import needs, objectives, replay
+    from ..lora_train import needs, objectives, picking, replay
     from ..lora_train.rollout import ContextCache, Experts
     from ..lora_train.run import Parts, train
     from ..runs import lease
@@ -168,6 +168,9 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
 
     free = FreeMemory.of(config, device)
     real = _open_real(config) if needs.real_latents(config) else None
+    if real is not None:
+        # Refused before any model is loaded: picked clips that are no longer there.
+        picking.known_rows(config, real, folder)
     contexts, negative = _encode(config, real)
     backbones = {
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert", on_host=True)

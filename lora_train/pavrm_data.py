@@ -73,6 +73,19 @@ class Learnable:
     held_out_pairs: tuple[Pair, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Label, size and caption of every video, share of every pair, by what they are and which side they are on; see `learned_from.py`."""
+        found: dict[str, dict[str, Any]] = {}
+        for side, examples, pairs in (("", self.train, self.given_pairs), ("held-out ", self.held_out, self.held_out_pairs)):
+            for example in examples:
+                sample = example.sample
+                label = {1: "good", 0: "bad", None: "none"}[example.label]
+                found[f"{side}{sample.id}"] = {"label": label, "latent": list(sample.shape), "caption": sample.caption}
+            for pair in pairs:
+                # The same two may have been compared several times.
+                found.setdefault(f"{side}{pair.winner.id} over {pair.loser.id}", {"shares": []})["shares"].append(pair.share)
+        return found
+
 
 def labelled(samples: Sequence[Sample], data: Data) -> tuple[list[Example], list[str]]:
     """Samples with a label for `data.quality`, and sentences on those without.

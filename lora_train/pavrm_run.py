@@ -35,6 +35,7 @@ T = TypeVar("T")
 class PavrmParts:
     """What the loop is wired with.
 
+    data_changed: see `learned_from.py`.
     write: `write(folder, step)` saves the scorer as it is now and returns the files. draw: draws a report as a picture at a path.
     """
 
@@ -43,6 +44,7 @@ class PavrmParts:
     sink: EventSink
     stop_requested: StopRequested
     write: Callable[[Path, int], list[Path]]
+    data_changed: str = ""
     draw: Callable[[dict[str, Any], Path], None] | None = None
     pause: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.time
@@ -163,6 +165,7 @@ def _started(config: PavrmConfig, parts: PavrmParts, trainee: PavrmTrainee, prog
         parameters=sum(parameter.numel() for parameter in trainee.parameters.values()),
         device=str(parts.scorer.device),
         measure="accuracy",
+        data_changed=parts.data_changed,
     )
 
 

@@ -20,9 +20,10 @@ from .prompts import PromptSampler
 
 
 class Clips:
-    """Latents of one shape with their prompts. Subclasses set `prompts` and `shape` (C, F, H, W) and read single clips."""
+    """Latents of one shape with their prompts. Subclasses set `prompts`, `names` (of the clips, each once) and `shape` (C, F, H, W) and read single clips."""
 
     prompts: list[str]
+    names: list[str]
     shape: tuple[int, ...]
 
     @property
@@ -78,7 +79,7 @@ class RealLatents(Clips):
         strange = [prompt for prompt in self.prompts if not isinstance(prompt, str)]
         if strange:
             raise ValueError(f"the real latents {path} have the prompt {strange[0]!r}, which is no text; write {len(self.prompts)} texts into the metadata")
-        self.shape = tuple(shape[1:])
+        self.shape, self.names = tuple(shape[1:]), [str(number) for number in range(len(self.prompts))]
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -108,7 +109,7 @@ class RealSamples(Clips):
             raise ValueError(f"none of the dataset's {len(samples)} videos has a caption, which flow matching needs; add captions")
         ((self.shape, count),) = Counter(tuple(sample.shape) for sample in told).most_common(1)
         self._samples = [sample for sample in told if tuple(sample.shape) == self.shape]
-        self.prompts = [sample.caption for sample in self._samples]
+        self.prompts, self.names = [sample.caption for sample in self._samples], [sample.id for sample in self._samples]
         self.left_out = len(samples) - count
 
     def clip(self, number: int) -> torch.Tensor:
@@ -130,7 +131,8 @@ class Chosen(Clips):
 
     def __init__(self, clips: Clips, numbers: Sequence[int]) -> None:
         self._clips, self._numbers = clips, list(numbers)
-        self.prompts, self.shape = [clips.prompts[number] for number in numbers], clips.shape
+        self.prompts, self.names = [clips.prompts[number] for number in numbers], [clips.names[number] for number in numbers]
+        self.shape = clips.shape
 
     @property
     def offered(self) -> int:
