@@ -301,6 +301,8 @@ def _log(event) -> None:
         held_out = f"  held-out {event.held_out:.4f}" if event.held_out is not None else ""
         numbers = f"reward {event.reward:.4f}  loss {event.loss:.4f}  grad {event.grad_norm:.3g}  sigma {event.sigma:.3f}  {event.seconds:.2f} s"
         logger.info("step %d/%d  %s  %s%s", event.step, event.steps, event.expert, numbers, held_out)
+    elif event.name == "preparing":
+        logger.info("%s: %d of %d", event.what, event.done, event.total)
     elif event.name in ("finished", "checkpoint"):
         logger.info("%s at step %d: %s", event.name, event.step, ", ".join(event.files))
     if event.name == "finished" and event.detail:

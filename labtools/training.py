@@ -86,6 +86,8 @@ def _show(event: dict, ended: dict) -> None:
     kind = event["event"]
     if kind == "started":
         print(f"Training {event['parameters']:,} parameters on {event['device']}, step {event['first_step']} of {event['steps']}.", flush=True)
+    elif kind == "preparing":
+        print(f"{event['what'].capitalize()}: {event['done']} of {event['total']}", flush=True)
     elif kind == "step":
         held_out = f"  held-out {event['held_out']:.5f}" if event.get("held_out") is not None else ""
         left_s = (event["steps"] - event["step"]) * event["seconds"]

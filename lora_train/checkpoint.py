@@ -127,8 +127,8 @@ def load_latest(folder: Path, config: TrainConfig, trainees: Sequence[Trainee]) 
     for trainee in trainees:
         trainee.load_state(_own(tensors, trainee.expert))
     values = json.loads(_metadata(found[-1])["progress"])
-    # States that older versions wrote hold more than is watched now.
-    watched = {entry.name: values["watch"][entry.name] for entry in fields(Watch)}
+    # States that older versions wrote hold more, or less, than is watched now.
+    watched = {entry.name: values["watch"][entry.name] for entry in fields(Watch) if entry.name in values["watch"]}
     watch = Watch(**{**watched, "recent_kl": tuple(watched["recent_kl"])})
     return Progress(**{**values, "last_rewards": tuple(values["last_rewards"]), "watch": watch})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -37,16 +36,3 @@ def name(value: str) -> None:
     """Refuse the name of a run that no file could have."""
     rule = "letters, digits, '.', '_' and '-', at most 100 of them, starting with a letter or a digit"
     require(_NAME.fullmatch(value) is not None, f"name is {value!r}, but file names are made of it: use {rule}")
-
-
-def updates(optimiser: Any) -> None:
-    """Check the settings that optimisers of LoRAs and of PAVRMs share."""
-    require(len(optimiser.betas) == 2, f"optimiser.betas has {len(optimiser.betas)} numbers, but AdamW takes 2")
-    for beta in optimiser.betas:
-        number("optimiser.betas", beta, least=0, most=0.999999)
-    number("optimiser.weight_decay", optimiser.weight_decay, least=0)
-    number("optimiser.eps", optimiser.eps, above=0)
-    number("optimiser.clip_norm", optimiser.clip_norm, least=0)
-    whole("optimiser.warmup", optimiser.warmup, 0)
-    whole("optimiser.accumulate", optimiser.accumulate, 1)
-    number("optimiser.ema_decay", optimiser.ema_decay, least=0, most=0.999999)

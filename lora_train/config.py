@@ -271,6 +271,8 @@ class TrainConfig:
         _require(not has_real or self.sampling.boundary < 1, only_noise)
         needs_looks = self.guards.needs_looks or self.held_out.judge is not None
         _require(bool(self.held_out.every) or not needs_looks, "guards and held_out.judge look at held-out videos; set held_out.every and held_out.prompts")
+        never = f"held_out.every is {self.held_out.every}, but there are {self.steps} steps, so guards would never look; set it to {self.steps} or less"
+        _require(not self.guards.needs_looks or self.held_out.every <= self.steps, never)
 
     def _check_scored_frames(self) -> None:
         objective, latents = self.objective, self.video.latent_shape(1)[2]
@@ -321,6 +323,11 @@ class TrainConfig:
         return self.objective.start == "real" or self.method == "one_pass"
 
     @property
+    def remembers_looks(self) -> bool:
+        """Whether the LoRA of the best look is kept, for a guard to go back to."""
+        return self.guards.needs_looks or (self.guards.kl_budget > 0 and self.held_out.every > 0)
+
+    @property
     def uses_clips(self) -> bool:
         """Whether clips are needed, real ones or replayed."""
         return self.starts_from_clips or (self.method == "prfl" and self.prfl.real_weight > 0)
@@ -350,7 +357,7 @@ class TrainConfig:
         """Hash of everything that changes what is trained; a checkpoint of another digest is not resumed."""
         # A falling learning rate depends on the number of updates, and guards on what they look at.
         kept = {"steps"} if self.optimiser.schedule != "constant" else set()
-        kept |= {"held_out"} if self.guards.needs_looks else set()
+        kept |= {"held_out"} if self.remembers_looks else set()
         values = {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE - kept}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

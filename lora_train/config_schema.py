@@ -27,6 +27,7 @@ _PAVRM_CHOICES = {
     "kind": (pavrm_config.KIND,), "loss": pavrm_config.LOSSES, "dtype": pavrm_config.DTYPES, "save_dtype": pavrm_config.SAVE_DTYPES,
     "data.quality": labels.QUALITIES, "data.missing": labels.MISSING, "data.mixed": labels.MIXED, "data.caption": pavrm_config.CAPTIONS,
     "data.pairing": pavrm_config.PAIRINGS, "sigma.kind": pavrm_config.SIGMA_KINDS, "shape.pooling": pavrm_config.POOLINGS, "shape.head": pavrm_config.HEADS,
+    "optimiser.kind": pavrm_config.PAVRM_OPTIMISERS, "optimiser.schedule": method_config.LR_SCHEDULES,
 }  # fmt: skip
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
 
@@ -80,7 +81,8 @@ def _of_dataclass(kind: type, where: str, choices: _Choices) -> dict[str, Any]:
         elif entry.default_factory is MISSING:
             required.append(entry.name)
         properties[entry.name] = part
-    text = {"description": " ".join((kind.__doc__ or "").split())}
+    told = [base.__doc__ or "" for base in kind.__mro__ if is_dataclass(base)]
+    text = {"description": " ".join(" ".join(told).split())}
     return {"type": "object", **text, "properties": properties, "required": required, "additionalProperties": False}
 
 

@@ -37,6 +37,17 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preparing:
+    """Work before the first update that may take hours: `done` of `total`, of `what` (making clips, scoring clips)."""
+
+    name: ClassVar[str] = "preparing"
+    time: float
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One optimiser update. `reward` is the mean over its videos; what is `held_out` stands only on steps that evaluated: reward, dynamic degree,
     and a judge's reward that training never sees."""
@@ -135,8 +146,8 @@ class Failed:
     log_tail: list[str] = field(default_factory=list)
 
 
-Event = Started | Step | Sample | Checkpoint | Memory | Replanned | Finished | Failed
-EVENTS: dict[str, type] = {kind.name: kind for kind in (Started, Step, Sample, Checkpoint, Memory, Replanned, Finished, Failed)}
+Event = Started | Preparing | Step | Sample | Checkpoint | Memory | Replanned | Finished | Failed
+EVENTS: dict[str, type] = {kind.name: kind for kind in (Started, Preparing, Step, Sample, Checkpoint, Memory, Replanned, Finished, Failed)}
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Ends a run before its reward is pleased at the videos' cost: KL budget, motion floor, and a held-out curve that no longer rises.
 
 A look is an evaluation on held-out prompts. Its curve is that of the judge (a reward that training never sees) where one is given, else that of the reward
-itself. The best look with enough motion is remembered, and a run that a guard ends gives the LoRA of that look.
+itself. The best look with enough motion is remembered, and a run that a guard ends gives the LoRA of that look; where none was better than the base model,
+one that changes nothing. Before the first look there is none to go back to: the LoRA is the present one.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from .evaluation import Evaluation
 class Watch:
     """What guards remember between updates; checkpoints keep it.
 
-    best, best_step: curve of the best look and its update (0: the base); stale: looks since then.
+    looks: how many there were since the base's; best, best_step: curve of the best one and its update (0: the base); stale: looks since then.
     """
 
     recent_kl: tuple[float, ...] = ()
     motion_base: float | None = None
+    looks: int = 0
     best: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -50,7 +52,7 @@ def after_update(config: TrainConfig, watch: Watch, kl: float) -> tuple[Watch, S
 
 def first_look(watch: Watch, look: Evaluation) -> Watch:
     """Note the base model's videos."""
-    return replace(watch, motion_base=look.motion, best=look.curve, best_step=0, stale=0)
+    return replace(watch, motion_base=look.motion, looks=0, best=look.curve, best_step=0, stale=0)
 
 
 def after_look(config: TrainConfig, watch: Watch, look: Evaluation, step: int) -> tuple[Watch, Stop | None, bool]:
@@ -59,7 +61,7 @@ def after_look(config: TrainConfig, watch: Watch, look: Evaluation, step: int) -
     Returns:
         What to remember, why the run ends (None: it goes on), and whether this is the best look so far.
     """
-    guards = config.guards
+    guards, watch = config.guards, replace(watch, looks=watch.looks + 1)
     if guards.motion_floor > 0 and look.motion is not None and look.motion < guards.motion_floor * watch.motion_base:
         numbers = f"a dynamic degree of {look.motion:.4g} against the base's {watch.motion_base:.4g}"
         return watch, Stop(reason="motion", detail=f"held-out videos have {numbers}, less than guards.motion_floor {guards.motion_floor:g} of it"), False

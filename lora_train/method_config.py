@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import checks
 from .checks import choice, number, require, whole
 from .input_config import RewardSource
 
@@ -148,8 +147,7 @@ class Guards:
     kl_budget: ends when the mean KL to the base over the last `kl_window` updates is above it.
     motion_floor: ends when the held-out videos' dynamic degree falls below so many times that of the base.
     patience: ends after so many looks in a row without a better held-out curve (that of `held_out.judge`, where one is given).
-    keep_best: the finished LoRA is that of the best look, also of a run that no guard ended. With motion_floor or patience, one that a guard ended
-        always is; a run with a KL budget alone gives its last one, whose update brought the mean over the budget.
+    keep_best: the finished LoRA is that of the best look, also of a run that no guard ended; one that a guard ended always is, once there was a look.
     """
 
     kl_budget: float = 0.0
@@ -171,8 +169,8 @@ class Guards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """How gradients move the fp32 masters.
+class Updates:
+    """How gradients move fp32 weights; what the training of LoRAs and of PAVRMs share.
 
     kind: adamw; adamw8bit (needs the package bitsandbytes); adafactor and muon are torch's.
     schedule: of the learning rate after a linear warm-up of `warmup` updates: constant, or falling by cosine or line to `final_lr` x lr at the last update.
@@ -180,7 +178,6 @@ class Optimiser:
     """
 
     kind: str = "adamw"
-    lr: float = 1e-4
     schedule: str = "constant"
     final_lr: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -194,6 +191,24 @@ class Optimiser:
     def __post_init__(self) -> None:
         choice("optimiser.kind", self.kind, OPTIMISERS)
         choice("optimiser.schedule", self.schedule, LR_SCHEDULES)
-        number("optimiser.lr", self.lr, above=0, most=1)
         number("optimiser.final_lr", self.final_lr, least=0, most=1)
-        checks.updates(self)
+        require(len(self.betas) == 2, f"optimiser.betas has {len(self.betas)} numbers, but AdamW takes 2")
+        for beta in self.betas:
+            number("optimiser.betas", beta, least=0, most=0.999999)
+        number("optimiser.weight_decay", self.weight_decay, least=0)
+        number("optimiser.eps", self.eps, above=0)
+        number("optimiser.clip_norm", self.clip_norm, least=0)
+        whole("optimiser.warmup", self.warmup, 0)
+        whole("optimiser.accumulate", self.accumulate, 1)
+        number("optimiser.ema_decay", self.ema_decay, least=0, most=0.999999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser(Updates):
+    """Updates of LoRAs, at one learning rate."""
+
+    lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("optimiser.lr", self.lr, above=0, most=1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .method_config import Optimiser
+from .method_config import Updates
 
 _TENSOR, _NUMBER = "optimiser/", "optimiser_number/"
 _MUON_MOMENTUM = 0.95
@@ -15,13 +15,17 @@ _MUON_MOMENTUM = 0.95
 WRITE_UNSEEN = ("adamw8bit",)
 
 
-def make(settings: Optimiser, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make(settings: Updates, groups: Sequence[tuple[float, Sequence[torch.nn.Parameter]]]) -> torch.optim.Optimizer:
     """The optimiser that the settings name.
+
+    Args:
+        groups: highest learning rate and parameters of each group; the rate stays in the optimiser's group as `peak_lr`.
 
     Raises:
         ValueError: this torch lacks it, or its package is not installed.
     """
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    parameters = [{"params": list(group), "lr": rate, "peak_lr": rate} for rate, group in groups]
+    common = {"weight_decay": settings.weight_decay}
     if settings.kind == "adamw":
         return torch.optim.AdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
     if settings.kind == "adamw8bit":
@@ -40,15 +44,21 @@ def make(settings: Optimiser, parameters: Sequence[torch.nn.Parameter]) -> torch
     return kind(parameters, momentum=_MUON_MOMENTUM, **common)
 
 
-def learning_rate(settings: Optimiser, step: int, steps: int) -> float:
-    """Rate of update `step` (from 1) of `steps`: linear warm-up, then constant, or falling to `final_lr` x lr at the last update."""
+def learning_rate(settings: Updates, peak: float, step: int, steps: int) -> float:
+    """Rate of update `step` (from 1) of `steps`: linear warm-up to `peak`, then constant, or falling to `final_lr` x peak at the last update."""
     if step < settings.warmup:
-        return settings.lr * step / settings.warmup
+        return peak * step / settings.warmup
     if settings.schedule == "constant":
-        return settings.lr
+        return peak
     done = min(1.0, (step - settings.warmup) / max(1, steps - settings.warmup))
     left = (1 + math.cos(math.pi * done)) / 2 if settings.schedule == "cosine" else 1 - done
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * left)
+    return peak * (settings.final_lr + (1 - settings.final_lr) * left)
+
+
+def set_rates(optimiser: torch.optim.Optimizer, settings: Updates, step: int, steps: int) -> None:
+    """Give every group its rate of update `step`."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(settings, group["peak_lr"], step, steps)
 
 
 def written(optimiser: torch.optim.Optimizer, average: Mapping[str, torch.Tensor]) -> dict[int, int]:

@@ -18,12 +18,15 @@ from .checks import choice, number, require, whole
 from .config_reader import build
 from .flow import shift_sigma
 from .labels import MISSING, MIXED, QUALITIES
+from .method_config import OPTIMISERS, Updates
 
 KIND = "pavrm"
 LOSSES = ("ce", "bt", "both")
 SIGMA_KINDS = ("shifted", "uniform", "logit_normal", "list")
 POOLINGS = ("query", "mean", "max")
 HEADS = ("file", "fresh")
+# Muon takes matrices only, but a PAVRM has biases and norms too.
+PAVRM_OPTIMISERS = tuple(kind for kind in OPTIMISERS if kind != "muon")
 PAIRINGS = ("caption", "any")
 CAPTIONS = ("short", "long", "either")
 DTYPES = ("auto", "fp32", "bf16")
@@ -159,23 +162,18 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """AdamW on fp32 weights. `clip_norm` (0: none) limits the norm of all gradients together, heads included; `ema_decay` 0 saves the plain weights."""
+class Optimiser(Updates):
+    """Updates of a PAVRM, with a learning rate for the trunk's blocks and one for the head; the norm of all gradients together is clipped. Without Muon, which
+    takes matrices only."""
 
     block_lr: float = 1e-6
     head_lr: float = 1e-5
-    betas: tuple[float, ...] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    warmup: int = 0
-    accumulate: int = 1
-    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("optimiser.kind", self.kind, PAVRM_OPTIMISERS)
         number("optimiser.block_lr", self.block_lr, least=0, most=1)
         number("optimiser.head_lr", self.head_lr, least=0, most=1)
-        checks.updates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +246,9 @@ class PavrmConfig:
 
     def digest(self) -> str:
         """Hash of everything that changes what is trained; a checkpoint of another digest is not resumed."""
-        values = {key: value for key, value in self.to_dict().items() if key not in _FREE_TO_CHANGE}
+        # A falling learning rate depends on the number of updates.
+        free = _FREE_TO_CHANGE - ({"steps"} if self.optimiser.schedule != "constant" else set())
+        values = {key: value for key, value in self.to_dict().items() if key not in free}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -69,7 +69,7 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
 
     Whatever it raises, the PAVRM of the last checkpoint is written into the run folder first.
     """
-    trainee = new_trainee(parts.scorer.groups(), config.optimiser)
+    trainee = new_trainee(parts.scorer.groups(), config.optimiser, config.steps)
     objective = PavrmObjective(config, parts.scorer, Draws(parts.learnable, config.data, config.seed))
     progress = checkpoint.load_latest(folder, config, [trainee]) if resume else checkpoint.Progress()
     parts.sink(_started(config, parts, trainee, progress))
@@ -183,7 +183,7 @@ def _step_event(
         sigma=batch.sigma,
         seconds=seconds,
         expert=trainee.expert,
-        learning_rate=config.optimiser.head_lr * trainee.warmth(progress.step),
+        learning_rate=trainee.learning_rate(progress.step),
         forwards=progress.forwards,
         held_out=held_out[0] if held_out else None,
         held_out_error=held_out[1] if held_out else None,

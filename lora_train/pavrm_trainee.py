@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import optimisers
 from .pavrm_config import Optimiser
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +21,14 @@ class PavrmTrainee:
     """What an update needs. `expert` names the state in checkpoints."""
 
     parameters: Mapping[str, torch.nn.Parameter]
-    optimiser: torch.optim.AdamW
+    optimiser: torch.optim.Optimizer
     settings: Optimiser
     average: dict[str, torch.Tensor]
+    steps: int = 0
     expert: str = "pavrm"
 
     def update(self, step: int) -> float:
-        """Clip everything, make one AdamW step, move the average, clear gradients.
+        """Clip everything, make one step of the optimiser, move the average, clear gradients.
 
         Args:
             step: number of the update, from 1.
@@ -39,17 +39,16 @@ class PavrmTrainee:
         limit = self.settings.clip_norm if self.settings.clip_norm > 0 else math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
         if math.isfinite(grad_norm):
-            for group in self.optimiser.param_groups:
-                group["lr"] = group["peak_lr"] * self.warmth(step)
+            optimisers.set_rates(self.optimiser, self.settings, step, self.steps)
             self.optimiser.step()
             for name, tensor in self.average.items():
                 tensor.lerp_(self.parameters[name].detach(), 1 - self.settings.ema_decay)
         self.optimiser.zero_grad(set_to_none=True)
         return grad_norm
 
-    def warmth(self, step: int) -> float:
-        """Factor of the learning rates: rises to 1 over the warm-up."""
-        return min(1.0, step / self.settings.warmup) if self.settings.warmup else 1.0
+    def learning_rate(self, step: int) -> float:
+        """The head's rate of update `step`."""
+        return optimisers.learning_rate(self.settings, self.settings.head_lr, step, self.steps)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -69,10 +68,8 @@ class PavrmTrainee:
         """Everything that the next update depends on, on the CPU."""
         state = {f"master/{name}": parameter for name, parameter in self.parameters.items()}
         state |= {f"average/{name}": tensor for name, tensor in self.average.items()}
-        for name, parameter in self.parameters.items():
-            moments = self.optimiser.state.get(parameter, {})
-            state |= {f"{kind}/{name}": moments[kind] for kind in (*_MOMENTS, "step") if kind in moments}
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        state |= optimisers.state_tensors(self.optimiser, self.parameters)
+        return {name: tensor.detach().cpu().clone() for name, tensor in sorted(state.items())}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` returned.
@@ -86,22 +83,23 @@ class PavrmTrainee:
                 raise ValueError(f"the checkpoint has {name} as {None if kept is None else list(kept.shape)}, the network as {list(parameter.shape)}")
             with torch.no_grad():
                 parameter.copy_(kept)
-            if f"step/{name}" in state:
-                moments = {kind: state[f"{kind}/{name}"].to(parameter.device).clone() for kind in _MOMENTS}
-                self.optimiser.state[parameter] = {"step": state[f"step/{name}"].clone(), **moments}
         for name, tensor in self.average.items():
             tensor.copy_(state[f"average/{name}"])
+        optimisers.load_state(self.optimiser, self.parameters, state)
 
 
-def new_trainee(groups: Mapping[str, Mapping[str, torch.nn.Parameter]], settings: Optimiser) -> PavrmTrainee:
-    """Set up AdamW and, where asked, the moving average.
+def new_trainee(groups: Mapping[str, Mapping[str, torch.nn.Parameter]], settings: Optimiser, steps: int = 0) -> PavrmTrainee:
+    """Set up the optimiser and, where asked, the moving average.
 
     Args:
         groups: `blocks` and `head`, see `objectives.pavrm.LatentScorer`; an empty group is left out.
+        steps: updates of the whole run, for learning rates that fall.
+
+    Raises:
+        ValueError: the optimiser is not installed.
     """
     rates = {"blocks": settings.block_lr, "head": settings.head_lr}
-    given = [{"params": list(group.values()), "lr": rates[name], "peak_lr": rates[name]} for name, group in groups.items() if group]
-    optimiser = torch.optim.AdamW(given, betas=tuple(settings.betas), weight_decay=settings.weight_decay, eps=settings.eps)
+    optimiser = optimisers.make(settings, [(rates[name], list(group.values())) for name, group in groups.items() if group])
     parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()} if settings.ema_decay > 0 else {}
-    return PavrmTrainee(parameters=parameters, optimiser=optimiser, settings=settings, average=average)
+    return PavrmTrainee(parameters=parameters, optimiser=optimiser, settings=settings, average=average, steps=steps)

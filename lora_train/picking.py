@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import score_in_chunks
-from . import checkpoint, learned_from, recovery
+from . import checkpoint, events, learned_from, recovery
 from .config import TrainConfig
 from .prompts import derived_seed
 from .real import Chosen, Clips
@@ -108,6 +108,7 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
         found = recovery.twice(lambda: clip_scores(config, parts, latent_BCFHW, prompt, number), parts, (), 0)  # noqa: B023
         for name, score in found.items():
             scores.setdefault(name, []).append(score)
+        parts.sink(events.Preparing(time=parts.clock(), what="scoring clips", done=number + 1, total=len(parts.real.prompts)))
     order = together(scores).argsort(descending=True, stable=True).tolist()
     kept = set(order[: max(1, round(config.real.keep * len(order)))])
     return [

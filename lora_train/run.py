@@ -107,7 +107,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
     """
     with ExitStack() as installed:
         trainees, progress = _begin(config, parts, objective, folder, installed, resume=resume)
-        ended, begun_run, saved_at = Stop(reason="completed", detail=""), time.perf_counter(), progress.step
+        ended, held_out, begun_run, saved_at = Stop(reason="completed", detail=""), None, time.perf_counter(), progress.step
         for step in range(progress.step + 1, config.steps + 1):
             parts.pause()
             if parts.stop_requested():
@@ -140,7 +140,7 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
             _save(config, parts, folder, trainees, progress)
         if parts.meter is not None:
             rehearsal.report(parts, "run", parts.meter.peak_bytes(), time.perf_counter() - begun_run)
-        finished = _finish(config, parts, folder, trainees, progress, ended)
+        finished = _finish(config, parts, folder, trainees, progress, ended, held_out)
     parts.sink(finished)
     return finished
 
@@ -209,7 +209,7 @@ def _look_at_base(
     if config.held_out.every:
         base = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), 0)
         progress = replace(progress, held_out_base=base.mean, watch=guards.first_look(progress.watch, base))
-        for trainee in trainees.values() if config.guards.needs_looks else ():
+        for trainee in trainees.values() if config.remembers_looks else ():
             trainee.remember()
     if config.sample_every:
         _shown(config, parts, trainees, 0)
@@ -227,7 +227,7 @@ def _looked(
     if progress.step % config.held_out.every != 0:
         return held_out, progress, stop
     watch, looked, is_best = guards.after_look(config, progress.watch, held_out, progress.step)
-    for trainee in trainees.values() if is_best and config.guards.needs_looks else ():
+    for trainee in trainees.values() if is_best and config.remembers_looks else ():
         trainee.remember()
     return held_out, replace(progress, watch=watch), stop or looked
 
@@ -294,10 +294,22 @@ def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str
     parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[path.relative_to(folder).as_posix() for path in files]))
 
 
-def _finish(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, ended: Stop) -> events.Finished:
-    is_guarded = ended.reason not in ("completed", "stopped")
-    has_best = all(trainee.best for trainee in trainees.values())
-    use_best = has_best and (is_guarded or config.guards.keep_best)
+def _finish(
+    config: TrainConfig,
+    parts: Parts,
+    folder: Path,
+    trainees: Mapping[str, Trainee],
+    progress: checkpoint.Progress,
+    ended: Stop,
+    last_look: Evaluation | None,
+) -> events.Finished:
+    """Write the LoRAs: those of the last update, or of the best look where the run was guarded."""
+    is_asked = config.guards.keep_best or ended.reason not in ("completed", "stopped")
+    has_best = progress.watch.looks > 0 and all(trainee.best for trainee in trainees.values())
+    # A look at the very end that a longer run would not take is not remembered, but may be the best.
+    is_extra = last_look is not None and progress.step % config.held_out.every != 0
+    is_last_best = is_extra and guards.after_look(config, progress.watch, last_look, progress.step)[2]
+    use_best = is_asked and has_best and not is_last_best
     step = progress.watch.best_step if use_best else progress.step
     files = []
     for expert, trainee in trainees.items():
@@ -306,6 +318,7 @@ def _finish(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[s
             path = Path(target) / checkpoint.lora_file_name(config, expert)
             checkpoint.save_lora(path, config, trainee, step, parts.base_sha256(expert), best=use_best)
             files.append(str(path.resolve()))
-    which = f"The LoRA is that of update {step}, the best look." if use_best else ""
+    best = "the best look" if step else "the base model: no look was better, so it changes nothing"
+    which = f"The LoRA is that of update {step}, {best if use_best else 'the last one'}." if is_asked else ""
     detail = " ".join(filter(None, (ended.detail and f"{ended.detail[0].upper()}{ended.detail[1:]}.", which)))
     return events.Finished(time=parts.clock(), step=progress.step, files=files, reason=ended.reason, detail=detail)

@@ -43,8 +43,7 @@ class Trainee:
         limit = self.settings.clip_norm if self.settings.clip_norm > 0 else math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if math.isfinite(grad_norm):
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.learning_rate(step)
+            optimisers.set_rates(self.optimiser, self.settings, step, self.steps)
             # Not every optimiser says that it writes; copies beside streamed blocks are renewed by this number.
             for parameter in parameters if self.settings.kind in optimisers.WRITE_UNSEEN else ():
                 torch.autograd.graph.increment_version(parameter)
@@ -66,7 +65,7 @@ class Trainee:
 
     def learning_rate(self, step: int) -> float:
         """Rate of update `step`."""
-        return optimisers.learning_rate(self.settings, step, self.steps)
+        return optimisers.learning_rate(self.settings, self.settings.lr, step, self.steps)
 
     def remember(self) -> None:
         """Keep the present weights as the best ones."""
@@ -135,6 +134,6 @@ def new_trainee(expert: str, adapter: LoraAdapter, switch: InstalledLora, settin
     Raises:
         ValueError: the optimiser is not installed.
     """
-    optimiser = optimisers.make(settings, adapter.parameters())
+    optimiser = optimisers.make(settings, [(settings.lr, adapter.parameters())])
     average = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if settings.ema_decay > 0 else {}
     return Trainee(expert=expert, adapter=adapter, switch=switch, optimiser=optimiser, settings=settings, steps=steps, average=average)

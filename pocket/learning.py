@@ -4,7 +4,8 @@ Every run has the same budget of DiT forward-equivalents (a pass of one video th
 counted) and ends with the update that spends it. Its LoRA is judged on held-out prompts and seeds that are the same for all.
 
 Results are kept per (experiment, seed) in benchmarks/results/learning/ (learning_store.py), so the bench can run in pieces, on several machines: `--only NAME`,
-`--seeds 0,1`, `--limit-s 450`. It ends by writing benchmarks/results/learning.json and docs/images/learning.png from what is there (learning_report.py).
+`--seeds 0,1`, `--limit-s 450`. It ends by writing benchmarks/results/learning.json, docs/learning.md and docs/images/learning.png from what is there
+(learning_report.py).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "learning"
 SUMMARY = REPO / "benchmarks" / "results" / "learning.json"
 PICTURE = REPO / "docs" / "images" / "learning.png"
+PAGE = REPO / "docs" / "learning.md"
 WORK = REPO / ".lab" / "learning"
 REAL_CLIPS = 96
 TRAINING_PROMPTS = 128
@@ -227,5 +229,5 @@ def main(argv: list[str]) -> int:
         cost = f"{result.get('updates', 0)} updates, {result.get('forwards', 0):.0f} forwards, {result['seconds']:.0f} s"
         print(f"{name} seed {seed}: {cost}; {shown}", flush=True)
     if options.report or not options.only:
-        learning_report.write(options.results, SUMMARY, PICTURE)
+        learning_report.write(options.results, SUMMARY, PICTURE, PAGE)
     return 0

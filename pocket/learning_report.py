@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import learning_picture, learning_store
+from . import learning_page, learning_picture, learning_store
 from .learning_experiments import BASE, BUDGET, CONTROL, EXPERIMENTS, MISLABELLED, OURS, RENDERED, REPLAYED, REPLAYED_BOTH
 
 MEASURES = ("reward", "text", "colour", "shape", "motion", "dynamic_degree", "flicker", "pavrm", "mps")
@@ -218,8 +218,8 @@ def _guarded(runs: Runs, base: Runs) -> dict[str, Any]:
     return _goal("guards on, five times the budget: colour and shape never below the base", is_met, " ".join(shown))
 
 
-def write(folder: Path, results: Path, picture: Path) -> None:
-    """Write the JSON document and the picture, and print the goals.
+def write(folder: Path, results: Path, picture: Path, page: Path) -> None:
+    """Write the JSON document, the picture and the page, and print the goals.
 
     Args:
         folder: of the single results (`learning_store.py`).
@@ -246,9 +246,10 @@ def write(folder: Path, results: Path, picture: Path) -> None:
     results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     picture.parent.mkdir(parents=True, exist_ok=True)
     learning_picture.draw(table).save(picture, optimize=True)
+    page.write_text(learning_page.page(document), encoding="utf-8")
     for goal in reached:
         print(f"{'reached' if goal['met'] else 'missed '}  {goal['goal']}: {goal['measured']}")
-    print(f"wrote {results} and {picture}")
+    print(f"wrote {results}, {picture} and {page}")
 
 
 def _missing(found: Mapping[str, Runs]) -> Sequence[tuple[str, int]]:

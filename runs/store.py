@@ -32,7 +32,8 @@ _STARTING_S = 120.0  # a worker takes its lock within seconds of its start; one 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values; `ended`: why a guard ended the run.
+    """What a list of runs shows. `files`: absolute paths of finished LoRAs; `reward`, `held_out`: latest values; `ended`: why a guard ended the run;
+    `preparing`: what it does before its first update, and how far it is.
 
     `state` is one of STATES; `broken` means that the folder's files cannot be read, and `error` says why.
     """
@@ -56,6 +57,7 @@ class RunInfo:
     created: float = 0.0
     seconds_per_step: float | None = None
     ended: str = ""
+    preparing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -258,7 +260,9 @@ def _summarise(run_events: list[dict[str, Any]], values: dict[str, Any]) -> str:
     last = ""
     for event in run_events:
         last = event["event"]
-        if last == "step":
+        if last == "preparing":
+            values["preparing"] = f"{event['what']}, {event['done']} of {event['total']}"
+        elif last == "step":
             values |= {"step": event["step"], "reward": event["reward"], "seconds_per_step": event["seconds"]}
             if event.get("held_out") is not None:
                 values |= {"held_out": event["held_out"], "held_out_base": event.get("held_out_base")}

@@ -26,6 +26,7 @@ export const EVENT_FIELDS = Object.freeze({
     "clips_offered",
     "data_changed",
   ],
+  preparing: ["time", "what", "done", "total"],
   step: [
     "time",
     "step",

@@ -75,7 +75,7 @@ export function headLine(run, detail) {
   const left = remaining_s(run, detail ?? undefined);
   const isWaiting = run.state === "created" || (run.state === "running" && !run.step);
   return [
-    isWaiting ? "loading models" : `step ${run.step} of ${run.steps}`,
+    isWaiting ? run.preparing || "loading models" : `step ${run.step} of ${run.steps}`,
     reward === null ? "" : `${detail?.started?.measure ?? "reward"} ${reward.toFixed(4)}`,
     left === null ? "" : `${formatDuration(left)} left`,
   ]

@@ -19,6 +19,7 @@ import { Series } from "./series.js";
  * @property {string} [error]
  * @property {string[]} [log_tail]
  * @property {number | null} [seconds_per_step]
+ * @property {string} [preparing] what it does before its first update, and how far it is
  * @property {string} [ended] why a guard ended the run, in a sentence
  */
 

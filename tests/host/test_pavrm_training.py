@@ -180,6 +180,14 @@ def test_it_learns_and_what_is_saved_is_what_was_validated(repo, pocket_data, tm
     assert (logit.item() > report["all"]["best_threshold"]) == (report["videos"][0]["label"] == 1)
 
 
+def test_an_optimiser_for_matrices_only_is_refused(repo, pocket_data):
+    with pytest.raises(ValueError, match="optimiser.kind is 'muon', but it must be one of: adamw, adamw8bit, adafactor"):
+        _pocket(repo, pocket_data, optimiser={"kind": "muon"})
+    falling = {"optimiser": {"schedule": "linear"}}
+    assert _pocket(repo, pocket_data, steps=5).digest() == _pocket(repo, pocket_data, steps=6).digest()
+    assert _pocket(repo, pocket_data, steps=5, **falling).digest() != _pocket(repo, pocket_data, steps=6, **falling).digest()
+
+
 def test_both_file_forms_score_alike(repo, pocket_data, tmp_path):
     model = pavrm_training.load(_pocket(repo, pocket_data), device=CPU, autocast=torch.float32)
     single, *_ = model.write(tmp_path, 7, name="x", with_upstream=False)
@@ -200,9 +208,10 @@ def test_both_file_forms_score_alike(repo, pocket_data, tmp_path):
         assert got == pytest.approx(mean.logits(video.latent_CFHW[None], torch.tensor([300]), [video], ["short"]).item(), abs=1e-6)
 
 
-def test_resuming_gives_the_same_bytes(repo, pocket_data, tmp_path):
+@pytest.mark.parametrize("rule", [{}, {"kind": "adafactor", "schedule": "cosine", "final_lr": 0.1, "accumulate": 2, "warmup": 2, "ema_decay": 0.9}])
+def test_resuming_gives_the_same_bytes(repo, pocket_data, tmp_path, rule):
     """Stopped after any update; with accumulation, moving average, warm-up and pairs."""
-    config = _pocket(repo, pocket_data, loss="both", validate_every=0)
+    config = _pocket(repo, pocket_data, loss="both", validate_every=0, **({"optimiser": rule} if rule else {}))
     with training_mode():
         train(config, _parts(config, []), tmp_path / "whole")
         for stop_after in random.Random(0).sample(range(1, config.steps), 2):

@@ -84,14 +84,50 @@ def test_a_look_without_enough_motion_is_never_the_best(toy):
     config = toy.config(held_out=LOOKS, guards={"motion_floor": 0.9, "patience": 5})
     watch = guards.first_look(guards.Watch(), Evaluation(mean=1.0, standard_error=0.1, motion=2.0))
     same, stop, is_best = guards.after_look(config, watch, Evaluation(mean=9.0, standard_error=0.1, motion=1.7), 2)
-    assert stop.reason == "motion" and not is_best and same == watch
+    assert stop.reason == "motion" and not is_best and same == replace(watch, looks=1)
     better, stop, is_best = guards.after_look(config, watch, Evaluation(mean=1.5, standard_error=0.1, motion=1.9), 2)
-    assert stop is None and is_best and better == replace(watch, best=1.5, best_step=2)
+    assert stop is None and is_best and better == replace(watch, looks=1, best=1.5, best_step=2)
 
 
 def test_guards_without_looks_are_refused(toy):
     with pytest.raises(ValueError, match="set held_out.every"):
         toy.config(guards={"patience": 2})
+    with pytest.raises(ValueError, match="held_out.every is 41, but there are 40 steps, .* set it to 40 or less"):
+        toy.config(guards={"patience": 2}, held_out={**LOOKS, "every": 41}, steps=40)
+
+
+def _steps_of(file):
+    with safe_open(file, "pt") as lora:
+        return lora.metadata()["steps"], max(float(lora.get_tensor(key).abs().max()) for key in lora.keys() if "lora_up" in key)  # noqa: SIM118
+
+
+def test_before_the_first_look_there_is_no_best_one(toy, tmp_path):
+    """The base was looked at, nothing since: what was learned is not thrown away for a LoRA that changes nothing."""
+    _, finished = _run(toy, tmp_path, stop_after=3, guards={"keep_best": True}, held_out={**LOOKS, "every": 10})
+    steps, largest = _steps_of(finished.files[0])
+    assert finished.reason == "stopped" and steps == "3" and largest > 0 and "The LoRA is that of update 3, the last one" in finished.detail
+
+
+def test_a_look_at_the_very_end_may_be_the_best(toy, tmp_path):
+    _, finished = _run(toy, tmp_path, guards={"keep_best": True}, held_out={**LOOKS, "every": 4}, steps=7)
+    looked = {event.step: event.held_out for event in toy.events if event.name == "step" and event.held_out is not None}
+    assert set(looked) == {4, 7} and looked[7] > looked[4], "the toy's reward rises"
+    assert _steps_of(finished.files[0])[0] == "7" and "update 7, the last one" in finished.detail
+    # And where it is not, the remembered one is taken.
+    toy.events.clear()
+    judge = {"parts": {"judge": Falling()}, "held_out": {**LOOKS, "every": 4, "judge": {"kind": "toy", "path": "judge"}}}
+    _, finished = _run(toy, tmp_path / "falling", guards={"keep_best": True}, steps=7, **judge)
+    assert _steps_of(finished.files[0])[1] == 0 and "update 0, the base model: no look was better, so it changes nothing" in finished.detail
+
+
+def test_a_kl_budget_goes_back_to_the_best_look(toy, tmp_path):
+    _, finished = _run(toy, tmp_path, guards={"kl_budget": 0.05, "kl_window": 3})
+    looked = {event.step: event.held_out for event in toy.events if event.name == "step" and event.held_out is not None}
+    best = max((step for step in looked if step % 2 == 0), key=looked.get)
+    assert finished.reason == "kl_budget" and best > 0
+    if finished.step % 2 and looked[finished.step] > looked[best]:
+        best = finished.step
+    assert _steps_of(finished.files[0])[0] == str(best) and f"The LoRA is that of update {best}" in finished.detail
 
 
 def test_other_looks_do_not_resume_a_guarded_run(toy):

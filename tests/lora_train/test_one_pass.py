@@ -214,6 +214,32 @@ def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, to
     assert len(replay.with_clips(config, parts, tmp_path / "run").real.prompts) == 3
 
 
+def test_clips_that_are_made_are_never_made_again(one_pass, toy, tmp_path):
+    """A run that is stopped among its clips goes on with the next one, also with another optimiser; only what clips depend on makes them anew."""
+    settings = {"real": {"path": "", "replay": 3, "tries": 2}, "expert": "low", "steps": 2}
+    config, parts = one_pass(**settings)
+    whole = replay.with_clips(config, parts, tmp_path / "whole")
+    told = [(event.done, event.total) for event in toy.events if event.name == "preparing"]
+    assert told == [(count, 6) for count in range(1, 7)]
+
+    toy.events.clear()
+    stopping = replace(parts, stop_requested=lambda: len(toy.events) >= 3)
+    ready = replay.with_clips(config, stopping, tmp_path / "run")
+    assert ready.real is None and len(list((tmp_path / "run" / replay.TRIES).iterdir())) == 3
+    half = tmp_path / "run" / replay.TRIES / "0001-1.safetensors"
+    half.write_bytes((tmp_path / "run" / replay.TRIES / "0000-0.safetensors").read_bytes()[:-100])  # of a process that was killed
+    config, parts = one_pass(**settings, optimiser={"kind": "adafactor"}, name="other")
+    ready = replay.with_clips(config, parts, tmp_path / "run")
+    assert parts.experts.count.total == 3 * 6 * 2 and ready.clip_forwards == whole.clip_forwards == 6 * 6 * 2
+    assert (tmp_path / "run" / replay.FILE).read_bytes() == (tmp_path / "whole" / replay.FILE).read_bytes()
+    assert not (tmp_path / "run" / replay.TRIES).exists()
+
+    for changes, made in (({"optimiser": {"lr": 1e-5}, "steps": 5}, 0), ({"seed": 8}, 6), ({"real": {**settings["real"], "tries": 1}}, 3)):
+        config, parts = one_pass(**{**settings, **changes})
+        replay.with_clips(config, parts, tmp_path / "run")
+        assert parts.experts.count.total == made * 6 * 2, changes
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

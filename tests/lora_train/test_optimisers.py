@@ -59,7 +59,7 @@ def test_learns(toy, tmp_path, kind):
 def test_schedules():
     def rates(**values):
         settings = Optimiser(lr=1.0, **values)
-        return [optimisers.learning_rate(settings, step, 10) for step in range(1, 11)]
+        return [optimisers.learning_rate(settings, 1.0, step, 10) for step in range(1, 11)]
 
     assert rates() == [1.0] * 10
     assert rates(warmup=4)[:4] == [0.25, 0.5, 0.75, 1.0] and rates(warmup=4)[4:] == [1.0] * 6
@@ -80,10 +80,10 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="needs the package bitsandbytes"):
-        optimisers.make(Optimiser(kind="adamw8bit"), parameters)
+        optimisers.make(Optimiser(kind="adamw8bit"), [(1e-4, parameters)])
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ValueError, match="'muon', which torch .* does not have"):
-        optimisers.make(Optimiser(kind="muon"), parameters)
+        optimisers.make(Optimiser(kind="muon"), [(1e-4, parameters)])
 
 
 def test_state_of_an_eight_bit_kind_survives():

@@ -83,7 +83,7 @@ def test_memory_that_ends_while_clips_are_scored_means_the_next_smaller_plan(pic
     smaller = Shrunk(changes="resident_blocks 40 -> 0", masters_on=torch.device("cpu"))
     replay.with_clips(config, replace(parts, shrink=lambda: smaller), tmp_path / "again")
     assert (tmp_path / "again" / picking.FILE).read_bytes() == (tmp_path / "whole" / picking.FILE).read_bytes()
-    assert len(calls) == COUNT + 1 and [event.name for event in toy.events] == ["replanned"]
+    assert len(calls) == COUNT + 1 and [event.name for event in toy.events if event.name != "preparing"] == ["replanned"]
 
 
 def test_a_pavrm_alone_needs_no_decoder(picked_run, tmp_path):

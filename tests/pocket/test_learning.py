@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("comfy.ldm.wan.model", reason="needs ComfyUI on the path")
 
 from reward_lab.lora_train.config import TrainConfig  # noqa: E402
-from reward_lab.pocket import learning, learning_experiments, learning_report, learning_store  # noqa: E402
+from reward_lab.pocket import learning, learning_experiments, learning_page, learning_report, learning_store  # noqa: E402
 
 pytestmark = pytest.mark.host
 
@@ -68,7 +68,7 @@ def test_report_pairs_sums_and_judges(tmp_path, capsys):
     for name, shift in shifts.items():
         for seed in (0, 1):
             learning_store.write(tmp_path, _result(name, seed, shift, looks=looks if name == "reward-lab" else ()))
-    learning_report.write(tmp_path, tmp_path / "out" / "learning.json", tmp_path / "out" / "learning.png")
+    learning_report.write(tmp_path, tmp_path / "out" / "learning.json", tmp_path / "out" / "learning.png", tmp_path / "out" / "learning.md")
     document = json.loads((tmp_path / "out" / "learning.json").read_text(encoding="utf-8"))
     ours = document["experiments"]["reward-lab"]
     assert ours["gain"]["text"]["mean"] == pytest.approx(0.12) and ours["gain"]["text"]["pairs"] == 6
@@ -136,7 +136,7 @@ def test_recipe_knows_settings_and_not_folders(tmp_path):
 
 def test_report_without_base_says_so(tmp_path):
     with pytest.raises(ValueError, match="run the base first"):
-        learning_report.write(tmp_path, tmp_path / "a.json", tmp_path / "a.png")
+        learning_report.write(tmp_path, tmp_path / "a.json", tmp_path / "a.png", tmp_path / "a.md")
 
 
 def test_a_run_is_trained_judged_and_not_repeated(pocket_models, repo, tmp_path, monkeypatch, capsys):
@@ -155,3 +155,11 @@ def test_a_run_is_trained_judged_and_not_repeated(pocket_models, repo, tmp_path,
     monkeypatch.setitem(learning_experiments.EXPERIMENTS, "tiny", replace(tiny, budget=12.0))
     assert learning.main(arguments) == 0 and "tiny-9.json was made with other settings or models and is made again" in capsys.readouterr().out
     assert learning_store.read(results)["tiny"][9]["updates"] == 4
+
+
+def test_page_is_what_the_summary_says(repo):
+    """And every experiment stands on it, under one heading."""
+    summary = json.loads((repo / "benchmarks" / "results" / "learning.json").read_text(encoding="utf-8"))
+    assert (repo / "docs" / "learning.md").read_text(encoding="utf-8") == learning_page.page(summary), "write it again: lab.py bench learning --report"
+    shown = [name for _, rows in learning_page.GROUPS for name, _ in rows]
+    assert sorted(shown) == sorted([*learning_experiments.EXPERIMENTS, "rendered"])

@@ -55,6 +55,12 @@ def test_states_follow_the_events(store, run_id):
     assert store.get(run_id).state == "failed" and store.get(run_id).error == "broke"
 
 
+def test_preparation_is_shown(store, run_id):
+    assert store.get(run_id).preparing == ""
+    append_event(store.folder(run_id), events.Preparing(time=1.0, what="making clips", done=3, total=64))
+    assert store.get(run_id).preparing == "making clips, 3 of 64"
+
+
 def test_events_are_read_from_any_number_and_half_lines_wait(store, run_id):
     folder = store.folder(run_id)
     for step in range(3):
