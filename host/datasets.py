@@ -4,15 +4,16 @@ Our folder: `dataset.json` (settings, videos, what was skipped), `latents/` and 
 HY-Video-PRFL: a list file with one meta path a line; metas name .npy files. Its aliases are all read. Source: Tencent-Hunyuan/HY-Video-PRFL@59ab9d7
 (Apache-2.0), dataset/ and scripts/preprocess/gen_wanx_latent.py.
 Of many videos those whose files are broken are left out and listed, so that one of them does not end a run, least of all in its middle. Headers and sizes
-are looked at when a dataset is listed, numbers only when they are read.
+are looked at whenever a dataset is listed, numbers before a run (`with_numbers`): 1000 clips of 81 frames at 480p are 4.2 GB in bf16, 8 s on a CPU core.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..lora_train import annotations, safetensors_file
 from ..lora_train.input_config import LATENTS
 from ..lora_train.pavrm_data import LatentVideo, Sample
 
+logger = logging.getLogger("reward_lab")
 INDEX = "dataset.json"
 VERSION = 1
 # Other names under which HY-Video-PRFL's readers look for the same thing, in their order.
@@ -51,12 +53,13 @@ class Dataset:
     index: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read(source: str | Path, annotation_file: str = "") -> Dataset:
+def read(source: str | Path, annotation_file: str = "", *, with_numbers: bool = False) -> Dataset:
     """Read a dataset.
 
     Args:
         source: our folder, a list file of metas, one meta, or a folder of `*_meta_v1.json`.
         annotation_file: labels laid over those of the dataset; empty takes the folder's own.
+        with_numbers: read every tensor once and leave out videos with NaN or infinity.
 
     Raises:
         ValueError: nothing there, a broken index or annotation file, one meta that is broken, or no video that can be used.
@@ -72,9 +75,25 @@ def read(source: str | Path, annotation_file: str = "") -> Dataset:
     if given is not None and (annotation_file or given.is_file()):
         samples, more = _annotated(samples, annotations.read(given), given)
         notes += more
+    if with_numbers:
+        samples, more = _looked_through(samples)
+        notes += more
     if not samples:
         raise ValueError(f"{source} holds no video that can be used{': ' + '; '.join(notes) if notes else ''}")
     return Dataset(samples=tuple(samples), notes=tuple(notes), folder=folder, index=index)
+
+
+def _looked_through(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
+    """Those whose tensors can be read, and what is said of the others."""
+    logger.info("looking through the tensors of %d videos", len(samples))
+    whole, broken = [], []
+    for sample in samples:
+        try:
+            sample.read()
+            whole.append(sample)
+        except ValueError as error:
+            broken.append(f"{sample.id}: {error}")
+    return whole, _left_out(broken, f"of {len(samples)} videos are left out, for what their files hold cannot be used")
 
 
 def _own(folder: Path) -> tuple[list[Sample], list[str], dict[str, Any]]:
@@ -93,7 +112,7 @@ def _own(folder: Path) -> tuple[list[Sample], list[str], dict[str, Any]]:
     notes = [f"{len(index.get('skipped', []))} videos were skipped when the dataset was made; see {folder / INDEX}"] if index.get("skipped") else []
     if missing:
         notes.append(f"{len(missing)} videos have lost their cache files ({', '.join(missing[:3])}); run preprocess again")
-    return samples, notes + _left_out(broken, "videos have broken cache files and are left out; delete these files and run preprocess again"), index
+    return samples, notes + _left_out(broken, "videos have broken cache files and are left out; run preprocess again, it makes these anew"), index
 
 
 def _left_out(reasons: Sequence[str], what: str) -> list[str]:
@@ -179,8 +198,15 @@ def _sample(sample_id: str, files: Mapping[str, Path], caption: str, labels: Map
         raise ValueError(
             f"the latent {files['latent']} has shape {list(shapes['latent'])}; latents of Wan VAEs are [{' or '.join(map(str, channels))}, F, H, W]"
         )
-    read_video = functools.partial(_read_video, dict(files))
-    return Sample(id=sample_id, shape=shapes["latent"], read=read_video, caption=caption, labels=labels, has_condition="condition" in files)
+    return Sample(
+        id=sample_id,
+        shape=shapes["latent"],
+        read=functools.partial(_read_video, dict(files)),
+        caption=caption,
+        labels=labels,
+        has_condition="condition" in files,
+        text_widths={name: shapes[name][-1] for name in ("short", "long") if name in shapes},
+    )
 
 
 def _stored_shape(path: Path) -> tuple[int, ...]:
@@ -201,7 +227,7 @@ def _stored_shape(path: Path) -> tuple[int, ...]:
 
 
 def _read_video(files: Mapping[str, Path]) -> LatentVideo:
-    tensors = {what: _tensor(path, what) for what, path in files.items()}
+    tensors = {what: read_tensor(path, what) for what, path in files.items()}
     return LatentVideo(
         latent_CFHW=tensors["latent"],
         texts_PD={name: tensors[name] for name in ("short", "long") if name in tensors},
@@ -211,8 +237,15 @@ def _read_video(files: Mapping[str, Path]) -> LatentVideo:
     )
 
 
-def _tensor(path: Path, what: str) -> torch.Tensor:
-    """An .npy array or the one tensor of a .safetensors, fp32."""
+def read_tensor(path: Path, what: str) -> torch.Tensor:
+    """An .npy array or the one tensor of a .safetensors, fp32, without a first axis of one.
+
+    Args:
+        what: `latent` [C, F, H, W], `short` or `long` [P, D], `clip` [P, D], `condition` [C, F, H, W].
+
+    Raises:
+        ValueError: the file is missing or broken, has other axes, or holds NaN or infinity.
+    """
     try:
         if path.suffix == ".npy":
             tensor = torch.from_numpy(np.load(path, allow_pickle=False)).float()
@@ -241,8 +274,4 @@ def _annotated(samples: Sequence[Sample], labels: Mapping[str, Mapping[str, Any]
     notes = [f"{path}: labels of {len(labels)} videos"]
     if strange:
         notes.append(f"{len(strange)} labelled videos are not in the dataset ({', '.join(strange[:3])})")
-    laid = [
-        Sample(id=sample.id, shape=sample.shape, read=sample.read, caption=sample.caption, labels={**sample.labels, **labels.get(sample.id, {})})
-        for sample in samples
-    ]
-    return laid, notes
+    return [replace(sample, labels={**sample.labels, **labels.get(sample.id, {})}) for sample in samples], notes

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..lora_train.pavrm_config import PavrmConfig
-from ..lora_train.pavrm_data import Example, Learnable, Pair, Sample, labelled, require_both_classes, split
+from ..lora_train.pavrm_data import Example, Learnable, Pair, Sample, labelled, require_both_classes, require_pairs, split
 
 logger = logging.getLogger("reward_lab")
 LOSER = "loser/"
+_NOT_VALIDATED = "no labelled video is held out, so there is no validation; raise data.validation_share, or label videos of data.validation"
 _STATE_COPIES = 4  # weights, two moments, and an average where there is one
 
 
@@ -27,7 +28,7 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
     Raises:
         ValueError: see `learnable_of` and `pavrm_training.load`; not enough disk.
     """
-    from ..lora_train import checkpoint
+    from ..lora_train import checkpoint, learned_from
     from ..lora_train.pavrm_run import PavrmParts
     from ..lora_train.pavrm_run import train as run_training
     from ..runs import lease
@@ -35,9 +36,12 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
     from . import pavrm_training, score_pictures
     from .training_mode import training_mode
 
-    learnable = learnable_of(config)
+    learnable = learnable_of(config, with_numbers=True)
     for note in learnable.notes:
         logger.info("%s", note)
+    changed = learned_from.changes(folder, learnable.facts())
+    if changed:
+        logger.warning("%s", changed)
     model = pavrm_training.load(config, device=device, autocast=dtype)
     check_disk(config, folder, sum(value.numel() for group in model.groups().values() for value in group.values()), _weight_bytes(model))
 
@@ -50,6 +54,7 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
         parts = PavrmParts(
             scorer=model,
             learnable=learnable,
+            data_changed=changed,
             sink=sink,
             stop_requested=stop,
             write=lambda target, step: model.write(
@@ -64,8 +69,11 @@ def train(config: PavrmConfig, folder: Path, stop: Callable[[], bool], resume: b
         run_training(config, parts, folder, resume=resume)
 
 
-def learnable_of(config: PavrmConfig) -> Learnable:
+def learnable_of(config: PavrmConfig, *, with_numbers: bool = False) -> Learnable:
     """Read what a run learns from, and hold videos out.
+
+    Args:
+        with_numbers: see `datasets.read`.
 
     Raises:
         ValueError: see `datasets.read`; labels of one class; pairs that name no video of the dataset, or too few videos.
@@ -73,18 +81,19 @@ def learnable_of(config: PavrmConfig) -> Learnable:
     from . import datasets
 
     data = config.data
-    dataset = datasets.read(data.source, data.annotations)
+    dataset = datasets.read(data.source, data.annotations, with_numbers=with_numbers)
     notes = list(dataset.notes)
     train_ids, held_ids = split(dataset.samples, data.validation_share, config.seed, by_caption=data.split_by_caption)
     held_samples: Sequence[Sample] = [sample for sample in dataset.samples if sample.id in held_ids]
     if data.validation:
-        validation = datasets.read(data.validation)
+        validation = datasets.read(data.validation, with_numbers=with_numbers)
         train_ids, held_samples = {sample.id for sample in dataset.samples}, validation.samples
         notes += validation.notes
     if not train_ids:
         raise ValueError(f"all {len(dataset.samples)} videos were held out for validation; lower data.validation_share or add videos")
     if data.losers:
-        return _against_losers(config, dataset.samples, notes)
+        losers = datasets.read(data.losers, with_numbers=with_numbers)
+        return _against_losers(config, dataset.samples, losers.samples, held_samples, [*notes, *losers.notes])
     train_pairs, held_pairs = (), ()
     if data.pairs:
         train_pairs, held_pairs, more = _pairs(data.pairs, dataset.samples, held_ids)
@@ -94,35 +103,37 @@ def learnable_of(config: PavrmConfig) -> Learnable:
         notes += more
         train = [example for example in examples if example.sample.id in train_ids]
         require_both_classes(train, data.quality, f"the training part of {data.source}")
+        notes += require_pairs(train) if config.trains_pairs and not data.pairs else []
         held_out, _ = labelled(held_samples, data)
     else:
         train, held_out = [], labelled(held_samples, data)[0] if any(sample.labels for sample in held_samples) else []
     if not held_out and not held_pairs:
-        notes.append("no labelled video is held out, so there is no validation; raise data.validation_share")
+        notes.append(_NOT_VALIDATED)
     return Learnable(train=tuple(train), held_out=tuple(held_out), given_pairs=train_pairs, held_out_pairs=held_pairs, notes=tuple(notes))
 
 
-def _against_losers(config: PavrmConfig, winners: Sequence[Sample], notes: Sequence[str]) -> Learnable:
-    """Every video of `data.source` as good, every one of `data.losers` as bad.
+def _against_losers(
+    config: PavrmConfig, winners: Sequence[Sample], losers: Sequence[Sample], held_samples: Sequence[Sample], notes: Sequence[str]
+) -> Learnable:
+    """Every video of `data.source` as good, every one of `data.losers` as bad; held out by id or caption, or the labelled ones of `data.validation` instead.
 
     Two lists are two namespaces: a real video and a generated one of the same caption have one source_id, and HY-Video-PRFL's shipped config names one
-    list twice. So a loser is called `loser/<id>`. Both of an id are held out together, for they mostly show the same thing.
+    list twice. So a loser is called `loser/<id>`. Both of an id (or caption) are held out together, for they mostly show the same thing.
     """
-    from . import datasets
-
     data = config.data
-    read = datasets.read(data.losers)
-    losers = read.samples
-    held_ids = split([*winners, *losers], data.validation_share, config.seed)[1]
-    train, held_out = [], []
+    train, held_out = [], labelled(held_samples, data)[0] if data.validation else []
     for samples, label, prefix in ((winners, 1, ""), (losers, 0, LOSER)):
+        held_ids = set() if data.validation else split(samples, data.validation_share, config.seed, by_caption=data.split_by_caption)[1]
         for sample in samples:
             (held_out if sample.id in held_ids else train).append(Example(sample=replace(sample, id=f"{prefix}{sample.id}"), label=label))
-    told = [*notes, *read.notes, f"pairs: any of {len(winners)} videos wins over any of {len(losers)} losers"]
+    told = [*notes, f"pairs: any of {len(winners)} videos wins over any of {len(losers)} losers"]
     shared = {sample.id for sample in winners} & {sample.id for sample in losers}
     if shared:
         told.append(f"{len(shared)} losers have the id of a winner; the report calls losers {LOSER}<id>")
     require_both_classes(train, "pairs", f"the dataset {data.source} with {data.losers}")
+    told += require_pairs(train)
+    if not held_out:
+        told.append(_NOT_VALIDATED)
     return Learnable(train=tuple(train), held_out=tuple(held_out), notes=tuple(told))
 
 
@@ -183,20 +194,27 @@ def read_pairs(path: Path) -> list[tuple[str, str, float]]:
 
 
 def check_fit(config: PavrmConfig, model, learnable: Learnable) -> None:
-    """Score one video before anything is trained: a text encoder or VAE of another model must not cost a model load and a first update.
+    """Score a video of each kind before anything is trained: what the network cannot take must not end the run when its turn comes.
 
     Raises:
-        ValueError: text of another width or too long, another latent.
+        ValueError: text of another width, a caption that is not there, another latent, no image condition; names the video and how many are like it.
     """
     import torch
 
-    samples = [example.sample for example in learnable.train] or [learnable.given_pairs[0].winner]
-    video = samples[0].read()
-    caption = "short" if config.data.caption == "either" else config.data.caption
-    for name in ("short", "long") if config.data.caption == "either" else (caption,):
-        with torch.no_grad():
-            latent = video.latent_CFHW[None].to(model.device)
-            model.logits(latent, torch.zeros(1, dtype=torch.long, device=model.device), [video], [name])
+    samples = {example.sample.id: example.sample for example in (*learnable.train, *learnable.held_out)}
+    samples |= {sample.id: sample for pair in (*learnable.given_pairs, *learnable.held_out_pairs) for sample in (pair.winner, pair.loser)}
+    kinds: dict[tuple, list[Sample]] = {}
+    for sample in samples.values():
+        kinds.setdefault((sample.shape[0], sample.has_condition, *sorted(sample.text_widths.items())), []).append(sample)
+    for alike in kinds.values():
+        video = alike[0].read()
+        for name in ("short", "long") if config.data.caption == "either" else (config.data.caption,):
+            try:
+                with torch.no_grad():
+                    latent = video.latent_CFHW[None].to(model.device)
+                    model.logits(latent, torch.zeros(1, dtype=torch.long, device=model.device), [video], [name])
+            except ValueError as error:
+                raise ValueError(f"{alike[0].id}, and {len(alike) - 1} like it of {len(samples)} videos: {error}") from error
 
 
 def check_disk(config: PavrmConfig, folder: Path, trained: int, weight_bytes: int) -> None:

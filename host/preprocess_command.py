@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +25,8 @@ logger = logging.getLogger("reward_lab")
 
 
 def main(argv: list[str]) -> int:
-    """Run with the options as a JSON object; returns the exit status. Failures that are foreseen end with one sentence and status 1."""
+    """Run with the options as a JSON object; returns the exit status. Failures that are foreseen end with one sentence and status 1; with `json`, stdout
+    then has `"verdict": "refused"` and the sentence as `reason`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     options = json.loads(argv[0])
     has_gpu = torch.cuda.is_available() and os.environ.get("REWARD_LAB_CPU") != "1"
@@ -34,8 +36,10 @@ def main(argv: list[str]) -> int:
 
     try:
         summary = run(options, torch.device("cuda" if has_gpu else "cpu"), show)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
+        if options.get("json"):
+            print(json.dumps({"verdict": "refused", "reason": str(error)}))
         return 1
     if options.get("json"):
         print(json.dumps({"folder": str(summary.folder), "videos": summary.videos, "encoded": summary.encoded, "skipped": summary.skipped}))
@@ -53,8 +57,21 @@ def run(options: Mapping[str, Any], device: torch.device, progress: Callable[[in
         progress: see `preprocess.make`.
 
     Raises:
-        ValueError: wrong settings, missing files, no usable video.
+        ValueError: wrong settings, missing files, no usable video, or the disk is full.
     """
+    try:
+        return _run(options, device, progress)
+    except OSError as error:
+        if not preprocess.is_disk_full(error):
+            raise
+        folders = [Path(folder) for folder in (options["out"], options.get("hy")) if folder]
+        free = " and ".join(f"{folder} has {shutil.disk_usage(folder).free / 1e9:.3f} GB free" for folder in folders if folder.is_dir())
+        raise ValueError(
+            f"there is no room to write more ({error}): {free}. What is encoded is kept; make room or raise the quota and run the same again, it goes on there"
+        ) from error
+
+
+def _run(options: Mapping[str, Any], device: torch.device, progress: Callable[[int, int], None]) -> preprocess.Summary:
     clip = {entry.name: options[entry.name] for entry in fields(ClipSettings) if options.get(entry.name) is not None}
     settings = ClipSettings(**clip)
     sources = preprocess.find_sources(Path(options["source"]), prompts=options.get("prompts") or "", prompt=options.get("prompt") or "")

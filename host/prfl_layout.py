@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from ..lora_train import annotations
 from ..lora_train.labels import MOTION, PARTS, QUALITIES, read_value
-from .datasets import read_index
+from .datasets import read_index, read_tensor
 from .video_clips import ClipSettings, read_clip
 
 LIST = "all.list"
@@ -44,7 +43,7 @@ def export(folder: Path, out: Path, encode: Callable[[torch.Tensor], torch.Tenso
         The list file.
 
     Raises:
-        ValueError: the dataset or a source video cannot be read, or a label is none.
+        ValueError: the dataset, a cache file or a source video cannot be read, or a label is none.
     """
     index = read_index(folder)
     labels = annotations.read(folder / annotations.FILE_NAME) if (folder / annotations.FILE_NAME).is_file() else {}
@@ -53,7 +52,7 @@ def export(folder: Path, out: Path, encode: Callable[[torch.Tensor], torch.Tenso
     metas = []
     for video in index["videos"]:
         name = video["id"]
-        arrays = _arrays(video, folder, encode, out / "first_frame" / f"{name}.jpg")
+        arrays = _arrays(video, folder, encode, out / "first_frame" / f"{name}.jpg", index.get("settings", {}).get("start_s", 0.0))
         files = {ending: out / "latents" / f"{name}{ending}.npy" for ending in arrays}
         for ending, array in arrays.items():
             np.save(files[ending], array.float().numpy())
@@ -81,22 +80,24 @@ def export(folder: Path, out: Path, encode: Callable[[torch.Tensor], torch.Tenso
     return out / LIST
 
 
-def _arrays(video: Mapping[str, Any], folder: Path, encode: Callable[[torch.Tensor], torch.Tensor], picture: Path) -> dict[str, torch.Tensor]:
-    """Arrays of a video by the ending of their file names; its first frame becomes `picture`."""
-    settings = ClipSettings(width_px=video["width_px"], height_px=video["height_px"], frames=1, frame_rate=video["frame_rate"])
+def _arrays(
+    video: Mapping[str, Any], folder: Path, encode: Callable[[torch.Tensor], torch.Tensor], picture: Path, start_s: float
+) -> dict[str, torch.Tensor]:
+    """Arrays of a video by the ending of their file names; its first frame, at `start_s` of the source as in the latent, becomes `picture`."""
+    settings = ClipSettings(width_px=video["width_px"], height_px=video["height_px"], frames=1, frame_rate=video["frame_rate"], start_s=start_s)
     first_CHW = read_clip(Path(video["file"]), settings).frames_FCHW[0]
     Image.fromarray((first_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(picture, quality=95)
     # Zeros of [-1, 1], in which upstream fills up, are grey here.
     frames_1TCHW = torch.full((1, video["frames"], *first_CHW.shape), 0.5)
     frames_1TCHW[0, 0] = first_CHW
     arrays = {
-        "": load_file(folder / video["latent"])["latent"][None],
+        "": read_tensor(folder / video["latent"], "latent")[None],
         "_f1_black": encode(frames_1TCHW).cpu(),
         "_img_clip": torch.zeros(CLIP_SHAPE),
-        "_textshort": load_file(folder / video["text"])["text"][None],
+        "_textshort": read_tensor(folder / video["text"], "short")[None],
     }
     if video.get("long_text"):
-        arrays["_textlong"] = load_file(folder / video["long_text"])["text"][None]
+        arrays["_textlong"] = read_tensor(folder / video["long_text"], "long")[None]
     return arrays
 
 

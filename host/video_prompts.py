@@ -50,7 +50,10 @@ def read(path: str | Path, names: Sequence[str], places: Sequence[str | Path] | 
 def _entries(path: Path, text: str, videos: int) -> list[tuple[str, str]]:
     ending = path.suffix.lower()
     if ending == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        try:
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise ValueError(f"The prompt file {path} cannot be read as CSV ({error}); look for a quotation mark that is never closed.") from error
         return [_entry({str(key).strip().lower(): value or "" for key, value in row.items()}, path) for row in rows]
     if ending in (".json", ".jsonl"):
         try:

@@ -167,7 +167,7 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
     from .wan import load_backbone
 
     free = FreeMemory.of(config, device)
-    real = _not_held_out(config, _open_real(config)) if needs.real_latents(config) else None
+    real = _real_clips(config, folder) if needs.real_latents(config) else None
     contexts, negative = _encode(config, real)
     backbones = {
         expert: load_backbone(getattr(config.models, expert), dtype=dtype, device=device, role=f"{expert}-noise expert", on_host=True)
@@ -212,6 +212,19 @@ def _train_with_models(config, folder: Path, stop: _StopSignal, resume: bool, de
         train(config, parts, objectives.create(config, parts), folder, resume=resume)
 
 
+def _real_clips(config, folder: Path):
+    """The real clips that a run may learn from.
+
+    Raises:
+        ValueError: see `_open_real`, `_not_held_out` and `picking.known_rows`: before any model is loaded.
+    """
+    from ..lora_train import picking
+
+    real = _not_held_out(config, _open_real(config))
+    picking.known_rows(config, real, folder)
+    return real
+
+
 def _open_real(config):
     """Real latents of a file, or of a dataset of encoded videos.
 
@@ -224,7 +237,7 @@ def _open_real(config):
 
     path = config.real.path
     is_file = Path(path).is_file() and path.endswith(".safetensors")
-    dataset = None if is_file else datasets.read(path)
+    dataset = None if is_file else datasets.read(path, with_numbers=True)
     real = RealLatents(path) if dataset is None else RealSamples(dataset.samples)
     for note in dataset.notes if dataset else ():
         logger.info("%s", note)

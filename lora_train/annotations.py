@@ -3,12 +3,13 @@
     {"id": "3f2a...", "quality": "motion_quality", "label": "good", "time": 1763740800.0}
 
 `id`: of the dataset's video (`source_id` is read too). `label`: `good`, `bad`, `skip` (seen, no opinion) or null (taken back); 1, 0 and "poor" are read too.
-The last line of a video and quality counts. Half a line that a killed process left at the end is passed over; any other bad line is an error.
+The last line of a video and quality counts. A line that a killed process left unfinished is passed over; any other bad line is an error.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from .labels import QUALITIES, read_value
 
 FILE_NAME = "annotations.jsonl"
 LABELS = ("good", "bad", "skip", None)
+# A JSON text, the last one of a line also without its end.
+_TEXT = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?$)')
 
 
 def append(path: Path, video_id: str, quality: str, label: str | None) -> None:
@@ -56,15 +59,20 @@ def read(path: Path) -> dict[str, dict[str, str | None]]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            # A line cut off by a crash is either the last one or followed by the next start's line end.
-            if not line.rstrip().endswith("}"):
+            if _is_unfinished(line):
                 continue
-            raise ValueError(f"{path} line {number} is not JSON ({error})") from error
+            raise ValueError(f"{path} line {number} is not JSON ({error}); write one object a line, without commas between or a list around them") from error
         video, quality, label = _entry(entry, f"{path} line {number}")
         found.setdefault(video, {}).pop(quality, None)
         if label is not None:
             found[video][quality] = label
     return {video: labels for video, labels in found.items() if labels}
+
+
+def _is_unfinished(line: str) -> bool:
+    """Whether an object begins in the line and never ends: what a process that was killed while it wrote leaves, at the end or before the next start's line."""
+    outside_of_texts = _TEXT.sub("", line.strip())
+    return outside_of_texts.startswith("{") and "}" not in outside_of_texts and not line.rstrip().endswith("}")
 
 
 def _entry(entry: Any, where: str) -> tuple[str, str, str | None]:

@@ -136,9 +136,8 @@ def check_settings(folder: Path, config: RunConfig) -> None:
         old = identity.completed(json.loads(metadata["settings"]), config, settings)
         others = identity.differences(old, identity.portable(settings)) or _other_files(metadata, settings)
     else:
-        # A state that an older version wrote has nothing but a hash, over whole paths.
-        is_same = metadata["digest"] == identity.digest(settings)
-        others = [] if is_same else ["which ones, a state of that version does not tell"]
+        # A state that an older version wrote has nothing but a hash.
+        others = [] if identity.is_of(metadata["digest"], settings) else ["which ones, a state of that version does not tell"]
     if others:
         told = "; ".join([*others[:_TOLD], *([f"and {len(others) - _TOLD} more"] if len(others) > _TOLD else [])])
         what = f"{found[-1]} was made with other settings, so it cannot be resumed with these"

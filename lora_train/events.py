@@ -16,6 +16,7 @@ class Started:
     """The worker is ready: models loaded, prompts encoded. `first_step` > 0 means that it resumed there.
 
     `clips`: how many the run learns from, of so many `clips_offered`; 0 where a run needs none.
+    `data_changed`: how what it learns from differs from what it began with, in a sentence; empty where it does not.
     `measure`: what the numbers called reward are in this run: `reward`, or `accuracy` where a PAVRM is trained.
     """
 
@@ -32,6 +33,7 @@ class Started:
     measure: str = "reward"
     clips: int = 0
     clips_offered: int = 0
+    data_changed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,11 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def is_of(found: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a hash is of settings; older versions made theirs over whole paths."""
+    return found in (digest(portable(settings)), digest(settings))
+
+
 def file_bytes(values: Mapping[str, Any]) -> dict[str, int]:
     """Sizes of the files of models, rewards and start images that are there, by setting, such as `models.high`.
 

@@ -31,6 +31,7 @@ CAPTIONS = ("short", "long", "either")
 DTYPES = ("auto", "fp32", "bf16")
 SAVE_DTYPES = ("fp32", "bf16", "fp16")
 TIMESTEPS = 1000
+_LARGEST_EXPONENT = 700.0  # exp() of more than 709 overflows; a sigma is 0 long before
 # Noise levels that accuracy is told for, as in the paper's table 5.
 BUCKETS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
 
@@ -58,7 +59,7 @@ class Data:
     losers: HY-Video-PRFL's second list: any video of `source` wins over any of these, whose ids become `loser/<id>`.
     pairing: partners of good videos are bad ones of the same caption where there are such (`caption`), or any (`any`).
     balance: draw good and bad videos equally often.
-    validation_share: share of the videos (of captions, when `split_by_caption`) that are never trained on; validation: another dataset instead.
+    validation_share: share of the videos (of captions, when `split_by_caption`) that are never trained on; validation: another dataset, with labels, instead.
     """
 
     source: str
@@ -121,7 +122,7 @@ class SigmaDraw:
             return self.sigmas[position % len(self.sigmas)]
         u = rng.random()
         if self.kind == "logit_normal":
-            u = 1 / (1 + math.exp(rng.gauss(self.mean, self.std)))  # 1 - sigmoid
+            u = 1 / (1 + math.exp(min(rng.gauss(self.mean, self.std), _LARGEST_EXPONENT)))  # 1 - sigmoid
         sigma = u if self.kind == "uniform" else shift_sigma(u, self.shift)
         return self.low + (self.high - self.low) * sigma
 

@@ -31,7 +31,8 @@ class LatentVideo:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A video of a dataset; `read` fetches its tensors. `labels`: as they stand in files. `has_condition`: whether these hold an image condition."""
+    """A video of a dataset; `read` fetches its tensors. `labels`: as they stand in files. `has_condition`: whether these hold an image condition;
+    `text_widths`: numbers per token of its texts, by caption (short, long)."""
 
     id: str
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class Sample:
     caption: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
     has_condition: bool = False
+    text_widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,19 @@ class Learnable:
     given_pairs: tuple[Pair, ...] = ()
     held_out_pairs: tuple[Pair, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Label, size and caption of every video, share of every pair, by what they are and which side they are on; see `learned_from.py`."""
+        found: dict[str, dict[str, Any]] = {}
+        for side, examples, pairs in (("", self.train, self.given_pairs), ("held-out ", self.held_out, self.held_out_pairs)):
+            for example in examples:
+                sample = example.sample
+                label = {1: "good", 0: "bad", None: "none"}[example.label]
+                found[f"{side}{sample.id}"] = {"label": label, "latent": list(sample.shape), "caption": sample.caption}
+            for pair in pairs:
+                # The same two may have been compared several times.
+                found.setdefault(f"{side}{pair.winner.id} over {pair.loser.id}", {"shares": []})["shares"].append(pair.share)
+        return found
 
 
 def labelled(samples: Sequence[Sample], data: Data) -> tuple[list[Example], list[str]]:
@@ -107,6 +122,30 @@ def require_both_classes(examples: Sequence[Example], quality: str, what: str) -
         )
 
 
+def partnerless(examples: Sequence[Example]) -> list[Sample]:
+    """Good videos that make no pair: no bad one has a latent of their shape."""
+    shapes = {tuple(example.sample.shape) for example in examples if example.label == 0}
+    return [example.sample for example in examples if example.label == 1 and tuple(example.sample.shape) not in shapes]
+
+
+def require_pairs(examples: Sequence[Example]) -> list[str]:
+    """Sentences on the good videos that labels make no pair of.
+
+    Raises:
+        ValueError: they make no pair at all.
+    """
+    alone = partnerless(examples)
+    if not alone:
+        return []
+    shown = ", ".join(f"{sample.id} {list(sample.shape)}" for sample in alone[:5]) + (" ..." if len(alone) > 5 else "")
+    if len(alone) == sum(example.label == 1 for example in examples):
+        raise ValueError(
+            f"no good video has a latent of the shape of a bad one ({shown}), and the two of a pair must be alike: use loss 'ce', or encode all videos at one "
+            "size and length"
+        )
+    return [f"{len(alone)} good videos are in no pair, for no bad one has a latent of their shape ({shown}); encode all at one size and length"]
+
+
 def split(samples: Sequence[Sample], share: float, seed: int, *, by_caption: bool = False) -> tuple[set[str], set[str]]:
     """Ids to train on and ids to hold out.
 
@@ -134,6 +173,8 @@ class Draws:
         self._given = learnable.given_pairs
         self._examples = [example for example in learnable.train if example.label is not None]
         self._classes = {label: [example for example in self._examples if example.label == label] for label in (1, 0)}
+        alone = {sample.id for sample in partnerless(self._examples)}
+        self._winners = [example.sample for example in self._classes[1] if example.sample.id not in alone]
         self._order: dict[str, tuple[int, list[int]]] = {}
 
     def examples(self, start: int, count: int) -> list[Example]:
@@ -147,20 +188,14 @@ class Draws:
         return found
 
     def pairs(self, start: int, count: int) -> list[Pair]:
-        """Pairs number `start` to `start + count`: given ones, else a good video and a bad one of the same shape.
-
-        Raises:
-            ValueError: no bad video has the shape of a good one.
-        """
+        """Pairs number `start` to `start + count`: given ones, else a good video and a bad one of the same shape."""
         if self._given:
             return [self._given[self._index("pairs", position, len(self._given))] for position in range(start, start + count)]
-        good = self._classes[1]
-        return [self._partnered(good[self._index("pairs", position, len(good))].sample, position) for position in range(start, start + count)]
+        winners = self._winners
+        return [self._partnered(winners[self._index("pairs", position, len(winners))], position) for position in range(start, start + count)]
 
     def _partnered(self, winner: Sample, position: int) -> Pair:
-        alike = [example.sample for example in self._classes[0] if example.sample.shape == winner.shape]
-        if not alike:
-            raise ValueError(f"no bad video has the shape {list(winner.shape)} of {winner.id}; pairs need equal shapes: use loss 'ce', or more videos")
+        alike = [example.sample for example in self._classes[0] if tuple(example.sample.shape) == tuple(winner.shape)]
         same = [sample for sample in alike if sample.caption == winner.caption] if self._data.pairing == "caption" else []
         return Pair(winner=winner, loser=random.Random(derived_seed(self._seed, "partner", position)).choice(same or alike))
 

@@ -6,12 +6,15 @@ Checkpoints, events and their order are those of `run.py`; a resumed run gives t
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from . import checkpoint, events, recovery
 from .objectives.pavrm import Batch, LatentScorer, PavrmObjective
@@ -22,6 +25,7 @@ from .pavrm_validation import summary, validate
 from .protocols import EventSink, StopRequested
 from .run import NonFiniteError
 
+logger = logging.getLogger("reward_lab")
 VALIDATION_FOLDER = "samples"
 _REMEDY = "Take a smaller batch, shape.blocks or videos, set gradient_checkpointing true, or close what else uses the card; then resume from the checkpoint"
 T = TypeVar("T")
@@ -31,6 +35,7 @@ T = TypeVar("T")
 class PavrmParts:
     """What the loop is wired with.
 
+    data_changed: see `learned_from.py`.
     write: `write(folder, step)` saves the scorer as it is now and returns the files. draw: draws a report as a picture at a path.
     """
 
@@ -39,6 +44,7 @@ class PavrmParts:
     sink: EventSink
     stop_requested: StopRequested
     write: Callable[[Path, int], list[Path]]
+    data_changed: str = ""
     draw: Callable[[dict[str, Any], Path], None] | None = None
     pause: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.time
@@ -60,15 +66,34 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
         NonFiniteError: the loss or gradient became NaN or infinite; names step, sigma and the last three accuracies.
         CardFullError: the card's memory ended twice in one step; a checkpoint was written.
         DamagedError: it ended when an update had begun to write; the last checkpoint is good.
+
+    Whatever it raises, the PAVRM of the last checkpoint is written into the run folder first.
     """
     trainee = new_trainee(parts.scorer.groups(), config.optimiser, config.steps)
     objective = PavrmObjective(config, parts.scorer, Draws(parts.learnable, config.data, config.seed))
     progress = checkpoint.load_latest(folder, config, [trainee]) if resume else checkpoint.Progress()
     parts.sink(_started(config, parts, trainee, progress))
     has_held_out = bool(parts.learnable.held_out or parts.learnable.held_out_pairs)
+    try:
+        progress, reason = _trained(config, parts, objective, trainee, folder, progress, has_held_out=has_held_out)
+    except Exception:
+        _write_last(config, parts, folder, trainee)
+        raise
+    with trainee.averaged():
+        own = parts.write(folder, progress.step)
+        copies, note = checkpoint.written_also(lambda target: parts.write(target, progress.step), config.output_folder)
+    files = [str(file.resolve()) for file in (*own, *copies)]
+    finished = events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason, detail=note)
+    parts.sink(finished)
+    return finished
+
+
+def _trained(
+    config: PavrmConfig, parts: PavrmParts, objective: PavrmObjective, trainee: PavrmTrainee, folder: Path, progress: checkpoint.Progress, *, has_held_out: bool
+) -> tuple[checkpoint.Progress, str]:
+    """Make the updates that are left; returns where the run stands, saved, and why it ended."""
     if config.validate_every and has_held_out and progress.step == 0:
         progress = replace(progress, held_out_base=_validated(config, parts, objective, trainee, folder, 0)[0])
-
     reason, saved_at = "completed", progress.step
     for step in range(progress.step + 1, config.steps + 1):
         parts.pause()
@@ -94,13 +119,21 @@ def train(config: PavrmConfig, parts: PavrmParts, folder: Path, *, resume: bool 
 
     if saved_at != progress.step or not checkpoint.states(folder):
         _save(config, parts, folder, trainee, progress)
-    with trainee.averaged():
-        own = parts.write(folder, progress.step)
-        copies, note = checkpoint.written_also(lambda target: parts.write(target, progress.step), config.output_folder)
-    files = [str(file.resolve()) for file in (*own, *copies)]
-    finished = events.Finished(time=parts.clock(), step=progress.step, files=files, reason=reason, detail=note)
-    parts.sink(finished)
-    return finished
+    return progress, reason
+
+
+def _write_last(config: PavrmConfig, parts: PavrmParts, folder: Path, trainee: PavrmTrainee) -> None:
+    """After a failure: the PAVRM of the newest checkpoint, since a state alone cannot be scored with."""
+    try:
+        if not checkpoint.states(folder):
+            return
+        # Read back: what is in memory may be half an update.
+        step = checkpoint.load_latest(folder, config, [trainee]).step
+        with trainee.averaged():
+            files = parts.write(folder, step)
+        logger.warning("the run ends here; the PAVRM of update %d, its last checkpoint, is in %s", step, files[0])
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # what ended the run is what must be told
+        logger.warning("the PAVRM of the last checkpoint could not be written (%s); resume the run to get it", error)
 
 
 def _again(compute: Callable[[], T], parts: PavrmParts, objective: PavrmObjective, trainee: PavrmTrainee, step: int) -> T:
@@ -133,6 +166,7 @@ def _started(config: PavrmConfig, parts: PavrmParts, trainee: PavrmTrainee, prog
         parameters=sum(parameter.numel() for parameter in trainee.parameters.values()),
         device=str(parts.scorer.device),
         measure="accuracy",
+        data_changed=parts.data_changed,
     )
 
 

@@ -2,7 +2,8 @@
 
 Each clip is scored with its caption: whole video, by the reward; finished latent, noised, by the PAVRM; where a run has both, each is brought to mean 0 and
 deviation 1 and the lesser of the two counts, for a clip has to please both. The share `real.keep` is learned from. Scores lie in the run folder, so that a run
-that is resumed goes on with the same clips. Filtering by a reward and then imitating is reward-ranked fine-tuning (RAFT, arXiv 2304.06767).
+that is resumed goes on with the same clips: new ones are not looked at, and without those that it has learned from it does not go on. Filtering by a reward and
+then imitating is reward-ranked fine-tuning (RAFT, arXiv 2304.06767).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 import torch
 
 from ..reward_models.base import score_in_chunks
-from . import events, recovery
+from . import checkpoint, events, identity, learned_from, recovery
 from .config import TrainConfig
 from .prompts import derived_seed
-from .real import Chosen
+from .real import Chosen, Clips
 from .run import Parts
 
 FILE = "picked.json"
@@ -30,35 +31,71 @@ logger = logging.getLogger("reward_lab")
 
 
 def with_picked(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
-    """The parts with the chosen share of their clips, scored once, before any LoRA is installed.
+    """The parts with the chosen share of their clips, scored once, before any LoRA is installed; all of them where `real.keep` is 1.
 
     Args:
         parts: of a run that has not begun; backbones in training mode (host).
         folder: run folder, where the scores lie.
+
+    Raises:
+        ValueError: see `known_rows`.
     """
-    if config.real.keep == 1 or parts.real is None:
+    if parts.real is None:
         return parts
-    path = folder / FILE
-    rows = _read(path, config, parts)
-    if rows is None:
-        rows = _scored(config, parts)
+    if config.real.keep < 1:
+        rows = known_rows(config, parts.real, folder) or _new_rows(config, parts, folder)
         if rows is None:
             return parts  # stopped: no update will be made
+        parts = replace(parts, real=Chosen(parts.real, [row["clip"] for row in rows if row["kept"]]))
+    clips = parts.real
+    facts = {name: {"caption": caption, "latent": list(clips.shape)} for name, caption in zip(clips.names, clips.prompts, strict=True)}
+    changed = learned_from.changes(folder, facts)
+    if changed:
+        logger.warning("%s", changed)
+    return replace(parts, data_changed=changed)
+
+
+def _new_rows(config: TrainConfig, parts: Parts, folder: Path) -> list[dict] | None:
+    """The rows of all clips, scored now and written down; None if the run was stopped meanwhile."""
+    rows = _scored(config, parts)
+    if rows is not None:
+        path = folder / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"made_for": config.digest(), "clips": rows}, indent=1), encoding="utf-8")
         partial.replace(path)
         logger.info("learning from %d of %d clips, those that the rewards like best; scores of all: %s", sum(row["kept"] for row in rows), len(rows), path)
-    return replace(parts, real=Chosen(parts.real, [row["clip"] for row in rows if row["kept"]]))
+    return rows
 
 
-def _read(path: Path, config: TrainConfig, parts: Parts) -> list[dict] | None:
-    """The rows of an earlier start of the run; None if there are none, or they are of other settings or clips."""
-    if not path.exists():
+def known_rows(config: TrainConfig, clips: Clips, folder: Path) -> list[dict] | None:
+    """The rows of an earlier start of the run, `clip` being a number among `clips`; None if all are to be scored.
+
+    Raises:
+        ValueError: the run has made updates, and clips that it learns from are no longer there.
+    """
+    path = folder / FILE
+    if not path.exists() or config.real.keep == 1:
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    is_same = found["made_for"] == config.digest() and [row["caption"] for row in found["clips"]] == parts.real.prompts
-    return found["clips"] if is_same else None
+    rows = found["clips"]
+    # Older versions wrote no names.
+    names = [row.get("name", name) for row, name in zip(rows, clips.names, strict=False)]
+    if identity.is_of(found["made_for"], config.deciding()) and names == clips.names and [row["caption"] for row in rows] == clips.prompts:
+        return rows
+    if checkpoint.latest_step(folder) == 0:
+        return None
+    numbers = {(name, caption): number for number, (name, caption) in enumerate(zip(clips.names, clips.prompts, strict=True))}
+    kept = [row for row in rows if row["kept"]]
+    gone = [row for row in kept if (row.get("name"), row["caption"]) not in numbers]
+    if gone:
+        told = learned_from.shown(f"{row.get('name', row['clip'])} ({row['caption'][:40]!r})" for row in gone)
+        raise ValueError(
+            f"the run learns from {len(kept)} clips that it picked at its beginning ({path}), but {len(gone)} of them are no longer in {config.real.path}: "
+            f"{told}; put them back, or start a new run, which picks anew"
+        )
+    logger.info("going on with the %d clips that the run picked at its beginning; clips that are new since then are not looked at", len(kept))
+    return [{**row, "clip": numbers[row["name"], row["caption"]]} for row in kept]
 
 
 def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
@@ -75,8 +112,8 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
     order = together(scores).argsort(descending=True, stable=True).tolist()
     kept = set(order[: max(1, round(config.real.keep * len(order)))])
     return [
-        {"clip": number, "caption": prompt, "scores": {name: values[number] for name, values in scores.items()}, "kept": number in kept}
-        for number, prompt in enumerate(parts.real.prompts)
+        {"clip": number, "name": name, "caption": prompt, "scores": {kind: values[number] for kind, values in scores.items()}, "kept": number in kept}
+        for number, (name, prompt) in enumerate(zip(parts.real.names, parts.real.prompts, strict=True))
     ]
 
 

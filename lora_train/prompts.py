@@ -2,7 +2,7 @@
 
 Files: `.txt` (one prompt a line), `.csv` (column `prompt`, `text` or `caption`, optionally `weight` and `image`), `.json` (a list of texts or of
 objects with these keys) and `.jsonl`. A start image is a path, relative ones beside the file. UTF-8 with or without byte-order mark, UTF-16 with one; any
-line ends. Empty lines are dropped, repeated prompts merged.
+line ends. Empty lines and entries are dropped. A prompt that stands there several times (with the same image) is one prompt, with its weights added.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,9 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
     if ending == ".json":
         return _merged(_from_json(text, path.name), path.name, path.parent)
     if ending == ".jsonl":
-        entries = [(number, line) for number, line in enumerate(_lines(text, path.name), 1) if line.strip()]
-        return _merged([_entry(_loads(line, path.name, number), f"{path.name} line {number}") for number, line in entries], path.name, path.parent)
+        lines = [(number, line) for number, line in enumerate(_lines(text, path.name), 1) if line.strip()]
+        values = [(f"{path.name} line {number}", _loads(line, path.name, number)) for number, line in lines]
+        return _merged(_entries(values), path.name, path.parent)
     return parse_prompt_lines(text, path.name)
 
 
@@ -108,12 +108,14 @@ def _from_csv(text: str, source: str) -> list[Prompt]:
     if column is None:
         raise ValueError(f"{source} has the columns {list(columns)}; one must be called {' or '.join(_TEXT_KEYS)}, in the first line")
     weight, image = columns.get("weight"), next((columns[key] for key in _IMAGE_KEYS if key in columns), None)
-    rows = [(reader.line_num, row) for row in reader]
-    return [
-        _entry({"prompt": row[column], "weight": (row[weight] if weight else None) or 1, "image": row[image] if image else ""}, f"{source} line {number}")
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{source} cannot be read as CSV near line {reader.line_num + 1} ({error}); look for a quotation mark that is never closed") from error
+    return _entries(
+        (f"{source} line {number}", {"prompt": row[column] or "", "weight": (row[weight] if weight else None) or 1, "image": row[image] if image else ""})
         for number, row in rows
-        if (row[column] or "").strip()
-    ]
+    )
 
 
 def _loads(text: str, source: str, line: int | None = None) -> Any:
@@ -130,10 +132,15 @@ def _from_json(text: str, source: str) -> list[Prompt]:
         values = values.get("prompts")
     if not isinstance(values, list):
         raise ValueError(f"{source} must hold a list of prompts (or an object with a list called prompts)")
-    return [_entry(value, f"{source} entry {index}") for index, value in enumerate(values, 1)]
+    return _entries((f"{source} entry {index}", value) for index, value in enumerate(values, 1))
 
 
-def _entry(value: Any, where: str) -> Prompt:
+def _entries(values: Iterable[tuple[str, Any]]) -> list[Prompt]:
+    """Prompts of values that come with the place where they stand; those without text are dropped."""
+    return [prompt for where, value in values if (prompt := _entry(value, where))]
+
+
+def _entry(value: Any, where: str) -> Prompt | None:
     if isinstance(value, dict):
         text = next((value[key] for key in _TEXT_KEYS if key in value), None)
         weight = value.get("weight", 1)
@@ -144,6 +151,8 @@ def _entry(value: Any, where: str) -> Prompt:
         raise ValueError(f"{where} holds no prompt; give a text or an object with one of the keys {', '.join(_TEXT_KEYS)}")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"{where} has {len(text)} characters, the limit is {MAX_PROMPT_CHARACTERS}; shorten it")
+    if not text.strip():
+        return None
     try:
         number = float(weight)
     except (TypeError, ValueError) as error:
@@ -154,14 +163,14 @@ def _entry(value: Any, where: str) -> Prompt:
 
 
 def _merged(prompts: list[Prompt], source: str, folder: Path | None = None) -> list[Prompt]:
-    """Each prompt and start image once, pictures looked up beside the file."""
-    unique: dict[tuple[str, str], Prompt] = {}
+    """Each prompt and start image once, with the sum of its weights; pictures looked up beside the file."""
+    weights: dict[tuple[str, str], float] = {}
     for prompt in prompts:
-        placed = replace(prompt, image=_picture(prompt.image, folder or Path(), source)) if prompt.image else prompt
-        unique.setdefault((placed.text, placed.image), placed)
-    if not unique:
+        key = prompt.text, _picture(prompt.image, folder or Path(), source) if prompt.image else ""
+        weights[key] = weights.get(key, 0.0) + prompt.weight
+    if not weights:
         raise ValueError(f"{source} holds no prompt; write at least one")
-    return list(unique.values())
+    return [Prompt(text=text, weight=weight, image=image) for (text, image), weight in weights.items()]
 
 
 def _picture(name: str, folder: Path, source: str) -> str:

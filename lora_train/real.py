@@ -20,9 +20,10 @@ from .prompts import PromptSampler
 
 
 class Clips:
-    """Latents of one shape with their prompts. Subclasses set `prompts` and `shape` (C, F, H, W) and read single clips."""
+    """Latents of one shape with their prompts. Subclasses set `prompts`, `names` (of the clips, each once) and `shape` (C, F, H, W) and read single clips."""
 
     prompts: list[str]
+    names: list[str]
     shape: tuple[int, ...]
 
     @property
@@ -58,10 +59,10 @@ class Clips:
 
 
 class RealLatents(Clips):
-    """An open file of real latents; rows are read when they are drawn.
+    """An open file of real latents; every row is looked at once on opening, and read again when it is drawn.
 
     Raises:
-        ValueError: the file cannot be read, or lacks latents or prompts.
+        ValueError: the file cannot be read, lacks latents or prompts, or a clip holds NaN or infinity.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -75,7 +76,19 @@ class RealLatents(Clips):
         if len(shape) != 5 or not isinstance(self.prompts, list) or len(self.prompts) != shape[0] or shape[0] == 0:
             count = len(self.prompts) if isinstance(self.prompts, list) else "no"
             raise ValueError(f"the real latents {path} have shape {shape} and {count} prompts; [N, C, F, H, W] and N prompts in the metadata are needed")
-        self.shape = tuple(shape[1:])
+        strange = [prompt for prompt in self.prompts if not isinstance(prompt, str)]
+        if strange:
+            raise ValueError(f"the real latents {path} have the prompt {strange[0]!r}, which is no text; write {len(self.prompts)} texts into the metadata")
+        self.shape, self.names = tuple(shape[1:]), [str(number) for number in range(len(self.prompts))]
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        with safe_open(self._path, "pt") as file:
+            latents = file.get_slice("latents")
+            for number, prompt in enumerate(self.prompts):
+                if not latents[number].float().isfinite().all():
+                    which = f"clip {number} (counted from 0), {prompt[:60]!r}"
+                    raise ValueError(f"the real latents {self._path} hold NaN or infinity in {which}; make the clip again, or write the file without it")
 
     def clip(self, number: int) -> torch.Tensor:
         """See `Clips.clip`."""
@@ -96,7 +109,7 @@ class RealSamples(Clips):
             raise ValueError(f"none of the dataset's {len(samples)} videos has a caption, which flow matching needs; add captions")
         ((self.shape, count),) = Counter(tuple(sample.shape) for sample in told).most_common(1)
         self._samples = [sample for sample in told if tuple(sample.shape) == self.shape]
-        self.prompts = [sample.caption for sample in self._samples]
+        self.prompts, self.names = [sample.caption for sample in self._samples], [sample.id for sample in self._samples]
         self.left_out = len(samples) - count
 
     def clip(self, number: int) -> torch.Tensor:
@@ -118,7 +131,8 @@ class Chosen(Clips):
 
     def __init__(self, clips: Clips, numbers: Sequence[int]) -> None:
         self._clips, self._numbers = clips, list(numbers)
-        self.prompts, self.shape = [clips.prompts[number] for number in numbers], clips.shape
+        self.prompts, self.names = [clips.prompts[number] for number in numbers], [clips.names[number] for number in numbers]
+        self.shape = clips.shape
 
     @property
     def offered(self) -> int:

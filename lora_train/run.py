@@ -52,7 +52,7 @@ class Parts:
     plan and says what changed, or None where there is none. With a `meter` the largest step is rehearsed before the first one.
 
     None is what the config has no use for: decoder and reward without videos, latent_reward without a PAVRM, motion and judge without their guards.
-    clip_forwards: what the clips of `real` cost that the base model made for this run (`replay.py`).
+    clip_forwards: what the clips of `real` cost that the base model made for this run (`replay.py`). data_changed: see `learned_from.py`.
     """
 
     experts: Experts
@@ -66,6 +66,7 @@ class Parts:
     judge: RewardModel | None = None
     real: Clips | None = None
     clip_forwards: float = 0.0
+    data_changed: str = ""
     writer: SampleWriter | None = None
     pause: Callable[[], None] = lambda: None
     shrink: Callable[[], Shrunk | None] | None = None
@@ -250,6 +251,7 @@ def _started(config: TrainConfig, parts: Parts, trainees: Mapping[str, Trainee],
         sampling_steps=config.sampling.steps,
         clips=len(parts.real.prompts) if parts.real else 0,
         clips_offered=parts.real.offered if parts.real else 0,
+        data_changed=parts.data_changed,
     )
 
 

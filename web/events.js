@@ -24,6 +24,7 @@ export const EVENT_FIELDS = Object.freeze({
     "measure",
     "clips",
     "clips_offered",
+    "data_changed",
   ],
   preparing: ["time", "what", "done", "total"],
   step: [

@@ -145,6 +145,7 @@ function figureRows(run, detail) {
     const isPicked = started.clips < started.clips_offered;
     rows.push(["Clips", isPicked ? `${started.clips} of ${started.clips_offered}, picked by the reward` : String(started.clips)]);
   }
+  if (started?.data_changed) rows.push(["Data", started.data_changed]);
   const measure = started?.measure ?? "reward";
   if (heldOutSpan) rows.push([`Held-out ${measure}`, `${heldOutSpan.first.toFixed(4)} → ${heldOutSpan.last.toFixed(4)}`]);
   if (heldOutSpan && heldOutSpan.base !== null) rows.push([measure === "reward" ? "Held-out, base model" : "Held-out, before training", heldOutSpan.base.toFixed(4)]);

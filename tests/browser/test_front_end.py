@@ -299,7 +299,7 @@ def test_the_sidebar_shows_runs_and_the_log_of_a_crash(server, page) -> None:
     step = Step(time=1.0, step=1, steps=20, reward=0.25, loss=0.75, grad_norm=1.0, sigma=0.02, seconds=1.0, expert="low")
     steps = [dataclasses.replace(step, step=i, reward=0.25 + i / 1000, held_out=0.25 if i % 5 == 0 else None) for i in range(1, 11)]
     failed = Failed(time=3.0, step=10, error="RuntimeError: out of memory", log_tail=["step 10", "RuntimeError: out of memory"])
-    write_run(server.base, "crashed_run", [Started(time=0.0, steps=20, experts=["low"], reward="hpsv2.1"), *steps, failed])
+    write_run(server.base, "crashed_run", [Started(time=0.0, steps=20, experts=["low"], reward="hpsv2.1", data_changed="2 gone (a, b)"), *steps, failed])
     page.evaluate("() => window.app.graph.clear()")
     page.evaluate("() => { const s = window.app.extensionManager.sidebarTab; if (s.activeSidebarTabId !== 'reward-lab') s.toggleSidebarTab('reward-lab'); }")
     page.wait_for_selector("[data-reward-lab=panel]")
@@ -312,6 +312,7 @@ def test_the_sidebar_shows_runs_and_the_log_of_a_crash(server, page) -> None:
     card.locator(".rl-log").wait_for()
     assert "out of memory" in card.locator(".rl-failure-head").inner_text()
     assert "step 10" in card.locator(".rl-log").inner_text()
+    assert "2 gone (a, b)" in card.locator(".rl-figures").inner_text()
     assert "step 10 of 20" in card.locator(".rl-run-line").inner_text()
     is_drawn = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0)"
     page.wait_for_function(f"() => {{ const c = document.querySelector('[data-run=crashed_run] canvas'); return c?.width && ({is_drawn})(c); }}")

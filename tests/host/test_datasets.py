@@ -71,6 +71,32 @@ def test_the_same_list_twice(tmp_path):
     assert report["all"]["auc"] == 0.5 and len(report["videos"]) == len(learnable.held_out)
 
 
+def test_losers_are_held_out_by_caption_where_that_is_asked_for(tmp_path):
+    names = [f"v{index:02d}" for index in range(24)]
+    lists = [metas(tmp_path / side, names, value) for side, value in (("good", 1.0), ("bad", -1.0))]
+    for folder, shift in ((tmp_path / "good", 0), (tmp_path / "bad", 1)):
+        for index, name in enumerate(names):
+            path = folder / f"{name}_meta_v1.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "short_caption": f"caption {(index + shift) % 6}"}))
+    values = bt_config(*lists, 0.5).to_dict()
+    learnable = pavrm_worker.learnable_of(PavrmConfig.from_dict({**values, "data": {**values["data"], "split_by_caption": True}}))
+    held, trained = ({example.sample.caption for example in part} for part in (learnable.held_out, learnable.train))
+    assert held and trained and not held & trained and {example.label for example in learnable.held_out} == {0, 1}
+
+
+def test_losers_are_validated_on_another_dataset_where_there_is_one(tmp_path):
+    good, bad = metas(tmp_path / "good", ["a", "b"], 1.0), metas(tmp_path / "bad", ["a", "b", "c"], -1.0)
+    metas(tmp_path / "check", ["x"], 1.0, motion_quality=1)
+    metas(tmp_path / "check", ["y"], -1.0, motion_quality=0)
+    values = bt_config(good, bad, 0.9).to_dict()
+    config = PavrmConfig.from_dict({**values, "data": {**values["data"], "validation": str(tmp_path / "check")}})
+    learnable = pavrm_worker.learnable_of(config)
+    assert [example.sample.id for example in learnable.train] == ["a", "b", "loser/a", "loser/b", "loser/c"]
+    assert {example.sample.id: example.label for example in learnable.held_out} == {"x": 1, "y": 0}
+    none = pavrm_worker.learnable_of(PavrmConfig.from_dict({**config.to_dict(), "data": {**config.to_dict()["data"], "validation": str(good)}}))
+    assert not none.held_out and none.notes[-1].startswith("no labelled video is held out")
+
+
 def own_form(folder, names):
     """A dataset folder of our own form; every video has a latent and a text of its own."""
     videos = []
@@ -142,6 +168,50 @@ def test_a_corrupt_cache_is_noticed_when_the_dataset_is_listed(tmp_path, part, f
         datasets.read(folder)
 
 
+def spoil(path):
+    """NaN in the last number of an array or cache file."""
+    path.write_bytes(path.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+
+
+@pytest.mark.parametrize(("form", "part"), [("metas", "latent"), ("metas", "text"), ("own", "latents"), ("own", "texts")])
+def test_nan_is_found_before_a_run_and_costs_its_video_only(tmp_path, form, part):
+    source = metas(tmp_path, ["a", "b", "c"]) if form == "metas" else own_form(tmp_path, ["a", "b", "c"])
+    file = {"latent": "b.npy", "text": "b_text.npy"}.get(part, f"{part}/b.safetensors")
+    spoil(tmp_path / file)
+    assert len(datasets.read(source).samples) == 3
+    read = datasets.read(source, with_numbers=True)
+    assert [sample.id for sample in read.samples] == ["a", "c"]
+    assert read.notes[0].startswith("1 of 3 videos are left out") and read.notes[1].startswith("b: ") and f"{file} holds NaN" in read.notes[1]
+
+
+def test_a_run_looks_at_the_numbers_of_all_its_lists(tmp_path):
+    good, bad, check = (metas(tmp_path / name, [f"{name}{index}" for index in range(3)], motion_quality=1) for name in ("good", "bad", "check"))
+    for name in ("good", "bad", "check"):
+        spoil(tmp_path / name / f"{name}0.npy")
+    values = bt_config(good, bad, 0.0).to_dict()
+    config = PavrmConfig.from_dict({**values, "data": {**values["data"], "validation": str(check)}})
+    learnable = pavrm_worker.learnable_of(config, with_numbers=True)
+    used = {example.sample.id for example in (*learnable.train, *learnable.held_out)}
+    assert used == {"good1", "good2", "loser/bad1", "loser/bad2", "check1", "check2"}
+    assert all(f"{name}0.npy holds NaN" in " ".join(learnable.notes) for name in ("good", "bad", "check"))
+
+
+@pytest.mark.parametrize("with_losers", [False, True])
+def test_a_good_video_without_a_partner_is_in_no_pair(tmp_path, with_losers):
+    good = metas(tmp_path / "good", ["a", "b", "long"], 1.0, motion_quality=1)
+    bad = metas(tmp_path / "bad", ["x", "y"], -1.0, motion_quality=0)
+    np.save(tmp_path / "good" / "long.npy", np.ones((1, 16, 3, 4, 4), np.float32))
+    values = bt_config(good, bad, 0.0).to_dict()
+    config = PavrmConfig.from_dict(values if with_losers else {**values, "data": {"source": str(tmp_path), "validation_share": 0.0}})
+    learnable = pavrm_worker.learnable_of(config)
+    assert any(note.startswith("1 good videos are in no pair") and "long [16, 3, 4, 4]" in note for note in learnable.notes)
+    assert {pair.winner.id for pair in Draws(learnable, config.data, 0).pairs(0, 20)} == {"a", "b"}
+    for name in ("a", "b"):
+        np.save(tmp_path / "good" / f"{name}.npy", np.ones((1, 16, 3, 4, 4), np.float32))
+    with pytest.raises(ValueError, match=r"no good video has a latent of the shape of a bad one \(a \[16, 3, 4, 4\].*use loss 'ce'"):
+        pavrm_worker.learnable_of(config)
+
+
 def test_what_is_left_out_of_every_list_reaches_the_log(tmp_path):
     good, bad, check = (metas(tmp_path / name, [f"{name}{index}" for index in range(4)], motion_quality=1) for name in ("good", "bad", "check"))
     for name in ("good", "bad", "check"):
@@ -158,9 +228,11 @@ def test_what_is_left_out_of_every_list_reaches_the_log(tmp_path):
 
 
 def test_what_is_left_out_of_real_videos_reaches_the_log(tmp_path, caplog):
-    source = metas(tmp_path, ["a", "b"])
+    source = metas(tmp_path, ["a", "b", "c"])
     cut(tmp_path / "b.npy")
+    spoil(tmp_path / "c.npy")
     video = SimpleNamespace(latent_channels=16, vae="wan2.1", latent_shape=lambda count: (count, 16, 2, 4, 4))
     with caplog.at_level("INFO", "reward_lab"):
         real = worker._open_real(SimpleNamespace(real=SimpleNamespace(path=str(source)), video=video, starts_from_clips=True))
-    assert real.prompts == ["a thing"] and real.shape == (16, 2, 4, 4) and "1 of 2 metas are left out" in caplog.text
+    assert real.prompts == ["a thing"] and real.shape == (16, 2, 4, 4) and "1 of 3 metas are left out" in caplog.text
+    assert "c.npy holds NaN" in caplog.text

@@ -241,6 +241,20 @@ def test_nan_stops_and_keeps_the_checkpoint(repo, pocket_data, tmp_path):
     assert all(bool(value.isfinite().all()) for value in state.values())
 
 
+def test_what_the_last_checkpoint_learned_can_be_used_after_a_failure(repo, pocket_data, tmp_path):
+    """Whatever failed, here the reading of a video; the file has the bytes of a run of that many updates."""
+    config = _pocket(repo, pocket_data, validate_every=0, checkpoint_every=2, save_upstream=False)
+    events = []
+    parts = _parts(config, events)
+    with training_mode():
+        parts.scorer.logits, plain = lambda *given: plain(*given) if sum(event.name == "step" for event in events) < 3 else 1 / 0, parts.scorer.logits
+        with pytest.raises(ZeroDivisionError):
+            train(config, parts, tmp_path / "run")
+        two = _pocket(repo, pocket_data, validate_every=0, checkpoint_every=2, save_upstream=False, steps=2)
+        train(two, _parts(two, []), tmp_path / "two")
+    assert (tmp_path / "run" / "tiny.safetensors").read_bytes() == (tmp_path / "two" / "tiny.safetensors").read_bytes()
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(repo, pocket_data, tmp_path, monkeypatch):
     config = _pocket(repo, pocket_data, validate_every=0, keep_checkpoints=1)
     real, calls = safetensors_file.os.fsync, []

@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("comfy.sd", reason="needs ComfyUI on the path")
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from reward_lab.host import datasets, preprocess_command, prfl_layout  # noqa: E402
 from reward_lab.host.video_clips import ClipSettings, read_clip  # noqa: E402
@@ -197,6 +198,115 @@ def test_an_input_list_and_what_is_refused(tmp_path, options, capsys):
         with pytest.raises(ValueError, match=message):
             run(values)
     assert preprocess_command.main([json.dumps(options(tmp_path / "none"))]) == 1 and "no folder or list" in capsys.readouterr().err
+
+
+def test_a_run_that_can_use_no_video_leaves_the_index_as_it_was(tmp_path, options):
+    (tmp_path / "videos").mkdir()
+    video(tmp_path / "videos" / "a.mp4", frames=9)
+    run(options(tmp_path / "videos"))
+    before = (tmp_path / "set" / datasets.INDEX).read_bytes()
+    with pytest.raises(ValueError, match=r"none of 1 videos could be used.* it has no caption.*dataset\.json is as it was"):
+        run(options(tmp_path / "videos", prompt=None))
+    assert (tmp_path / "set" / datasets.INDEX).read_bytes() == before
+
+
+CACHE_FAULTS = {
+    "note empty": ("latents/*.json", lambda path: path.write_bytes(b"")),
+    "note of another latent": ("latents/*.json", lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "latent_shape": [16, 9, 8, 8]}))),
+    "note half": ("latents/*.json", lambda path: path.write_text('{"frames": 9}')),
+    "latent cut": ("latents/*.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "latent empty": ("latents/*.safetensors", lambda path: path.write_bytes(b"")),
+    "latent of NaN": ("latents/*.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-8] + b"\xff" * 8)),
+    "text cut": ("texts/*.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "preview cut": ("previews/*.mp4", lambda path: path.write_bytes(path.read_bytes()[:40])),
+}
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS)
+def test_a_broken_cache_is_made_again(tmp_path, options, fault):
+    (tmp_path / "videos").mkdir()
+    video(tmp_path / "videos" / "a.mp4", frames=9)
+    run(options(tmp_path / "videos"))
+    files = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+    (broken,) = (tmp_path / "set").glob(CACHE_FAULTS[fault][0])
+    CACHE_FAULTS[fault][1](broken)
+    made = run(options(tmp_path / "videos"))
+    assert not made.skipped and made.encoded == (0 if fault == "text cut" else 1) and broken.read_bytes() == files[broken]
+    assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == files
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_is_encoded(tmp_path, options, monkeypatch, capsys):
+    """While the latent, the note, or the exported arrays are written."""
+    (tmp_path / "videos").mkdir()
+    for index in range(2):
+        video(tmp_path / "videos" / f"{index}.mp4", frames=9 + index)
+    values, own, written = options(tmp_path / "videos", json=True, hy=str(tmp_path / "hy")), Path.write_text, []
+
+    def full(path, *given, **options_):
+        written.append(path)
+        if len(written) == 2:
+            own(path, "")
+            raise OSError(28, "No space left on device")
+        return own(path, *given, **options_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        patch.setattr(preprocess_command.preprocess, "model_sha256", lambda path, folder: path.name)
+        assert preprocess_command.main([json.dumps(values)]) == 1
+        told = capsys.readouterr()
+        reason = json.loads(told.out)["reason"]
+        assert "no room to write more ([Errno 28]" in reason and f"{tmp_path / 'set'} has" in reason and "run the same again" in reason
+        assert "Traceback" not in told.err
+        assert run({**values, "hy": None}).encoded == 1 and not list((tmp_path / "set").rglob("*.partial"))
+        patch.setattr(np, "save", lambda *given: (_ for _ in ()).throw(OSError("4096 requested and 0 written")))
+        with pytest.raises(ValueError, match=r"no room to write more \(4096 requested and 0 written\)"):
+            run(values)
+
+
+def test_a_caption_that_is_not_utf8_costs_its_video_only(tmp_path, options):
+    (tmp_path / "videos").mkdir()
+    for name in ("a", "b"):
+        video(tmp_path / "videos" / f"{name}.mp4", frames=9 + (name == "b"))
+    (tmp_path / "videos" / "a.txt").write_bytes("un café".encode("latin-1"))
+    made = run(options(tmp_path / "videos"))
+    assert made.videos == 1 and len(made.skipped) == 1
+    assert made.skipped[0]["reason"].startswith("its caption a.txt cannot be read") and "save it as UTF-8" in made.skipped[0]["reason"]
+
+
+def test_ids_of_an_input_list(tmp_path, options):
+    """No id is the video's own; one id of two videos is not "the same video"."""
+    for name, frames in (("a", 9), ("b", 13), ("c", 17)):
+        video(tmp_path / f"{name}.mp4", frames=frames)
+    rows = [{"video_path": f"{name}.mp4", "short_caption": TEXT, "source_id": own} for name, own in (("a", None), ("b", None), ("b", "x"), ("c", "x"))]
+    rows.append({"video_path": "a.mp4", "short_caption": TEXT})
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    made = run(options(tmp_path / "in.json", prompt=None))
+    assert made.videos == 3
+    assert [entry["reason"] for entry in made.skipped] == ["it has the id 'x' of b.mp4, which is another video; give it its own", "the same video as a.mp4"]
+    for bad, message in (({"video_path": 5}, "entry 2 of the list .* has the video_path 5"), ("a.mp4", "has the video_path 'a.mp4'"), ({}, "video_path None")):
+        (tmp_path / "in.json").write_text(json.dumps([rows[0], bad]))
+        with pytest.raises(ValueError, match=message):
+            run(options(tmp_path / "in.json", prompt=None))
+
+
+def test_the_exported_first_frame_is_that_of_the_latent(tmp_path, options):
+    """With the beginning of the source left out, too; the ramp tells which frame it is."""
+    (tmp_path / "videos").mkdir()
+    video(tmp_path / "videos" / "a.mp4", size=(64, 64))
+    run(options(tmp_path / "videos", start_s=1.0, hy=str(tmp_path / "hy")))
+    (picture,) = (tmp_path / "hy" / "first_frame").glob("*.jpg")
+    with Image.open(picture) as image:
+        assert round(float(np.asarray(image).mean()) / 10) == 8
+
+
+def test_exporting_a_broken_cache_names_the_file(tmp_path, options):
+    (tmp_path / "videos").mkdir()
+    video(tmp_path / "videos" / "a.mp4", frames=9)
+    run(options(tmp_path / "videos"))
+    (latent,) = (tmp_path / "set" / "latents").glob("*.safetensors")
+    latent.write_bytes(latent.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{latent.name} cannot be read"):
+        prfl_layout.export(tmp_path / "set", tmp_path / "hy", preprocess_encoder(options(tmp_path / "videos")))
 
 
 # What each reader takes out of a meta where it finds none of its other names.

@@ -73,6 +73,38 @@ def test_annotations_are_appended_and_the_last_counts(tmp_path):
         annotations.append(path, "a", "motion_quality", "nice")
 
 
+WHOLE = '{"id": "a", "quality": "motion_quality", "label": "good", "time": 1763740800.25}'
+
+
+@pytest.mark.parametrize(
+    "bad", [WHOLE + ",", "[", "]", "not json at all", WHOLE.replace('"', "'"), WHOLE + WHOLE, WHOLE[:30] + WHOLE, '"id": "a",']
+)
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_bad_line_is_named_wherever_it_stands(tmp_path, bad, place):
+    """Commas, lists and what is no JSON would lose labels without a word."""
+    lines = {"first": [bad, WHOLE, WHOLE], "middle": [WHOLE, bad, WHOLE], "last": [WHOLE, WHOLE, bad]}[place]
+    (tmp_path / annotations.FILE_NAME).write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"line {lines.index(bad) + 1} is not JSON .*write one object a line, without commas"):
+        annotations.read(tmp_path / annotations.FILE_NAME)
+
+
+def test_a_line_cut_off_anywhere_costs_only_itself(tmp_path):
+    path = tmp_path / annotations.FILE_NAME
+    longest = WHOLE.replace('"a"', r'"a\u00e9\"}{\\"')
+    for end in range(1, len(longest)):
+        if longest[:end].endswith("}"):
+            continue  # inside of an id, which preprocess never gives
+        path.write_text(f"{WHOLE}\n{longest[:end]}")
+        annotations.append(path, "b", "motion_quality", "bad")
+        assert annotations.read(path) == {"a": {"motion_quality": "good"}, "b": {"motion_quality": "bad"}}, longest[:end]
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(1e308, 0.0), (800.0, 0.0), (-1e308, 1.0)])
+def test_a_mean_far_out_draws_the_end_of_the_range(mean, sigma):
+    draw = SigmaDraw(kind="logit_normal", mean=mean, std=1e308 if abs(mean) > 1e6 else 1.0, low=0.0, high=1.0)
+    assert min(abs(draw.draw(random.Random(seed), 0) - sigma) for seed in range(9)) < 1e-6
+
+
 @pytest.mark.parametrize(("mean", "shift"), [(1.0, 5.0), (-1.5, 5.0), (0.0, 1.0)])
 def test_logit_normal_falls_from_noise_to_video(mean, shift):
     """The median is that of upstream's table: entry floor(1000 sigmoid(mean)) of sigmas that fall from 1."""

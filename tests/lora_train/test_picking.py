@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reward_lab.lora_train import needs, objectives, picking, replay, run
+from reward_lab.lora_train import learned_from, needs, objectives, picking, replay, run
 from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.real import Chosen, RealLatents, write_real
 
@@ -125,6 +125,49 @@ def test_clips_that_score_alike_are_kept_in_their_order(picked_run, tmp_path):
 def test_a_share_that_cannot_be_is_named(picked_run, keep, words):
     with pytest.raises(ValueError, match=words):
         picked_run(real={"path": "clips.safetensors", "keep": keep})
+
+
+def _begun(config, parts, folder):
+    """The run's clips after a first update."""
+    ready = replay.with_clips(config, parts, folder)
+    run.train(config, ready, objectives.create(config, ready), folder)
+    return ready.real
+
+
+def test_a_run_goes_on_with_its_picks_though_clips_came_and_went(picked_run, tmp_path):
+    """As long as those are there that it picked; nothing is scored anew."""
+    config, parts = picked_run(steps=1)
+    picked = _begun(config, replace(parts, real=Chosen(parts.real, range(6))), tmp_path)
+    others = [number for number in range(6) if parts.real.names[number] not in picked.names]
+    moved = Chosen(parts.real, [8, *(number for number in reversed(range(7)) if number != others[0])])
+    before = (tmp_path / picking.FILE).read_bytes()
+    again = replay.with_clips(config, replace(parts, real=moved, reward=None, decoder=None), tmp_path)
+    assert again.real.names == picked.names and torch.equal(again.real.draw(0, 0, 6)[0], picked.draw(0, 0, 6)[0])
+    assert again.data_changed == "" and (tmp_path / picking.FILE).read_bytes() == before
+
+
+def test_picks_that_are_gone_are_named_and_none_is_made_anew(picked_run, tmp_path):
+    config, parts = picked_run(steps=1)
+    picked = _begun(config, parts, tmp_path)
+    before = (tmp_path / picking.FILE).read_bytes()
+    rest = Chosen(parts.real, [number for number in range(COUNT) if parts.real.names[number] != picked.names[1]])
+    words = rf"learns from 3 clips that it picked .* but 1 of them are no longer in .*: {picked.names[1]} \('clip x*'\); put them back"
+    with pytest.raises(ValueError, match=words):
+        replay.with_clips(config, replace(parts, real=rest), tmp_path)
+    assert (tmp_path / picking.FILE).read_bytes() == before
+
+
+def test_clips_that_changed_between_start_and_resume_are_told(picked_run, toy, tmp_path):
+    config, parts = picked_run(real={"path": "clips.safetensors"}, steps=1)
+    _begun(config, replace(parts, real=Chosen(parts.real, range(6))), tmp_path)
+    assert replay.with_clips(config, replace(parts, real=Chosen(parts.real, range(6))), tmp_path).data_changed == ""
+    ready = replay.with_clips(config, replace(parts, real=Chosen(parts.real, range(1, 8))), tmp_path)
+    assert ready.data_changed.endswith("uninterrupted one would: 1 gone (0); 2 new (6, 7)")
+    run.train(config, ready, objectives.create(config, ready), tmp_path, resume=True)
+    assert [event.data_changed for event in toy.events if event.name == "started"] == ["", ready.data_changed]
+    assert "another order" in replay.with_clips(config, replace(parts, real=Chosen(parts.real, range(5, -1, -1))), tmp_path).data_changed
+    (tmp_path / learned_from.FILE).write_text("")
+    assert "is not known" in replay.with_clips(config, parts, tmp_path).data_changed
 
 
 def test_picks_of_other_settings_or_clips_are_made_anew(picked_run, tmp_path):

@@ -131,6 +131,14 @@ def test_broken_real_latents_are_named(tmp_path):
     save_file({"latents": torch.zeros(3, 16, 2, 2, 2)}, tmp_path / "mute.safetensors")
     with pytest.raises(ValueError, match="N prompts in the metadata"):
         RealLatents(tmp_path / "mute.safetensors")
+    latents = torch.zeros(3, 16, 2, 2, 2)
+    latents[2, 5, 0, 1, 0] = torch.inf
+    write_real(tmp_path / "infinite.safetensors", latents.bfloat16(), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"infinite\.safetensors hold NaN or infinity in clip 2 \(counted from 0\), 'c'; make the clip again"):
+        RealLatents(tmp_path / "infinite.safetensors")
+    write_real(tmp_path / "numbers.safetensors", torch.zeros(2, 16, 2, 2, 2), ["a", 1])
+    with pytest.raises(ValueError, match="have the prompt 1, which is no text; write 2 texts"):
+        RealLatents(tmp_path / "numbers.safetensors")
 
 
 def test_nan_stops_with_step_sigma_and_rewards_and_keeps_the_checkpoint(prfl, tmp_path):

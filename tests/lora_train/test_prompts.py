@@ -52,11 +52,26 @@ def test_csv_weights_and_quoted_lines(tmp_path):
         ("a.csv", "prompt,weight\nx,-1\n", "greater than 0"),
         ("a.csv", "prompt,weight\nx,much\n", "line 2 has the weight 'much'"),
         ("a.pdf", "x", "use .txt, .csv"),
+        ("a.json", json.dumps(["", " "]), "holds no prompt; write"),
+        ("a.csv", 'prompt\nx\n"' + "long line\n" * 20_000 + '"', r"a.csv cannot be read as CSV near line \d+ \(field larger than field limit"),
     ],
 )
 def test_refusals(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read_prompt_file(_file(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "prompt,weight\na,1\na,3\nb,1\n"),
+        ("a.txt", "a\nb\na\na\na\n"),
+        ("a.json", json.dumps([{"text": "a", "weight": 4}, "", {"text": " "}, "b"])),
+        ("a.jsonl", '{"text": "a", "weight": 3.5}\n""\n"b"\n{"text": "a", "weight": 0.5}\n'),
+    ],
+)
+def test_weights_of_repeated_prompts_are_added_and_empty_entries_dropped(tmp_path, name, content):
+    assert read_prompt_file(_file(tmp_path, name, content)) == [Prompt(text="a", weight=4.0), Prompt(text="b", weight=1.0)]
 
 
 def test_missing_file(tmp_path):
