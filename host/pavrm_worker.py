@@ -81,6 +81,11 @@ def learnable_of(config: PavrmConfig, *, with_numbers: bool = False) -> Learnabl
     from . import datasets
 
     data = config.data
+    if data.validation and Path(data.validation).resolve() == Path(data.source).resolve():
+        raise ValueError(
+            f"data.validation is data.source, {data.source}, so that accuracy would be that of what was learned; leave it empty: validation_share holds "
+            "videos out"
+        )
     dataset = datasets.read(data.source, data.annotations, with_numbers=with_numbers)
     notes = list(dataset.notes)
     train_ids, held_ids = split(dataset.samples, data.validation_share, config.seed, by_caption=data.split_by_caption)
@@ -88,7 +93,7 @@ def learnable_of(config: PavrmConfig, *, with_numbers: bool = False) -> Learnabl
     if data.validation:
         validation = datasets.read(data.validation, with_numbers=with_numbers)
         train_ids, held_samples = {sample.id for sample in dataset.samples}, validation.samples
-        notes += validation.notes
+        notes += [*validation.notes, *_seen_in_training(train_ids, held_samples)]
     if not train_ids:
         raise ValueError(f"all {len(dataset.samples)} videos were held out for validation; lower data.validation_share or add videos")
     if data.losers:
@@ -110,6 +115,13 @@ def learnable_of(config: PavrmConfig, *, with_numbers: bool = False) -> Learnabl
     if not held_out and not held_pairs:
         notes.append(_NOT_VALIDATED)
     return Learnable(train=tuple(train), held_out=tuple(held_out), given_pairs=train_pairs, held_out_pairs=held_pairs, notes=tuple(notes))
+
+
+def _seen_in_training(train_ids: set[str], held_samples: Sequence[Sample]) -> list[str]:
+    """A note on ids that two datasets share. It refuses nothing: ids may be plain numbers, and a generated video has that of the real one it was made after."""
+    shared = [sample.id for sample in held_samples if sample.id in train_ids]
+    told = f"{len(shared)} of {len(held_samples)} videos of data.validation have ids of data.source ({', '.join(shared[:3])})"
+    return [f"{told}: if they are the same videos, accuracy is that of what was learned"] if shared else []
 
 
 def _against_losers(

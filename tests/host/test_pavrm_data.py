@@ -81,3 +81,12 @@ def test_facts_tell_sides_and_pairs(repo, pocket_data, tmp_path):  # noqa: F811
     labels = pavrm_worker.learnable_of(_pocket(repo, pocket_data)).facts()
     assert len(labels) == 16 and {name.split()[0] for name in labels if " " in name} == {"held-out"}
     assert labels.get("video00", labels.get("held-out video00")) == {"label": "good", "latent": [16, 2, 4, 4], "caption": "a thing"}
+
+
+def test_validation_on_what_is_learned_is_refused_and_shared_ids_are_told(repo, pocket_data):  # noqa: F811
+    folder = pocket_data.parent
+    with pytest.raises(ValueError, match="data.validation is data.source, .*: validation_share holds videos out"):
+        pavrm_worker.learnable_of(_pocket(repo, pocket_data, data={"validation": str(folder / "." / pocket_data.name)}))
+    (folder / "some.list").write_text("video03_meta_v1.json\nvideo04_meta_v1.json")
+    notes = pavrm_worker.learnable_of(_pocket(repo, pocket_data, data={"validation": str(folder / "some.list")})).notes
+    assert any("2 of 2 videos of data.validation have ids of data.source (video03, video04)" in note for note in notes)
