@@ -44,9 +44,9 @@ def check(config: TrainConfig, folder: Path) -> None:
     _check_widths(config, headers)
     if needs.real_latents(config) and not Path(config.real.path).exists():
         raise ValueError(f"the real latents {config.real.path} do not exist; check real.path")
+    check_output(config.output_folder)
     check_memory(config)
     check_disk(config, folder)
-    check_output(config.output_folder)
 
 
 def check_pavrm(config: PavrmConfig) -> None:
