@@ -57,6 +57,9 @@ def _train(config: Path, output: Path) -> int:
         watcher.join(0.5)
     if ended.get("event") == "finished":
         return 0
+    if RunStore(folder.parent).get(folder.name).state in ("finished", "stopped"):
+        print("The run was not touched: its files are there as before.", file=sys.stderr)
+        return 2
     print("\n".join("  " + line for line in log_tail(folder)), file=sys.stderr)
     return 1
 

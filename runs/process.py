@@ -132,6 +132,9 @@ class _Tail:
         self._rest = b""
         self._skip = skip
         self._identity: int | None = None
+        # Hashes of lines: of this file, and of those that it replaced.
+        self._read: set[int] = set()
+        self._told: set[int] = set()
 
     def new(self) -> list[dict[str, Any]]:
         if not self._path.is_file():
@@ -139,14 +142,17 @@ class _Tail:
         with self._path.open("rb") as file:
             identity = os.fstat(file.fileno()).st_ino
             if self._identity not in (None, identity):
-                # A resumed worker replaced the file by its own beginning, long before it reports anything new.
-                self._offset, self._rest, self._skip = len(file.read()), b"", 0
+                # A resumed worker replaced the file by its own beginning, which has been told, and reports what is new at once.
+                self._offset, self._rest, self._skip = 0, b"", 0
+                self._told |= self._read
             self._identity = identity
             file.seek(self._offset)
             read = file.read()
         self._offset += len(read)
         *lines, self._rest = (self._rest + read).split(b"\n")
-        found = [event for line in lines if line and (event := _parsed(line)) is not None]
+        new = [line for line in lines if line and hash(line) not in self._told]
+        self._read.update(map(hash, new))
+        found = [event for line in new if (event := _parsed(line)) is not None]
         skipped, self._skip = min(self._skip, len(found)), max(0, self._skip - len(found))
         return found[skipped:]
 

@@ -72,6 +72,12 @@ def test_train_then_go_on(config: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 1 of 2" in done.stdout and "step 2/2" in done.stdout and "step 1/" not in done.stdout
 
+    # Settings that it was not made with.
+    (folder / "config.json").write_text(json.dumps({**settings, "steps": 3, "seed": 9}), encoding="utf-8")
+    done = lab("train", folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "seed was 0 and is 9. Set them back in config.json" in done.stderr and "its files are there as before" in done.stderr
+
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_stops_in_order_with_a_usable_lora(config: Path, tmp_path: Path) -> None:

@@ -183,6 +183,15 @@ class TestProcess:
         assert "code 1" in seen[1]["error"] and seen[1]["log_tail"][0] == "first line" and "broken card" in seen[1]["log_tail"][-1]
         assert store.get(run_id).state == "failed" and store.events(run_id)[-1]["event"] == "failed"
 
+    def test_what_a_resumed_run_keeps_is_not_told_again_and_what_is_new_is_not_lost(self, store, run_id):
+        folder, seen = store.folder(run_id), process._Tail(store.folder(run_id) / "metrics.jsonl", 0)
+        for step in (1, 2):
+            append_event(folder, events.Step(**{**STEP, "step": step, "time": float(step)}))
+        assert [event["step"] for event in seen.new()] == [1, 2]
+        cut_after(folder, 1)
+        append_event(folder, events.Step(**{**STEP, "step": 2, "time": 5.0}))
+        assert [(event["step"], event["time"]) for event in seen.new()] == [(2, 5.0)] and seen.new() == []
+
     def test_a_listener_that_fails_does_not_end_the_watching(self, store, run_id, monkeypatch, tmp_path):
         worker = self._start(store, run_id, monkeypatch, tmp_path, "pass")
 
