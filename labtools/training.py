@@ -89,6 +89,8 @@ def _show(event: dict, ended: dict) -> None:
     kind = event["event"]
     if kind == "started":
         print(f"Training {event['parameters']:,} parameters on {event['device']}, step {event['first_step']} of {event['steps']}.", flush=True)
+        if event.get("data_changed"):
+            print(f"Note: {event['data_changed']}.", flush=True)
     elif kind == "preparing":
         print(f"{event['what'].capitalize()}: {event['done']} of {event['total']}", flush=True)
     elif kind == "step":

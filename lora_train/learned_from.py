@@ -26,7 +26,7 @@ def changes(folder: Path, now: Items) -> str:
         now: facts (texts, numbers, lists) of everything that is learned from, by its name, in the order in which it is drawn from.
 
     Returns:
-        What has changed, in a sentence; empty where nothing did, or older versions wrote nothing down.
+        What has changed, in a sentence; empty where nothing did.
     """
     path = folder / FILE
     if checkpoint.latest_step(folder) == 0 or not path.is_file():

@@ -78,18 +78,18 @@ def known_rows(config: TrainConfig, clips: Clips, folder: Path) -> list[dict] | 
     if not path.exists() or config.real.keep == 1:
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = found["clips"]
-    # Older versions wrote no names.
-    names = [row.get("name", name) for row, name in zip(rows, clips.names, strict=False)]
-    if identity.is_of(found["made_for"], config.deciding()) and names == clips.names and [row["caption"] for row in rows] == clips.prompts:
+    # Older versions wrote no names: the clips stood in the dataset's order.
+    rows = [{"name": clips.names[row["clip"]] if row["clip"] < len(clips.names) else "", **row} for row in found["clips"]]
+    names, captions = [row["name"] for row in rows], [row["caption"] for row in rows]
+    if identity.is_of(found["made_for"], config.deciding()) and names == clips.names and captions == clips.prompts:
         return rows
     if checkpoint.latest_step(folder) == 0:
         return None
     numbers = {(name, caption): number for number, (name, caption) in enumerate(zip(clips.names, clips.prompts, strict=True))}
     kept = [row for row in rows if row["kept"]]
-    gone = [row for row in kept if (row.get("name"), row["caption"]) not in numbers]
+    gone = [row for row in kept if (row["name"], row["caption"]) not in numbers]
     if gone:
-        told = learned_from.shown(f"{row.get('name', row['clip'])} ({row['caption'][:40]!r})" for row in gone)
+        told = learned_from.shown(f"{row['name']} ({row['caption'][:40]!r})" for row in gone)
         raise ValueError(
             f"the run learns from {len(kept)} clips that it picked at its beginning ({path}), but {len(gone)} of them are no longer in {config.real.path}: "
             f"{told}; put them back, or start a new run, which picks anew"

@@ -118,9 +118,16 @@ def _best(config: TrainConfig, scores: list[dict[str, float]]) -> list[int]:
 
 
 def _try(config: TrainConfig, parts: Parts, index: int, number: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """One video [1, C, F, H, W] of a prompt, on the host, and, where there are others to choose from, what the run's rewards say of it."""
+    """One video [1, C, F, H, W] of a prompt, on the host, and, where there are others to choose from, what the run's rewards say of it.
+
+    Raises:
+        ValueError: the base model made NaN or infinity.
+    """
     prompt, image = _prompt(config, index)
     noise = torch.randn(config.video.latent_shape(1), generator=torch.Generator().manual_seed(derived_seed(config.seed, "replay", index, number)))
     latent_1CFHW = parts.experts.roll(noise.to(parts.device), config.sampling.sigmas(), parts.contexts.batch([prompt], [image]))
+    if not latent_1CFHW.isfinite().all():
+        video = f"the base model's video number {number + 1} of the prompt {prompt[:60]!r}"
+        raise ValueError(f"{video} holds NaN or infinity; use dtype bf16 or fp32, or other experts")
     found = clip_scores(config, parts, latent_1CFHW, prompt, index) if config.real.tries > 1 else {}
     return latent_1CFHW.cpu(), found

@@ -10,6 +10,7 @@ from reward_lab import lab
 from reward_lab.labtools.configs import read_config
 from reward_lab.labtools.errors import LabError
 from reward_lab.labtools.preprocessing import job
+from reward_lab.labtools.training import _show
 
 
 def test_options_reach_the_encoding_process(tmp_path, monkeypatch):
@@ -31,3 +32,10 @@ def test_paths_of_a_pavrm_config_are_looked_up_beside_it(tmp_path):
     config.write_text(json.dumps({"kind": "pavrm", "models": {"trunk": "trunk.safetensors"}, "data": {"source": "gone"}}))
     with pytest.raises(LabError, match=r"data\.source is 'gone'"):
         read_config(config)
+
+
+def test_the_command_line_tells_when_a_run_goes_on_with_other_data(capsys):
+    started = {"event": "started", "parameters": 7, "device": "cpu", "first_step": 2, "steps": 4}
+    _show({**started, "data_changed": "the run goes on with other data: 1 gone (a)"}, {})
+    _show({**started, "data_changed": ""}, {})
+    assert capsys.readouterr().out.splitlines()[1:] == ["Note: the run goes on with other data: 1 gone (a).", "Training 7 parameters on cpu, step 2 of 4."]

@@ -214,6 +214,17 @@ def test_a_run_that_is_stopped_while_clips_are_made_makes_no_update(one_pass, to
     assert len(replay.with_clips(config, parts, tmp_path / "run").real.prompts) == 3
 
 
+def test_a_base_that_makes_nan_is_told_and_keeps_no_such_clip(one_pass, tmp_path):
+    config, parts = one_pass(real={"path": "", "replay": 3, "tries": 2}, expert="low")
+    backbone, calls = parts.experts.backbones["low"], []
+    plain = backbone.velocity
+    backbone.velocity = lambda *given: calls.append(1) or plain(*given) * (float("nan") if len(calls) > 9 else 1.0)
+    with pytest.raises(ValueError, match="the base model's video number . of the prompt .* holds NaN or infinity"):
+        replay.with_clips(config, parts, tmp_path / "run")
+    backbone.velocity = plain
+    assert len(replay.with_clips(config, parts, tmp_path / "run").real.prompts) == 3
+
+
 def test_clips_that_are_made_are_never_made_again(one_pass, toy, tmp_path):
     """A run that is stopped among its clips goes on with the next one, also with another optimiser; only what clips depend on makes them anew."""
     settings = {"real": {"path": "", "replay": 3, "tries": 2}, "expert": "low", "steps": 2}

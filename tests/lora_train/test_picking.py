@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reward_lab.lora_train import learned_from, needs, objectives, picking, replay, run
+from reward_lab.lora_train import identity, learned_from, needs, objectives, picking, replay, run
 from reward_lab.lora_train.protocols import Shrunk
 from reward_lab.lora_train.real import Chosen, RealLatents, write_real
 
@@ -179,3 +179,13 @@ def test_picks_of_other_settings_or_clips_are_made_anew(picked_run, tmp_path):
     assert json.loads((tmp_path / picking.FILE).read_text())["made_for"] != before["made_for"]
     fewer = replace(parts, real=Chosen(parts.real, range(4)))
     assert len(replay.with_clips(other, fewer, tmp_path).real.prompts) == 2
+
+
+def test_picks_that_an_older_version_wrote_down_are_kept(picked_run, tmp_path):
+    """It gave the clips no names, and its hash was over whole paths."""
+    config, parts = picked_run(steps=1)
+    picked = _begun(config, parts, tmp_path)
+    found = json.loads((tmp_path / picking.FILE).read_text())
+    rows = [{key: value for key, value in row.items() if key != "name"} for row in found["clips"]]
+    (tmp_path / picking.FILE).write_text(json.dumps({"made_for": identity.digest(config.deciding()), "clips": rows}))
+    assert replay.with_clips(config, parts, tmp_path).real.names == picked.names
