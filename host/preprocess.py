@@ -314,8 +314,10 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write `dataset.json`, whole or not at all."""
-    _write_at_once(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
+    """Write `dataset.json`, whole or not at all. One that says the same stays as it is: a run made before it would count as out of date."""
+    path, text = folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False)
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+        _write_at_once(path, text)
 
 
 def _write_at_once(path: Path, text: str) -> None:

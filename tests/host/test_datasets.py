@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +94,8 @@ def test_losers_are_validated_on_another_dataset_where_there_is_one(tmp_path):
     learnable = pavrm_worker.learnable_of(config)
     assert [example.sample.id for example in learnable.train] == ["a", "b", "loser/a", "loser/b", "loser/c"]
     assert {example.sample.id: example.label for example in learnable.held_out} == {"x": 1, "y": 0}
-    none = pavrm_worker.learnable_of(PavrmConfig.from_dict({**config.to_dict(), "data": {**config.to_dict()["data"], "validation": str(good)}}))
+    plain = str(metas(tmp_path / "plain", ["z"], 1.0))
+    none = pavrm_worker.learnable_of(PavrmConfig.from_dict({**config.to_dict(), "data": {**config.to_dict()["data"], "validation": plain}}))
     assert not none.held_out and none.notes[-1].startswith("no labelled video is held out")
 
 
@@ -236,3 +238,12 @@ def test_what_is_left_out_of_real_videos_reaches_the_log(tmp_path, caplog):
         real = worker._open_real(SimpleNamespace(real=SimpleNamespace(path=str(source)), video=video, starts_from_clips=True))
     assert real.prompts == ["a thing"] and real.shape == (16, 2, 4, 4) and "1 of 3 metas are left out" in caplog.text
     assert "c.npy holds NaN" in caplog.text
+
+
+def test_an_index_that_says_the_same_stays_as_old_as_it_is(tmp_path):
+    index = {"version": datasets.VERSION, "videos": [{"id": "\u00e9"}]}
+    for videos, is_new in ((index["videos"], True), (index["videos"], False), ([], True)):
+        path = tmp_path / datasets.INDEX
+        preprocess.write_index(tmp_path, {**index, "videos": videos})
+        assert (path.stat().st_mtime != 1) is is_new and datasets.read_index(tmp_path)["videos"] == videos
+        os.utime(path, (1, 1))
