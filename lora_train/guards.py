@@ -51,7 +51,13 @@ def after_update(config: TrainConfig, watch: Watch, kl: float) -> tuple[Watch, S
 
 
 def first_look(watch: Watch, look: Evaluation) -> Watch:
-    """Note the base model's videos."""
+    """Note the base model's videos.
+
+    Raises:
+        ValueError: they do not move, so that a motion floor means nothing.
+    """
+    if look.motion == 0:
+        raise ValueError("the base model's held-out videos do not move, so guards.motion_floor could never act; set it to 0, or take other held_out.prompts")
     return replace(watch, motion_base=look.motion, looks=0, best=look.curve, best_step=0, stale=0)
 
 

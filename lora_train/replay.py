@@ -7,7 +7,6 @@ then imitating is RAFT (arXiv 2304.06767).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import events, needs, recovery, safetensors_file
+from . import events, identity, needs, recovery, safetensors_file
 from .config import TrainConfig
 from .draws import parted, prompt_sampler
 from .picking import clip_scores, together, with_picked
@@ -54,8 +53,8 @@ def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
 
 def _made_for(config: TrainConfig) -> str:
     values = config.to_dict()
-    kept = [{name: values[name] for name in _DEPENDS_ON}, values["one_pass"]["pavrm"]]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    kept = {**{name: values[name] for name in _DEPENDS_ON}, "pavrm": values["one_pass"]["pavrm"]}
+    return identity.digest(identity.portable(kept))
 
 
 def _is_of(path: Path, made_for: str) -> bool:

@@ -89,6 +89,11 @@ def test_a_look_without_enough_motion_is_never_the_best(toy):
     assert stop is None and is_best and better == replace(watch, looks=1, best=1.5, best_step=2)
 
 
+def test_a_base_without_motion_has_no_floor():
+    with pytest.raises(ValueError, match="videos do not move, so guards.motion_floor could never act"):
+        guards.first_look(guards.Watch(), Evaluation(mean=1.0, standard_error=0.1, motion=0.0))
+
+
 def test_guards_without_looks_are_refused(toy):
     with pytest.raises(ValueError, match="set held_out.every"):
         toy.config(guards={"patience": 2})
