@@ -104,8 +104,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def _row(label: str, entry: Mapping[str, Any]) -> str:
-    date = " (2026-11-21)" if entry.get("is_earlier") else ""
-    cells = [label + date, ", ".join(map(str, entry["seeds"])), f"{entry['updates']:.0f}" if "updates" in entry else "", f"{entry.get('forwards', 0):.0f}"]
+    cells = [label, ", ".join(map(str, entry["seeds"])), f"{entry['updates']:.0f}" if "updates" in entry else "", f"{entry.get('forwards', 0):.0f}"]
     for name, _, digits, scale in _COLUMNS:
         gain = entry["gain"].get(name)
         cells.append("" if gain is None else f"{scale * gain['mean']:+.{digits}f} ± {scale * gain['standard_error']:.{digits}f}")

@@ -230,7 +230,7 @@ def write(folder: Path, results: Path, picture: Path, page: Path) -> None:
     found = learning_store.read(folder)
     if BASE not in found:
         raise ValueError(f"{folder} holds no {BASE}-SEED.json; run the base first: lab.py bench learning --only {BASE}")
-    table = {**{name: {**row, "looks": [], "is_earlier": True} for name, row in learning_store.earlier(folder).items()}, **summary(found)}
+    table = summary(found)
     reached = goals(table, found)
     document = {
         "command": "python lab.py bench learning",

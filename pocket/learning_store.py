@@ -19,7 +19,6 @@ import torch
 from ..lora_train.presets import with_preset
 
 POINTS = 40
-_EARLIER = "earlier.json"
 
 
 def path(folder: Path, name: str, seed: int) -> Path:
@@ -63,16 +62,10 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
     partial.replace(target)
 
 
-def earlier(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows of the summary that were measured before single results were kept, by experiment; a row counts until its experiment is run again."""
-    file = folder / _EARLIER
-    return json.loads(file.read_text(encoding="utf-8"))["experiments"] if file.exists() else {}
-
-
 def read(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Results by experiment and seed, with lists of numbers."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for file in sorted(set(folder.glob("*.json")) - {folder / _EARLIER}):
+    for file in sorted(folder.glob("*.json")):
         result = read_one(file)
         found.setdefault(result["experiment"], {})[result["seed"]] = result
     return found
