@@ -207,9 +207,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         values = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
-        config = run_config.read(values)
-        if not isinstance(config, TrainConfig):
+        if run_config.kind_of(values) != run_config.LORA:
             raise ValueError(f"{options.config} trains a PAVRM, whose blocks learn whole and outside of the block executor: plans are made for LoRAs only")
+        config = run_config.read(values)
         found = plan(config, shape=_shape(options), **_machine(options))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
