@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..lora_train import annotations, safetensors_file
-from ..lora_train.input_config import LATENTS
+from ..lora_train.input_config import LATENTS, MASK_CHANNELS
 from ..lora_train.pavrm_data import LatentVideo, Sample
 
 logger = logging.getLogger("reward_lab")
@@ -198,9 +198,13 @@ def _sample(sample_id: str, files: Mapping[str, Path], caption: str, labels: Map
         raise ValueError(
             f"the latent {files['latent']} has shape {list(shapes['latent'])}; latents of Wan VAEs are [{' or '.join(map(str, channels))}, F, H, W]"
         )
+    condition, wanted = shapes.get("condition"), shapes["latent"]
+    # With or without the mask channels before it.
+    if condition and (condition[1:] != wanted[1:] or condition[0] not in (wanted[0], wanted[0] + MASK_CHANNELS)):
+        raise ValueError(f"the condition {files['condition']} has shape {list(condition)}, which does not fit its latent, {list(wanted)}; make it again")
     return Sample(
         id=sample_id,
-        shape=shapes["latent"],
+        shape=wanted,
         read=functools.partial(_read_video, dict(files)),
         caption=caption,
         labels=labels,

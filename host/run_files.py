@@ -25,8 +25,8 @@ _DATA = ("annotations", "pairs", "losers", "validation")
 def located(values: dict[str, Any]) -> dict[str, Any]:
     """LoRA or PAVRM settings with whole paths where `advanced` gave names, as the worker has a current folder of its own.
 
-    Rewards are looked up in `models/reward_models`, clips and other data among the datasets and in the input folder; a relative `output_folder` lies in the
-    output folder.
+    Rewards are looked up in `models/reward_models`, clips and other data among the datasets and in the input folder, start images in the input folder; a
+    relative `output_folder` lies in the output folder.
 
     Raises:
         ValueError: the setting, and where its file is missing.
@@ -37,6 +37,12 @@ def located(values: dict[str, Any]) -> dict[str, Any]:
     for section, name in (("held_out", "judge"), ("one_pass", "pavrm")):
         if isinstance(values.get(section), Mapping) and name in values[section]:
             found[section] = {**values[section], name: _reward(values[section][name], f"{section}.{name}")}
+    if "prompts" in values:
+        found["prompts"] = _prompts(values["prompts"], "prompts")
+    if "sample_prompts" in values:
+        found["sample_prompts"] = _prompts(values["sample_prompts"], "sample_prompts")
+    if isinstance(found.get("held_out"), Mapping) and "prompts" in found["held_out"]:
+        found["held_out"] = {**found["held_out"], "prompts": _prompts(found["held_out"]["prompts"], "held_out.prompts")}
     if isinstance(values.get("real"), Mapping):
         found["real"] = _changed(values["real"], ("path",), "real", _data_path)
     if isinstance(values.get("data"), Mapping):
@@ -59,6 +65,13 @@ def _reward(values: Any, where: str) -> Any:
         rows = [{**row, "reward": _reward(row.get("reward"), where)} if isinstance(row, Mapping) else row for row in options["rows"]]
         options = {**options, "rows": rows}
     return {**found, "options": options}
+
+
+def _prompts(values: Any, where: str) -> Any:
+    """Prompts with their start images; plain texts have none."""
+    if not isinstance(values, list):
+        return values
+    return [_changed(prompt, ("image",), where, lambda name: str(paths.input_path(name))) if isinstance(prompt, Mapping) else prompt for prompt in values]
 
 
 def _data_path(name: str) -> str:
@@ -102,9 +115,10 @@ def _pavrm_inputs(config: PavrmConfig) -> list[str]:
 
 
 def _dataset(source: str) -> list[str]:
-    """What of a dataset changes with its videos: its index, else the list file."""
-    index = Path(source) / datasets.INDEX
-    return [str(index) if source and index.is_file() else source]
+    """What of a dataset changes with its videos: its index and the folders of its caches, where broken ones are made again; else the list file."""
+    folder = Path(source)
+    is_own = source and (folder / datasets.INDEX).is_file()
+    return [str(folder / name) for name in (datasets.INDEX, "latents", "texts")] if is_own else [source]
 
 
 def _labels(source: str) -> list[str]:

@@ -270,7 +270,7 @@ def _not_held_out(config, real):
         raise ValueError(f"all {len(real.prompts)} clips of {config.real.path} have captions that are held out; take these out of held_out.prompts")
     if len(kept) < len(real.prompts):
         logger.warning("%d of %d clips have captions that are held-out prompts, and are not trained on", len(real.prompts) - len(kept), len(real.prompts))
-    return Chosen(real, kept) if len(kept) < len(real.prompts) else real
+    return Chosen(real, kept, is_choice=False) if len(kept) < len(real.prompts) else real
 
 
 def _video_size(shape_CFHW, cell_px: int) -> tuple[int, int, int]:

@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from . import identity, safetensors_file
 from .config import TrainConfig
-from .guards import Watch
+from .evaluation import Evaluation
+from .guards import Stop, Watch
 from .lora.keys import to_file_tensors
 from .run_config import RunConfig
 from .trainee import Trainee
@@ -32,7 +33,8 @@ _REWARD_LABELS = {"hpsv2": "HPS2.1", "hpsv2.1": "HPS2.1", "hpsv2.0": "HPS2.0", "
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands, besides its tensors. `measured`: what the objective measured on the base model."""
+    """Where a run stands, besides its tensors. `measured`: what the objective measured on the base model; `ended`: the guard that ended it;
+    `last_look`: a look at its last update that a longer run would not take."""
 
     step: int = 0
     forwards: float = 0.0
@@ -40,6 +42,8 @@ class Progress:
     held_out_base: float | None = None
     measured: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
+    ended: Stop | None = None
+    last_look: Evaluation | None = None
 
 
 def reward_label(kind: str) -> str:
@@ -89,7 +93,7 @@ def written_also(write: Callable[[Path], list[Path]], output_folder: str) -> tup
     try:
         return write(Path(output_folder)), ""
     except OSError as error:
-        return [], f"Nothing could be written to output_folder {output_folder} ({error.strerror or error}); copy the files from the run's folder."
+        return [], f"Not everything could be written to output_folder {output_folder} ({error.strerror or error}); copy the files from the run's folder."
 
 
 def save_state(folder: Path, config: RunConfig, trainees: Sequence[Trainee], progress: Progress) -> Path:
@@ -137,7 +141,8 @@ def check_settings(folder: Path, config: RunConfig) -> None:
         others = identity.differences(old, identity.portable(settings)) or _other_files(metadata, settings)
     else:
         # A state that an older version wrote has nothing but a hash.
-        others = [] if identity.is_of(metadata["digest"], settings) else ["which ones, a state of that version does not tell"]
+        unknown = "an older version wrote it, which kept a hash of them alone, so settings that came since may be all the difference"
+        others = [] if identity.is_of(metadata["digest"], settings) else [unknown]
     if others:
         told = "; ".join([*others[:_TOLD], *([f"and {len(others) - _TOLD} more"] if len(others) > _TOLD else [])])
         what = f"{found[-1]} was made with other settings, so it cannot be resumed with these"
@@ -173,7 +178,9 @@ def load_latest(folder: Path, config: RunConfig, trainees: Sequence[Trainee]) ->
     # States that older versions wrote hold more, or less, than is watched now.
     watched = {entry.name: values["watch"][entry.name] for entry in fields(Watch) if entry.name in values["watch"]}
     watch = Watch(**{**watched, "recent_kl": tuple(watched["recent_kl"])})
-    return Progress(**{**values, "last_rewards": tuple(values["last_rewards"]), "watch": watch})
+    ended, look = values.get("ended"), values.get("last_look")
+    parts = {"watch": watch, "ended": Stop(**ended) if ended else None, "last_look": Evaluation(**look) if look else None}
+    return Progress(**{**values, "last_rewards": tuple(values["last_rewards"]), **parts})
 
 
 def _own(tensors: Mapping[str, torch.Tensor], expert: str) -> dict[str, torch.Tensor]:

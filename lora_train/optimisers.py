@@ -70,6 +70,15 @@ def set_rates(optimiser: torch.optim.Optimizer, settings: Updates, step: int, st
         group["lr"] = learning_rate(settings, group["peak_lr"], step, steps)
 
 
+def step(optimiser: torch.optim.Optimizer, settings: Updates) -> None:
+    """Let the optimiser write. Not every kind says so to torch; `written`, and copies beside streamed blocks, go by torch's count of writes."""
+    if settings.kind in WRITE_UNSEEN:
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
+    optimiser.step()
+
+
 def written(optimiser: torch.optim.Optimizer, average: Mapping[str, torch.Tensor]) -> dict[int, int]:
     """How often each tensor that an update writes was written to, by id: parameters, the optimiser's state, the moving average."""
     tensors = [parameter for group in optimiser.param_groups for parameter in group["params"]]

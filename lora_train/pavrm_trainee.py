@@ -40,7 +40,7 @@ class PavrmTrainee:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
         if math.isfinite(grad_norm):
             optimisers.set_rates(self.optimiser, self.settings, step, self.steps)
-            self.optimiser.step()
+            optimisers.step(self.optimiser, self.settings)
             for name, tensor in self.average.items():
                 tensor.lerp_(self.parameters[name].detach(), 1 - self.settings.ema_decay)
         self.optimiser.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,11 @@ def known_rows(config: TrainConfig, clips: Clips, folder: Path) -> list[dict] | 
     path = folder / FILE
     if not path.exists() or config.real.keep == 1:
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = "start a new run" if checkpoint.latest_step(folder) else "delete it, and clips are picked anew"
+        raise ValueError(f"{path}, which says what clips the run picked, cannot be read ({error}); {remedy}") from error
     # Older versions wrote no names: the clips stood in the dataset's order.
     rows = [{"name": clips.names[row["clip"]] if row["clip"] < len(clips.names) else "", **row} for row in found["clips"]]
     names, captions = [row["name"] for row in rows], [row["caption"] for row in rows]
@@ -91,7 +96,8 @@ def known_rows(config: TrainConfig, clips: Clips, folder: Path) -> list[dict] | 
     if gone:
         told = learned_from.shown(f"{row['name']} ({row['caption'][:40]!r})" for row in gone)
         raise ValueError(
-            f"the run learns from {len(kept)} clips that it picked at its beginning ({path}), but {len(gone)} of them are no longer in {config.real.path}: "
+            f"the run learns from {len(kept)} clips that it picked at its beginning ({path}), but {len(gone)} of them are no longer in {config.real.path}, or "
+            "have captions that are held out now: "
             f"{told}; put them back, or start a new run, which picks anew"
         )
     logger.info("going on with the %d clips that the run picked at its beginning; clips that are new since then are not looked at", len(kept))
@@ -102,6 +108,7 @@ def _scored(config: TrainConfig, parts: Parts) -> list[dict] | None:
     """A row for each clip, in their order: its caption, its scores by name, whether it is kept. None if the run was stopped meanwhile."""
     scores: dict[str, list[float]] = {}
     for number, prompt in enumerate(parts.real.prompts):
+        parts.pause()
         if parts.stop_requested():
             return None
         latent_BCFHW = parts.real.clip(number)[None].to(parts.device)
@@ -124,13 +131,21 @@ def together(scores: Mapping[str, Sequence[float]]) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_scores(config: TrainConfig, parts: Parts, latent_1CFHW: torch.Tensor, prompt: str, number: int) -> dict[str, float]:
-    """What the run's rewards say of a finished latent, by name; `number` seeds the noise that a PAVRM sees it under."""
+    """What the run's rewards say of a finished latent, by name; `number` seeds the noise that a PAVRM sees it under.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
     found = {}
     if parts.reward is not None:
         found[config.reward.kind] = _video_score(parts, latent_1CFHW, prompt)
     if parts.latent_reward is not None:
         noise = torch.Generator().manual_seed(derived_seed(config.seed, "judged", number))
         found["pavrm"] = _latent_score(parts, latent_1CFHW, parts.contexts.batch([prompt]).prompt_BPD, noise)
+    strange = [name for name, score in found.items() if not math.isfinite(score)]
+    if strange:
+        what = f"{strange[0]} gives the clip {prompt[:60]!r} a score of {found[strange[0]]}"
+        raise ValueError(f"{what}, by which none can be picked; use dtype fp32, or take the clip out")
     return found
 
 

@@ -127,17 +127,21 @@ class RealSamples(Clips):
 
 
 class Chosen(Clips):
-    """Some of other clips, by their numbers there."""
+    """Some of other clips, by their numbers there.
 
-    def __init__(self, clips: Clips, numbers: Sequence[int]) -> None:
+    Args:
+        is_choice: the rest was on offer too; else it counts as not there.
+    """
+
+    def __init__(self, clips: Clips, numbers: Sequence[int], *, is_choice: bool = True) -> None:
         self._clips, self._numbers = clips, list(numbers)
         self.prompts, self.names = [clips.prompts[number] for number in numbers], [clips.names[number] for number in numbers]
-        self.shape = clips.shape
+        self.shape, self._is_choice = clips.shape, is_choice
 
     @property
     def offered(self) -> int:
         """See `Clips.offered`."""
-        return self._clips.offered
+        return self._clips.offered if self._is_choice else len(self._numbers)
 
     def clip(self, number: int) -> torch.Tensor:
         """See `Clips.clip`."""

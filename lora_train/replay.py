@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import events, identity, needs, recovery, safetensors_file
+from . import checkpoint, events, identity, needs, recovery, safetensors_file
 from .config import TrainConfig
 from .draws import parted, prompt_sampler
 from .picking import clip_scores, together, with_picked
@@ -39,14 +39,14 @@ def with_clips(config: TrainConfig, parts: Parts, folder: Path) -> Parts:
     if not needs.replays(config):
         return with_picked(config, parts, folder)
     path, made_for = folder / FILE, _made_for(config)
-    if not _is_of(path, made_for):
+    # With updates made, settings were compared already; an older version named its clips otherwise.
+    is_begun = checkpoint.latest_step(folder) > 0 and path.is_file()
+    if not is_begun and not _is_of(path, made_for):
         scores = _made(config, parts, folder / TRIES, made_for)
         if scores is None:
             return parts  # stopped: no update will be made
         kept, prompts = _best(config, scores), [_prompt(config, index)[0] for index in range(config.real.replay)]
-        partial = path.with_suffix(".partial")
-        write_real(partial, torch.cat([_read(folder / TRIES, index, number) for index, number in enumerate(kept)]), prompts, made_for=made_for)
-        partial.replace(path)
+        write_real(path, torch.cat([_read(folder / TRIES, index, number) for index, number in enumerate(kept)]), prompts, made_for=made_for)
     shutil.rmtree(folder / TRIES, ignore_errors=True)
     return replace(parts, real=RealLatents(path), clip_forwards=_forwards(config))
 
@@ -94,14 +94,13 @@ def _made(config: TrainConfig, parts: Parts, folder: Path, made_for: str) -> lis
     scores, total = [], config.real.replay * config.real.tries
     for index in range(config.real.replay):
         for number in range(config.real.tries):
+            parts.pause()
             if parts.stop_requested():
                 return None
             path = _place(folder, index, number)
             if not _is_of(path, made_for):
                 latent_1CFHW, found = recovery.twice(lambda: _try(config, parts, index, number), parts, (), 0)  # noqa: B023
-                partial = path.with_suffix(".partial")
-                safetensors_file.write(partial, {"latent": latent_1CFHW}, {"made_for": made_for, "scores": json.dumps(found)})
-                partial.replace(path)
+                safetensors_file.write(path, {"latent": latent_1CFHW}, {"made_for": made_for, "scores": json.dumps(found)})
             with safe_open(path, "pt") as file:
                 scores.append(json.loads(file.metadata()["scores"]))
             parts.sink(events.Preparing(time=parts.clock(), what="making clips", done=len(scores), total=total))

@@ -172,14 +172,17 @@ class ContextCache:
 
         Args:
             clean_BCFHW: the clips.
-            condition_BCFHW: latents of their first frames followed by grey ones; needed where `takes_conditions`.
+            condition_BCFHW: latents of their first frames followed by grey ones, with or without the mask channels before them; needed where
+                `takes_conditions`.
         """
         context = self.batch(prompts)
         if self._first_frames:
             every = torch.ones(len(prompts), dtype=torch.bool, device=self._device)
             context = replace(context, first=FirstFrames(latent_BC1HW=clean_BCFHW[:, :, :1].to(self._device), is_known_B=every))
         if self._conditions:
-            context = replace(context, condition_BCFHW=first_frame_known(condition_BCFHW).to(self._device))
+            has_mask = condition_BCFHW.shape[1] > clean_BCFHW.shape[1]
+            told = condition_BCFHW if has_mask else first_frame_known(condition_BCFHW)
+            context = replace(context, condition_BCFHW=told.to(self._device))
         return context
 
     def _first(self, images: Sequence[str]) -> FirstFrames | None:

@@ -107,11 +107,12 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
     """
     with ExitStack() as installed:
         trainees, progress = _begin(config, parts, objective, folder, installed, resume=resume)
-        ended, held_out, begun_run, saved_at = Stop(reason="completed", detail=""), None, time.perf_counter(), progress.step
-        for step in range(progress.step + 1, config.steps + 1):
+        otherwise, begun_run, saved_at = "completed", time.perf_counter(), progress.step
+        # A run that a guard ended stays ended: resumed, it only writes its files again.
+        for step in range(progress.step + 1, config.steps + 1) if progress.ended is None else ():
             parts.pause()
             if parts.stop_requested():
-                ended = Stop(reason="stopped", detail="")
+                otherwise = "stopped"
                 break
             begun = time.perf_counter()
             try:
@@ -129,18 +130,18 @@ def train(config: TrainConfig, parts: Parts, objective: Objective, folder: Path,
                 if saved_at != progress.step:
                     _save(config, parts, folder, trainees, progress)
                 raise
+            progress = replace(progress, ended=stop)
             if config.checkpoint_every and step % config.checkpoint_every == 0:
                 _save(config, parts, folder, trainees, progress)
                 saved_at = step
             if stop is not None:
-                ended = stop
                 break
 
         if saved_at != progress.step or not checkpoint.states(folder):
             _save(config, parts, folder, trainees, progress)
         if parts.meter is not None:
             rehearsal.report(parts, "run", parts.meter.peak_bytes(), time.perf_counter() - begun_run)
-        finished = _finish(config, parts, folder, trainees, progress, ended, held_out)
+        finished = _finish(config, parts, folder, trainees, progress, progress.ended or Stop(reason=otherwise, detail=""))
     parts.sink(finished)
     return finished
 
@@ -198,7 +199,7 @@ def _after_update(config: TrainConfig, parts: Parts, progress: checkpoint.Progre
     """Progress with an update, and what the guards say of it."""
     watch, stop = guards.after_update(config, progress.watch, update.kl)
     rewards = (*progress.last_rewards[-2:], update.reward)
-    return replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=rewards, watch=watch), stop
+    return replace(progress, step=step, forwards=parts.experts.count.total, last_rewards=rewards, watch=watch, last_look=None), stop
 
 
 def _look_at_base(
@@ -225,7 +226,7 @@ def _looked(
         held_out = recovery.twice(lambda: evaluate(config, parts, trainees), parts, trainees.values(), progress.step)
     # Only looks that a longer run would take as well may count, or resuming would not give the same.
     if progress.step % config.held_out.every != 0:
-        return held_out, progress, stop
+        return held_out, replace(progress, last_look=held_out), stop
     watch, looked, is_best = guards.after_look(config, progress.watch, held_out, progress.step)
     for trainee in trainees.values() if is_best and config.remembers_looks else ():
         trainee.remember()
@@ -294,21 +295,13 @@ def _save(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str
     parts.sink(events.Checkpoint(time=parts.clock(), step=progress.step, files=[path.relative_to(folder).as_posix() for path in files]))
 
 
-def _finish(
-    config: TrainConfig,
-    parts: Parts,
-    folder: Path,
-    trainees: Mapping[str, Trainee],
-    progress: checkpoint.Progress,
-    ended: Stop,
-    last_look: Evaluation | None,
-) -> events.Finished:
+def _finish(config: TrainConfig, parts: Parts, folder: Path, trainees: Mapping[str, Trainee], progress: checkpoint.Progress, ended: Stop) -> events.Finished:
     """Write the LoRAs: those of the last update, or of the best look where the run was guarded."""
     is_asked = config.guards.keep_best or ended.reason not in ("completed", "stopped")
     has_best = progress.watch.looks > 0 and all(trainee.best for trainee in trainees.values())
     # A look at the very end that a longer run would not take is not remembered, but may be the best.
-    is_extra = last_look is not None and progress.step % config.held_out.every != 0
-    is_last_best = is_extra and guards.after_look(config, progress.watch, last_look, progress.step)[2]
+    last_look = progress.last_look
+    is_last_best = last_look is not None and guards.after_look(config, progress.watch, last_look, progress.step)[2]
     use_best = is_asked and has_best and not is_last_best
     step = progress.watch.best_step if use_best else progress.step
 

@@ -44,10 +44,7 @@ class Trainee:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if math.isfinite(grad_norm):
             optimisers.set_rates(self.optimiser, self.settings, step, self.steps)
-            # Not every optimiser says that it writes; copies beside streamed blocks are renewed by this number.
-            for parameter in parameters if self.settings.kind in optimisers.WRITE_UNSEEN else ():
-                torch.autograd.graph.increment_version(parameter)
-            self.optimiser.step()
+            optimisers.step(self.optimiser, self.settings)
             for name, tensor in self.adapter.tensors().items() if self.average else ():
                 self.average[name].lerp_(tensor, 1 - self.settings.ema_decay)
         self.optimiser.zero_grad(set_to_none=True)

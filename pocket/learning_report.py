@@ -27,6 +27,7 @@ _SAME_BUDGET = 0.02
 _CONTROLS = (
     (OURS, CONTROL, "reward", "the clips"),
     (MISLABELLED[0], MISLABELLED[3], "reward", "clips with captions that lie"),
+    (MISLABELLED[0], MISLABELLED[1], "reward", "the third of these that they pick"),
     (*REPLAYED, "reward", "the base's own clips"),
     (*REPLAYED_BOTH, "motion", "the base's own clips"),
 )
@@ -211,8 +212,8 @@ def _guarded(runs: Runs, base: Runs) -> dict[str, Any]:
     shown, is_met = [], True
     for seed, run in sorted(runs.items()):
         start, final = (float(np.mean(rows["oracle"]["text"])) for rows in (base[seed], run))
-        least = min((float(np.mean(look["oracle"]["text"])) for look in run["looks"]), default=final)
-        is_met &= final >= start and least >= start
+        least = min([final, *(float(np.mean(look["oracle"]["text"])) for look in run["looks"])])
+        is_met &= least >= start
         ended = f"{run['reason']}. {run['detail']}".strip()
         shown.append(f"seed {seed}: base {100 * start:.0f} %, never below {100 * least:.0f} %, in the end {100 * final:.0f} %; {ended}")
     return _goal("guards on, five times the budget: colour and shape never below the base", is_met, " ".join(shown))

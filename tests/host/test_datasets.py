@@ -133,7 +133,15 @@ META_FAULTS = {
     "meta a list": lambda folder: (folder / "b_meta_v1.json").write_text("[]"),
     "meta without latent": lambda folder: (folder / "b_meta_v1.json").write_text('{"textshort_path": "b_text.npy"}'),
     "meta gone": lambda folder: (folder / "b_meta_v1.json").unlink(),
+    "condition of another length": lambda folder: with_condition(folder, (16, 1, 4, 4)),
+    "condition of another VAE": lambda folder: with_condition(folder, (48, 2, 4, 4)),
 }
+
+
+def with_condition(folder, shape):
+    np.save(folder / "b_black.npy", np.zeros((1, *shape), np.float32))
+    path = folder / "b_meta_v1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "f1_black_path": "b_black.npy"}))
 
 
 @pytest.mark.parametrize("fault", META_FAULTS)
@@ -144,7 +152,8 @@ def test_a_broken_meta_is_left_out_and_listed(tmp_path, fault):
     assert [sample.id for sample in read.samples] == ["a", "c"] and [tuple(sample.read().latent_CFHW.shape) for sample in read.samples] == [(16, 2, 4, 4)] * 2
     assert read.notes[0].startswith("1 of 3 metas are left out") and ("b.npy" in read.notes[1] or "b_" in read.notes[1])
     assert [sample.id for sample in datasets.read(tmp_path).samples] == ["a", "c"]
-    with pytest.raises(ValueError, match="cannot be read|does not exist|no latent|axes are needed|latents of Wan|not an object|no dataset"):
+    words = "cannot be read|does not exist|no latent|axes are needed|latents of Wan|not an object|no dataset|does not fit its latent"
+    with pytest.raises(ValueError, match=words):
         datasets.read(tmp_path / "b_meta_v1.json")
 
 

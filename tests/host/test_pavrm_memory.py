@@ -12,7 +12,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from reward_lab.host import pavrm_training, pavrm_worker  # noqa: E402
 from reward_lab.host.training_mode import training_mode  # noqa: E402
-from reward_lab.lora_train import checkpoint  # noqa: E402
+from reward_lab.lora_train import checkpoint, optimisers  # noqa: E402
 from reward_lab.lora_train.objectives.pavrm import PavrmObjective  # noqa: E402
 from reward_lab.lora_train.pavrm_data import Draws  # noqa: E402
 from reward_lab.lora_train.pavrm_run import train  # noqa: E402
@@ -144,6 +144,14 @@ def test_an_update_that_had_begun_to_write_is_never_saved(repo, pocket_data, tmp
     assert checkpoint.latest_step(tmp_path / "other") == STEP - 1
     run(config, tmp_path / "other", resume=True)
     assert (tmp_path / "other" / "tiny.safetensors").read_bytes() == (tmp_path / "whole" / "tiny.safetensors").read_bytes()
+
+
+def test_an_optimiser_that_writes_unseen_is_never_tried_again(repo, pocket_data, tmp_path, monkeypatch):  # noqa: F811
+    """Of kernels that torch does not know of, nobody can tell what they have written when memory ends in them."""
+    monkeypatch.setattr(optimisers, "WRITE_UNSEEN", ("adamw",))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: (_ for _ in ()).throw(FULL))
+    with pytest.raises(DamagedError, match="step 1: .*neither the old nor the new"):
+        run(_pocket(repo, pocket_data, validate_every=0), tmp_path)
 
 
 def test_validation_is_tried_again_as_well(repo, pocket_data, tmp_path):  # noqa: F811

@@ -55,9 +55,9 @@ def config(**changes):
 
 
 def test_held_out_prompts_are_looked_at_ten_times() -> None:
-    held_out = [{"text": "a dog"}, {"text": "a fish", "weight": 3.0, "image": "fish.png"}]
+    held_out = [{"text": "a dog"}, {"text": "a fish", "weight": 3.0, "image": "/pictures/fish.png"}]
     made = config(steps=95, held_out=held_out)
-    assert made.held_out.every == 9 and [(prompt.text, prompt.image) for prompt in made.held_out.prompts] == [("a dog", ""), ("a fish", "fish.png")]
+    assert made.held_out.every == 9 and [(prompt.text, prompt.image) for prompt in made.held_out.prompts] == [("a dog", ""), ("a fish", "/pictures/fish.png")]
     assert config(steps=4, held_out=held_out, advanced='{"held_out": {"every": 2}}').held_out.every == 2
     assert config(held_out=[]).held_out == config().held_out and config().held_out.every == 0
 
@@ -203,6 +203,12 @@ def test_names_in_advanced_are_looked_up(tmp_path: Path, monkeypatch: pytest.Mon
     assert (made.one_pass.pavrm.path, made.one_pass.pavrm.options) == ("/whole/p.st", {"generator": str(tmp_path / "diffusion_models" / "wan.st")})
     assert config(advanced='{"real": {"path": "clips"}}').real.path == str(tmp_path / "in" / "clips")
     assert config(advanced='{"output_folder": ""}').output_folder == ""
+    (tmp_path / "in" / "start.png").touch()
+    shown = [{"text": "a", "image": "start.png"}, "b"]
+    lists = {"sample_prompts": shown, "prompts": shown, "held_out": {"every": 2, "prompts": [{"text": "c", "image": "start.png"}]}}
+    looked = config(preset="reward-lab-backprop", advanced=json.dumps(lists))
+    images = [prompt.image for prompt in (*looked.sample_prompts, *looked.prompts, *looked.held_out.prompts)]
+    assert images == [str(tmp_path / "in" / "start.png"), "", str(tmp_path / "in" / "start.png"), "", str(tmp_path / "in" / "start.png")]
     advanced["held_out"]["judge"]["path"] = "absent"
     with pytest.raises(ValueError, match="held_out.judge.path: 'absent' is not among the reward_models files"):
         config(advanced=json.dumps(advanced))

@@ -140,3 +140,19 @@ def test_other_looks_do_not_resume_a_guarded_run(toy):
     assert toy.config(**plain).digest() == toy.config(held_out={**LOOKS, "every": 3}).digest()
     guarded = {"guards": {"patience": 2}}
     assert toy.config(**plain, **guarded).digest() != toy.config(held_out={**LOOKS, "every": 3}, **guarded).digest()
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [{"guards": {"kl_budget": 0.05, "kl_window": 3}}, {"guards": {"keep_best": True}, "held_out": {**LOOKS, "every": 4}, "steps": 7}],
+)
+def test_files_that_were_not_written_at_the_end_are_those_of_the_run(toy, tmp_path, ends):
+    """The disk was full, or the process killed: a run that a guard ended trains no further, and the look at the very end still counts."""
+    _, finished = _run(toy, tmp_path, **ends)
+    lora = tmp_path / "toy-low-noise-toy.safetensors"
+    wanted = lora.read_bytes()
+    lora.unlink()
+    toy.events.clear()
+    _, again = _run(toy, tmp_path, resume=True, **ends)
+    assert (again.reason, again.step, again.detail) == (finished.reason, finished.step, finished.detail) and lora.read_bytes() == wanted
+    assert not [event for event in toy.events if event.name == "step"]

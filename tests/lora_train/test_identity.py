@@ -83,7 +83,7 @@ def test_a_state_without_settings_goes_by_its_hash_over_whole_paths(toy, trained
     save_file(load_file(path), path, metadata={"progress": progress, "digest": identity.digest(config.deciding())})
     assert checkpoint.load_latest(folder, config, []).step == 2
     for other in (changed(toy, config, seed=1), changed(toy, config, **files(tmp_path / "elsewhere"))):
-        with pytest.raises(ValueError, match="which ones, a state of that version does not tell"):
+        with pytest.raises(ValueError, match="an older version wrote it, which kept a hash of them alone"):
             checkpoint.check_settings(folder, other)
 
 

@@ -232,6 +232,10 @@ def test_clips_that_are_made_are_never_made_again(one_pass, toy, tmp_path):
     whole = replay.with_clips(config, parts, tmp_path / "whole")
     told = [(event.done, event.total) for event in toy.events if event.name == "preparing"]
     assert told == [(count, 6) for count in range(1, 7)]
+    waited = []
+    replay.with_clips(config, replace(parts, pause=lambda: waited.append(1)), tmp_path / "waiting")
+    assert len(waited) == 6, "the queue goes first, here too"
+    parts.experts.count.total = 0.0
 
     toy.events.clear()
     stopping = replace(parts, stop_requested=lambda: len(toy.events) >= 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,8 @@ def test_picks_that_are_gone_are_named_and_none_is_made_anew(picked_run, tmp_pat
     picked = _begun(config, parts, tmp_path)
     before = (tmp_path / picking.FILE).read_bytes()
     rest = Chosen(parts.real, [number for number in range(COUNT) if parts.real.names[number] != picked.names[1]])
-    words = rf"learns from 3 clips that it picked .* but 1 of them are no longer in .*: {picked.names[1]} \('clip x*'\); put them back"
+    gone = "1 of them are no longer in .*, or have captions that are held out now"
+    words = rf"learns from 3 clips that it picked .* but {gone}: {picked.names[1]} \('clip x*'\); put them back"
     with pytest.raises(ValueError, match=words):
         replay.with_clips(config, replace(parts, real=rest), tmp_path)
     assert (tmp_path / picking.FILE).read_bytes() == before
@@ -189,3 +191,20 @@ def test_picks_that_an_older_version_wrote_down_are_kept(picked_run, tmp_path):
     rows = [{key: value for key, value in row.items() if key != "name"} for row in found["clips"]]
     (tmp_path / picking.FILE).write_text(json.dumps({"made_for": identity.digest(config.deciding()), "clips": rows}))
     assert replay.with_clips(config, parts, tmp_path).real.names == picked.names
+
+
+def test_a_score_that_is_no_number_picks_nothing(picked_run, tmp_path):
+    config, parts = picked_run()
+    plain = parts.reward.score
+    parts.reward.score = lambda frames, prompts: SimpleNamespace(**{**vars(plain(frames, prompts)), "per_video": torch.full((len(prompts),), float("nan"))})
+    with pytest.raises(ValueError, match="gives the clip .* a score of nan, by which none can be picked"):
+        picking.with_picked(config, parts, tmp_path / "run")
+    assert not (tmp_path / "run" / picking.FILE).exists()
+
+
+def test_picks_that_cannot_be_read_are_named(picked_run, tmp_path):
+    config, parts = picked_run()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / picking.FILE).write_text("")
+    with pytest.raises(ValueError, match=r"picked.json, which says what clips the run picked, cannot be read .*; delete it, and clips are picked anew"):
+        picking.with_picked(config, parts, tmp_path / "run")

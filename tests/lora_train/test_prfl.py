@@ -205,6 +205,8 @@ def test_with_start_images_the_clips_own_first_frames_are_known(toy, kind):
     if kind == "conditions":
         wanted = torch.stack([conditions[int(prompt.split()[1])] for prompt in prompts])
         assert torch.equal(told[:, 20:], wanted) and bool((told[:, 16:20, 0] == 1).all()) and not told[:, 16:20, 1:].any()
+        with_mask = parts.contexts.of_clips(prompts, clean, told[:, 16:])
+        assert torch.equal(with_mask.condition_BCFHW, told[:, 16:]), "a condition that holds its mask already"
     else:
         assert torch.equal(told[:, :, :1], clean[:, :, :1]) and known_BF.tolist() == [[True, False]] * config.batch
 

@@ -151,4 +151,4 @@ def test_an_output_folder_that_fails_at_the_end_costs_nothing(toy, tmp_path):
     config, _ = _train(toy, tmp_path / "run", steps=1, output_folder=str(tmp_path / "loras"))
     finished, own = toy.events[-1], tmp_path / "run" / checkpoint.lora_file_name(config, "low")
     assert (finished.name, finished.files) == ("finished", [str(own)]) and load_file(own)
-    assert f"Nothing could be written to output_folder {tmp_path / 'loras'} (File exists); copy the files from the run's folder." in finished.detail
+    assert f"Not everything could be written to output_folder {tmp_path / 'loras'} (File exists); copy the files from the run's folder." in finished.detail
