@@ -9,7 +9,6 @@ list (JSON of source_id, video_path, short_caption, long_caption).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 import av
 import torch
 
-from ..lora_train import annotations, safetensors_file
+from ..lora_train import annotations, recovery, safetensors_file
 from ..lora_train.labels import QUALITIES
 from ..testlab import cells
 from . import media, video_prompts
@@ -36,7 +35,6 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HASHES = "model_hashes.json"
 # What the note beside a latent tells of it.
 _FACTS = ("latent_shape", "frames", "frame_rate", "width_px", "height_px", "source_px")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +167,7 @@ def make(
 
     Raises:
         ValueError: no video could be used; an index of an earlier run is as it was.
-        OSError: the disk is full (`is_disk_full`), or the folder cannot be written to.
+        OSError: the disk is full (`recovery.is_disk_full`), or the folder cannot be written to.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -191,7 +189,7 @@ def make(
             own = _settings_of(source, settings)
             entry, is_new = _encoded(source, video_id, sha256, folder, encoders, own, dtype)
         except (ValueError, OSError) as error:
-            if is_disk_full(error):
+            if recovery.is_disk_full(error):
                 raise
             logger.warning("skipped %s: %s", source.path, error)
             skipped.append({"file": str(source.path), "reason": str(error)})
@@ -305,12 +303,6 @@ def _encode(
     cells.write_video(preview, (cells.enlarge(frame, scale) for frame in frames), Fraction(settings.frame_rate).limit_denominator(1001))
     return {"latent_shape": list(latent.shape), "frames": clip.frames, "frame_rate": settings.frame_rate,
             "width_px": width_px, "height_px": height_px, "source_px": list(clip.source_px)}  # fmt: skip
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room, quota or a larger limit on a file's size."""
-    # numpy tells it without a number: "1024 requested and 0 written".
-    return isinstance(error, OSError) and (error.errno in _DISK_FULL or " requested and " in str(error))
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:

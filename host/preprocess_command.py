@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..lora_train import recovery
 from . import preprocess, prfl_layout
 from .video_clips import ClipSettings
 
@@ -62,7 +63,7 @@ def run(options: Mapping[str, Any], device: torch.device, progress: Callable[[in
     try:
         return _run(options, device, progress)
     except OSError as error:
-        if not preprocess.is_disk_full(error):
+        if not recovery.is_disk_full(error):
             raise
         folders = [Path(folder) for folder in (options["out"], options.get("hy")) if folder]
         free = " and ".join(f"{folder} has {shutil.disk_usage(folder).free / 1e9:.3f} GB free" for folder in folders if folder.is_dir())

@@ -12,14 +12,16 @@ from typing import Any
 
 import folder_paths
 
-from ..lora_train import annotations, needs
+from ..lora_train import annotations, identity, needs
 from ..lora_train.config import TrainConfig
 from ..lora_train.pavrm_config import PavrmConfig
-from ..reward_models.spec import RewardModelSpec
+from ..reward_models.spec import FILE_OPTIONS, RewardModelSpec
 from . import datasets, paths
 
-_REWARD_OPTIONS = ("clip", "detector", "landmarks", "query", "head")
-_DATA = ("annotations", "pairs", "losers", "validation")
+# Of a reward's files, those that lie elsewhere than rewards do.
+_ELSEWHERE = ("generator", "reference")
+_REWARD_OPTIONS = tuple(name for name in FILE_OPTIONS if name not in _ELSEWHERE)
+_DATA = tuple(sorted(identity.DATA - {"source"}))
 
 
 def located(values: dict[str, Any]) -> dict[str, Any]:

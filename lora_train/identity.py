@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 _WEIGHTS = frozenset({"high", "low", "text_encoder", "vae", "trunk", "path", "image"})
-_REWARD_OPTIONS = frozenset({"clip", "detector", "landmarks", "reference", "query", "head", "generator", "config"})
-_DATA = frozenset({"source", "annotations", "pairs", "losers", "validation"})  # of PAVRM training
+# Equal to reward_models.spec.FILE_OPTIONS, which this layer may not import, and the sizes' file; a test compares them.
+REWARD_OPTIONS = frozenset({"clip", "detector", "landmarks", "reference", "query", "head", "generator", "config"})
+DATA = frozenset({"source", "annotations", "pairs", "losers", "validation"})  # of PAVRM training
 _SHOWN_CHARACTERS = 80
 
 
@@ -43,7 +44,7 @@ def file_bytes(values: Mapping[str, Any]) -> dict[str, int]:
 
     Clips and labels may become more while a run trains.
     """
-    named = ((where, Path(value)) for where, name, value in _leaves(values) if where != "real.path" and name not in _DATA and _is_path(name, value))
+    named = ((where, Path(value)) for where, name, value in _leaves(values) if where != "real.path" and name not in DATA and _is_path(name, value))
     return {where: path.stat().st_size for where, path in named if path.is_file()}
 
 
@@ -89,7 +90,7 @@ def _leaves(values: Any, where: str = "", name: str = "") -> Iterator[tuple[str,
 
 def _is_path(name: str, value: Any) -> bool:
     # A CLIP's sizes may be written out as JSON in place of a file's name.
-    return name in _WEIGHTS | _REWARD_OPTIONS | _DATA and isinstance(value, str) and bool(value) and not value.lstrip().startswith("{")
+    return name in _WEIGHTS | REWARD_OPTIONS | DATA and isinstance(value, str) and bool(value) and not value.lstrip().startswith("{")
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -160,6 +161,10 @@ def check_disk(config: TrainConfig, folder: Path) -> None:
     """
     found = plan(config)
     places = [(folder, found["disk_bytes"], "checkpoints of this run need", "lower keep_checkpoints or lora.rank")]
+    if needs.replays(config):
+        # Every try, and then the kept ones in one file; fp32.
+        clips = 4 * math.prod(config.video.latent_shape(1)) * config.real.replay * (config.real.tries + 1)
+        places.append((folder, found["disk_bytes"] + clips, "checkpoints and clips of this run need", "lower real.replay or real.tries"))
     if config.output_folder:
         places.append((Path(config.output_folder), found["lora_file_bytes"], "this run's LoRAs need", "choose another output_folder"))
     for place, wanted_bytes, what, remedy in places:

@@ -130,13 +130,19 @@ def explain(error: Exception, folder: Path) -> str:
     if isinstance(error, ValueError | CardFullError | DamagedError) or type(error).__name__ == "NonFiniteError":
         return str(error)
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if is_disk_full(error):
         return _about_disk(error, folder)
     if is_card_full(error):
         return f"{text}. {_REMEDY}"
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and any(word in text.lower() for word in _DRIVER_WORDS)):
         return f"the card or its driver failed; the last checkpoint is good. Check the card (nvidia-smi), then resume the run. {text}"
     return text
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room, quota or a larger limit on a file's size."""
+    # numpy tells it without a number: "1024 requested and 0 written".
+    return isinstance(error, OSError) and (error.errno in _DISK_FULL or " requested and " in str(error))
 
 
 def _about_disk(error: OSError, folder: Path) -> str:
@@ -147,4 +153,4 @@ def _about_disk(error: OSError, folder: Path) -> str:
     kept = f"the checkpoint of update {step} is good" if checkpoint.states(folder) else "there is no checkpoint yet"
     free_bytes = shutil.disk_usage(existing).free
     remedy = f"Make room, or move the run's folder to another disk; then go on: lab.py train {folder}"
-    return f"{place} could not be written: {error.strerror}; {free_bytes / 1e9:.2f} GB are free there, and {kept}. {remedy}"
+    return f"{place} could not be written: {error.strerror or error}; {free_bytes / 1e9:.2f} GB are free there, and {kept}. {remedy}"

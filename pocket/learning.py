@@ -129,12 +129,13 @@ class Bench:
         return self._measured(self._encoded(scenes), scenes, seed)
 
     def _measured(self, latents: torch.Tensor, scenes: Sequence[world.Scene], seed: int) -> dict[str, list[float]]:
-        row = score_row(self.generator, self.judge, "", latents, scenes)
+        frames = self.generator.frames(latents)
+        row = score_row(self.judge, "", frames, scenes)
         values = {name: numbers.tolist() for name, numbers in row.values.items()}
         values["text"] = [colour * shape for colour, shape in zip(values["colour"], values["shape"], strict=True)]
         prompts = [world.caption(scene) for scene in scenes]
         with torch.no_grad():
-            values["mps"] = score_in_chunks(self.mps, self.generator.frames(latents), prompts, 64).per_video.tolist()
+            values["mps"] = score_in_chunks(self.mps, frames, prompts, 64).per_video.tolist()
         return {**values, "pavrm": self._pavrm(latents, prompts, seed)}
 
     @torch.no_grad()

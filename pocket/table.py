@@ -80,13 +80,12 @@ def measure_row(
     """Generate and score one row; see `measure`."""
     prompts = [world.caption(scene) for scene in scenes]
     latents = generator.latents(prompts, [seed * 1_000_003 + index for index in range(len(scenes))], loras)
-    return score_row(generator, reward, label, latents, scenes)
+    return score_row(reward, label, generator.frames(latents), scenes)
 
 
-def score_row(generator: Generator, reward: RewardModel, label: str, latent_BCFHW: torch.Tensor, scenes: Sequence[world.Scene]) -> Row:
-    """Score the finished latents of one row, a scene each."""
+def score_row(reward: RewardModel, label: str, frames: torch.Tensor, scenes: Sequence[world.Scene]) -> Row:
+    """Score the videos of one row, a scene each; `frames` as `Generator.frames` gives them."""
     prompts = [world.caption(scene) for scene in scenes]
-    frames = generator.frames(latent_BCFHW)
     with torch.no_grad():
         rewards = score_in_chunks(reward, frames, prompts, 64).per_video.numpy().astype(np.float64)
     scores = judged(as_clips(frames), scenes)

@@ -35,7 +35,7 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "mix": ("rows",),
 }
 OPTIONS = tuple(dict.fromkeys(name for names in OPTIONS_OF.values() for name in names))
-_FILE_OPTIONS = ("clip", "detector", "landmarks", "reference", "query", "head", "generator")
+FILE_OPTIONS = ("clip", "detector", "landmarks", "reference", "query", "head", "generator")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class RewardModelSpec:
     def files(self) -> list[str]:
         """Every file that the model is made of, those of a mix's rewards included."""
         own = [self.path] if self.path else []
-        own += [str(self.options[name]) for name in _FILE_OPTIONS if self.options.get(name)]
+        own += [str(self.options[name]) for name in FILE_OPTIONS if self.options.get(name)]
         return own + [file for row in self.rows() for file in row.reward.files()]
 
     def rows(self) -> list[MixRow]:
@@ -95,7 +95,7 @@ class RewardModelSpec:
         """The same reward model with relative file names looked up in a folder: that of the file which names them."""
 
         def is_file(name: str, value: Any) -> bool:
-            return bool(value) and (name in _FILE_OPTIONS or name == "config" and _is_config_file(value))
+            return bool(value) and (name in FILE_OPTIONS or name == "config" and _is_config_file(value))
 
         options = {name: str(folder / value) if is_file(name, value) else value for name, value in self.options.items()}
         return dataclasses.replace(self, path=str(folder / self.path) if self.path else "", options=options)

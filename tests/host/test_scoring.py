@@ -16,10 +16,12 @@ import folder_paths  # noqa: E402
 import torch  # noqa: E402
 
 from reward_lab.host import paths, score_pictures, scoring  # noqa: E402
+from reward_lab.labtools import configs  # noqa: E402
+from reward_lab.lora_train import identity  # noqa: E402
 from reward_lab.lora_train.input_config import PATHLESS_REWARDS  # noqa: E402
 from reward_lab.nodes.rewards import RewardModelNode, ScoreVideo  # noqa: E402
 from reward_lab.reward_models.base import reward_and_frame_gradient  # noqa: E402
-from reward_lab.reward_models.spec import KINDS, PATHLESS  # noqa: E402
+from reward_lab.reward_models.spec import FILE_OPTIONS, KINDS, PATHLESS  # noqa: E402
 
 pytestmark = pytest.mark.host
 
@@ -44,6 +46,13 @@ def test_kinds_are_those_of_the_loader() -> None:
     # A mix is made by its own node; a PAVRM is loaded by host/pavrm.py.
     assert {*scoring.REWARD_KINDS, "mix"} == {*KINDS, "pavrm"}
     assert PATHLESS_REWARDS == PATHLESS
+
+
+def test_files_of_settings_are_known_by_the_same_names_everywhere() -> None:
+    """Each layer may import so much; a file that one of them forgot would not be found, or not be compared when a run goes on."""
+    # Names and sizes of a CLIP may stand in `config` too.
+    assert {*FILE_OPTIONS, "config"} == identity.REWARD_OPTIONS and set(configs.REWARD_FILES) == set(FILE_OPTIONS)
+    assert set(configs.DATA_PATHS) == identity.DATA
 
 
 @pytest.mark.parametrize("in_inference_mode", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -82,6 +83,21 @@ def test_full_disk_is_refused_before_the_start(config, tmp_path, monkeypatch):
     plan.check_disk(config, tmp_path)
     with pytest.raises(ValueError, match="this run's LoRAs need .*loras has 0.00 GB free; make room, or choose another output_folder"):
         plan.check_disk(elsewhere, tmp_path)
+
+
+def test_clips_that_are_made_need_a_place_too(config, tmp_path, monkeypatch):
+    """Every try lies on the disk until the kept ones are a file."""
+    made = replace(config, method="one_pass", real=replace(config.real, replay=32, tries=2))
+    clips = 4 * math.prod(config.video.latent_shape(1)) * 32 * 3
+    for spare, words in ((-1, "checkpoints and clips of this run need .* lower real.replay or real.tries"), (0, "")):
+        free = plan.plan(made)["disk_bytes"] + clips + spare
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        plan.check_disk(config, tmp_path)
+        if words:
+            with pytest.raises(ValueError, match=words):
+                plan.check_disk(made, tmp_path)
+        else:
+            plan.check_disk(made, tmp_path)
 
 
 def test_short_memory_is_refused_before_the_start(config, monkeypatch):
